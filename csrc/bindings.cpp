@@ -1,0 +1,225 @@
+// snnfast._C: raw pointers, sizes and ids in, kernels out. No torch header, so one build serves every torch. The
+// arguments come from snnfast/backends/native.py alone, which has checked them.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include <stdexcept>
+#include <string>
+#include <vector>
+#ifdef __linux__
+#include <sys/mman.h>
+#include <unistd.h>
+#endif
+
+#include "cpu.h"
+#ifdef SNNFAST_CUDA
+#include "cuda.h"
+#endif
+
+namespace py = pybind11;
+
+namespace snnfast {
+namespace {
+
+// ---- the instruction set, chosen once, best first ----
+const CpuKernels* const kAllKernels[] = {
+#define SNNFAST_ENTRY(set) &cpu_kernels_##set,
+    SNNFAST_CPU_SETS(SNNFAST_ENTRY)
+#undef SNNFAST_ENTRY
+};
+
+bool processor_has(const std::string& set) {
+#if defined(__x86_64__) || defined(__i386__)
+  __builtin_cpu_init();
+  if (set == "avx512")
+    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  if (set == "avx2") return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+#endif
+  return set == "baseline";
+}
+
+const CpuKernels* best_kernels() {
+  for (const CpuKernels* kernels : kAllKernels)
+    if (processor_has(kernels->name)) return kernels;
+  return nullptr;  // cannot happen: the baseline is always built and always runs
+}
+
+const CpuKernels* kernels = best_kernels();
+
+std::vector<std::string> cpu_sets() {
+  std::vector<std::string> names;
+  for (const CpuKernels* k : kAllKernels)
+    if (processor_has(k->name)) names.push_back(k->name);
+  return names;
+}
+
+void set_cpu_set(const std::string& name) {
+  for (const CpuKernels* k : kAllKernels)
+    if (name == k->name && processor_has(name)) {
+      kernels = k;
+      return;
+    }
+  throw std::invalid_argument("instruction set '" + name + "' is not built or this processor lacks it");
+}
+
+// ---- memory of large outputs ----
+int64_t last_level_cache() {
+#if defined(__linux__) && defined(_SC_LEVEL3_CACHE_SIZE)
+  const int64_t size = sysconf(_SC_LEVEL3_CACHE_SIZE);
+  if (size > 0) return size;
+#endif
+  return int64_t(32) << 20;
+}
+
+// Whoever reads the spikes next finds them in the cache unless they would not fit beside their input anyway.
+int64_t stream_stores_from = last_level_cache();
+
+// Fresh memory costs a page fault per 4 KiB, more than the kernel itself; 2 MiB pages cost few.
+void advise_huge_pages([[maybe_unused]] void* begin, [[maybe_unused]] int64_t bytes) {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+  constexpr uintptr_t huge = uintptr_t(2) << 20;
+  const uintptr_t first = (uintptr_t(begin) + huge - 1) / huge * huge;
+  const uintptr_t last = (uintptr_t(begin) + bytes) / huge * huge;
+  if (last > first + huge) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
+#endif
+}
+
+int64_t element_size(int dtype) { return dtype == kFloat64 ? 8 : dtype == kFloat32 ? 4 : 2; }
+
+void* pointer(uintptr_t address) { return reinterpret_cast<void*>(address); }
+
+// ---- one neuron's constants, made once and kept by the caller ----
+struct Config {
+  Call call{};
+  Config(int neuron, int surrogate, int flags, int division, double threshold, double v_reset, double tau,
+         double alpha, double v_init) {
+    call.neuron = neuron;
+    call.surrogate = surrogate;
+    call.flags = flags;
+    call.division = division;
+    call.threshold = threshold;
+    call.v_reset = v_reset;
+    call.tau = tau;
+    call.alpha = alpha;
+    call.v_init = v_init;
+  }
+};
+
+Call forward_call(const Config& config, int dtype, int64_t T, int64_t N, uintptr_t x, uintptr_t v0, uintptr_t decay,
+                  uintptr_t s, uintptr_t v, uintptr_t v_seq) {
+  Call call = config.call;
+  call.dtype = dtype;
+  call.T = T;
+  call.N = N;
+  call.x = pointer(x);
+  call.state[0] = pointer(v0);
+  call.decay = pointer(decay);
+  call.s = pointer(s);
+  call.final_state[0] = pointer(v);
+  call.v_seq = pointer(v_seq);
+  return call;
+}
+
+Call backward_call(const Config& config, int dtype, int64_t T, int64_t N, uintptr_t x, uintptr_t v0, uintptr_t decay,
+                   uintptr_t grad_s, uintptr_t grad_v, uintptr_t grad_v_seq, uintptr_t grad_x, uintptr_t grad_v0) {
+  Call call = forward_call(config, dtype, T, N, x, v0, decay, 0, 0, 0);
+  call.grad_s = pointer(grad_s);
+  call.grad_final_state[0] = pointer(grad_v);
+  call.grad_v_seq = pointer(grad_v_seq);
+  call.grad_x = pointer(grad_x);
+  call.grad_state[0] = pointer(grad_v0);
+  return call;
+}
+
+void prepare_cpu_output(Call& call, int threads, void* output) {
+  const int64_t bytes = call.T * call.N * element_size(call.dtype);
+  call.threads = threads;
+  call.stream_stores = bytes >= stream_stores_from;
+  if (bytes >= int64_t(4) << 20) advise_huge_pages(output, bytes);
+}
+
+void cpu_forward(const Config& config, int threads, int dtype, int64_t T, int64_t N, uintptr_t x, uintptr_t v0,
+                 uintptr_t decay, uintptr_t s, uintptr_t v, uintptr_t v_seq) {
+  py::gil_scoped_release release;
+  Call call = forward_call(config, dtype, T, N, x, v0, decay, s, v, v_seq);
+  prepare_cpu_output(call, threads, call.s);
+  kernels->forward(call);
+}
+
+// Returns the gradient of the decay, 0 for a neuron without one.
+double cpu_backward(const Config& config, int threads, int dtype, int64_t T, int64_t N, uintptr_t x, uintptr_t v0,
+                    uintptr_t decay, uintptr_t grad_s, uintptr_t grad_v, uintptr_t grad_v_seq, uintptr_t grad_x,
+                    uintptr_t grad_v0) {
+  py::gil_scoped_release release;
+  Call call = backward_call(config, dtype, T, N, x, v0, decay, grad_s, grad_v, grad_v_seq, grad_x, grad_v0);
+  prepare_cpu_output(call, threads, call.grad_x);
+  std::vector<double> partial(call.decay ? backward_blocks(T, N) : 0);
+  call.grad_decay_partial = partial.data();
+  kernels->backward(call);
+  double sum = 0;
+  for (double part : partial) sum += part;
+  return sum;
+}
+
+#ifdef SNNFAST_CUDA
+void throw_if(const std::string& error) {
+  if (!error.empty()) throw std::runtime_error("snnfast: CUDA: " + error);
+}
+
+void cuda_forward_(const Config& config, int device, uintptr_t stream, int dtype, int64_t T, int64_t N, uintptr_t x,
+                   uintptr_t v0, uintptr_t decay, uintptr_t s, uintptr_t v, uintptr_t v_seq) {
+  throw_if(cuda_forward(forward_call(config, dtype, T, N, x, v0, decay, s, v, v_seq), device, pointer(stream)));
+}
+
+void cuda_backward_(const Config& config, int device, uintptr_t stream, int dtype, int64_t T, int64_t N, uintptr_t x,
+                    uintptr_t v0, uintptr_t decay, uintptr_t grad_s, uintptr_t grad_v, uintptr_t grad_v_seq,
+                    uintptr_t grad_x, uintptr_t grad_v0, uintptr_t grad_decay_partial, uintptr_t workspace) {
+  Call call = backward_call(config, dtype, T, N, x, v0, decay, grad_s, grad_v, grad_v_seq, grad_x, grad_v0);
+  call.grad_decay_partial = pointer(grad_decay_partial);
+  call.workspace = pointer(workspace);
+  throw_if(cuda_backward(call, device, pointer(stream)));
+}
+
+// (bytes of workspace, number of partial sums of the decay's gradient)
+py::tuple cuda_backward_needs(const Config& config, int dtype, int64_t T, int64_t N) {
+  const Call call = forward_call(config, dtype, T, N, 0, 0, 0, 0, 0, 0);
+  return py::make_tuple(cuda_backward_workspace(call), cuda_decay_partials(call));
+}
+#endif
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "snnfast's compiled kernels. Internal: use snnfast.functional or the modules.";
+  py::class_<Config>(m, "Config").def(py::init<int, int, int, int, double, double, double, double, double>());
+  m.def("cpu_forward", &cpu_forward);
+  m.def("cpu_backward", &cpu_backward);
+  m.def("corrected_division_is_exact", [](float tau) { return kernels->corrected_division_is_exact(tau); });
+  m.def("cpu_sets", &cpu_sets, "Instruction sets of this build that this processor has, best first.");
+  m.def("cpu_set", [] { return kernels->name; });
+  m.def("set_cpu_set", &set_cpu_set, "For tests and benchmarks: use this instruction set from now on.");
+  m.def("stream_stores_from", [] { return stream_stores_from; }, "Bytes of output from which stores stream.");
+  m.def("set_stream_stores_from", [](int64_t bytes) { stream_stores_from = bytes; });
+  m.attr("surrogates") = py::dict();
+  m.attr("neurons") = py::dict();
+#define SNNFAST_NAME(id, name) m.attr("surrogates")[#name] = id;
+  SNNFAST_SURROGATES(SNNFAST_NAME)
+#undef SNNFAST_NAME
+#define SNNFAST_NAME(id, name) m.attr("neurons")[#name] = id;
+  SNNFAST_NEURONS(SNNFAST_NAME)
+#undef SNNFAST_NAME
+#ifdef SNNFAST_CUDA
+  m.def("cuda_forward", &cuda_forward_);
+  m.def("cuda_backward", &cuda_backward_);
+  m.def("cuda_backward_needs", &cuda_backward_needs);
+  m.def("cuda_probe", &cuda_probe);
+  m.attr("cuda_architectures") = cuda_architectures();
+#else
+  m.attr("cuda_architectures") = py::none();
+#endif
+}
+
+}  // namespace snnfast

@@ -1,0 +1,31 @@
+// What cpu.cpp, compiled once per instruction set, offers to bindings.cpp.
+#pragma once
+
+#include "dispatch.h"
+
+namespace snnfast {
+
+struct CpuKernels {
+  const char* name;
+  void (*forward)(const Call&);
+  void (*backward)(const Call&);
+  // Whether the corrected reciprocal gives the bits of a / tau for every float a in its range.
+  bool (*corrected_division_is_exact)(float tau);
+};
+
+// One per instruction set of this build, declared by SNNFAST_CPU_SETS = X(avx512) X(avx2) X(baseline).
+#define SNNFAST_DECLARE(set) extern const CpuKernels cpu_kernels_##set;
+SNNFAST_CPU_SETS(SNNFAST_DECLARE)
+#undef SNNFAST_DECLARE
+
+// Neurons per block of the backward, chosen so that the tape of a block stays in the caches. It depends on the shape
+// alone, so a sum over blocks has the same bits for any number of threads.
+constexpr int64_t kMaxSegment = 512;
+inline int64_t backward_block_size(int64_t T) {
+  const int64_t steps = T < kMaxSegment ? T : kMaxSegment;
+  const int64_t block = 8192 / steps / 64 * 64;
+  return block < 256 ? 256 : block;
+}
+inline int64_t backward_blocks(int64_t T, int64_t N) { return (N + backward_block_size(T) - 1) / backward_block_size(T); }
+
+}  // namespace snnfast

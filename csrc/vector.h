@@ -1,0 +1,261 @@
+// Vectors of lanes for the CPU, in the compiler's vector extension: the same source becomes SSE2, AVX2, AVX-512 or
+// NEON code. Intrinsics appear only where the extension has no word for it: fused multiply-add, float16, streaming
+// stores.
+#pragma once
+
+#if defined(__x86_64__) || defined(__i386__)
+#include <immintrin.h>
+#endif
+
+#include "portable.h"
+
+namespace snnfast {
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int kVectorBytes = 64;
+#elif defined(__AVX2__)
+constexpr int kVectorBytes = 32;
+#else
+constexpr int kVectorBytes = 16;
+#endif
+#if defined(__AVX512F__) || (defined(__AVX2__) && defined(__FMA__))
+constexpr bool kHasFusedMultiplyAdd = true;
+#else
+constexpr bool kHasFusedMultiplyAdd = false;
+#endif
+
+typedef float Float32Vector __attribute__((vector_size(kVectorBytes)));
+typedef int32_t Int32Vector __attribute__((vector_size(kVectorBytes)));
+typedef uint32_t UInt32Vector __attribute__((vector_size(kVectorBytes)));
+typedef double Float64Vector __attribute__((vector_size(kVectorBytes)));
+typedef int64_t Int64Vector __attribute__((vector_size(kVectorBytes)));
+typedef uint64_t UInt64Vector __attribute__((vector_size(kVectorBytes)));
+typedef uint16_t UInt16Vector __attribute__((vector_size(kVectorBytes / 2)));
+
+struct BFloat16 {
+  uint16_t bits;
+};
+struct Float16 {
+  uint16_t bits;
+};
+
+template <>
+struct Lanes<Float32Vector> {
+  using Real = float;
+  using Int = Int32Vector;
+  using Unsigned = UInt32Vector;
+};
+template <>
+struct Lanes<Float64Vector> {
+  using Real = double;
+  using Int = Int64Vector;
+  using Unsigned = UInt64Vector;
+};
+template <class R>
+struct VectorOf;
+template <>
+struct VectorOf<float> {
+  using type = Float32Vector;
+};
+template <>
+struct VectorOf<double> {
+  using type = Float64Vector;
+};
+
+SNNFAST_FN bool any_lane_below(UInt32Vector a, uint32_t bound) {
+  const UInt32Vector bounds = UInt32Vector{} + bound;
+#if defined(__AVX512F__)
+  return _mm512_cmplt_epu32_mask((__m512i)a, (__m512i)bounds) != 0;
+#else
+  const auto below = a < bounds;
+#if defined(__AVX2__)
+  return _mm256_movemask_epi8((__m256i)below) != 0;
+#elif defined(__SSE2__)
+  return _mm_movemask_epi8((__m128i)below) != 0;
+#else
+  for (int i = 0; i < kVectorBytes / 4; ++i)
+    if (below[i]) return true;
+  return false;
+#endif
+#endif
+}
+
+SNNFAST_FN Float32Vector fused_multiply_add(Float32Vector a, Float32Vector b, Float32Vector c) {
+#if defined(__AVX512F__)
+  return (Float32Vector)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif defined(__AVX2__) && defined(__FMA__)
+  return (Float32Vector)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#else
+  for (int i = 0; i < kVectorBytes / 4; ++i) a[i] = fmaf(a[i], b[i], c[i]);
+  return a;
+#endif
+}
+
+SNNFAST_FN Float32Vector multiply_add(Float32Vector a, Float32Vector b, Float32Vector c) {
+  if constexpr (kHasFusedMultiplyAdd) return fused_multiply_add(a, b, c);
+  return a * b + c;
+}
+SNNFAST_FN Float64Vector multiply_add(Float64Vector a, Float64Vector b, Float64Vector c) {
+#if defined(__AVX512F__)
+  return (Float64Vector)_mm512_fmadd_pd((__m512d)a, (__m512d)b, (__m512d)c);
+#elif defined(__AVX2__) && defined(__FMA__)
+  return (Float64Vector)_mm256_fmadd_pd((__m256d)a, (__m256d)b, (__m256d)c);
+#else
+  return a * b + c;
+#endif
+}
+
+SNNFAST_FN Float32Vector scale_by_exponent(Float32Vector p, Float32Vector n, [[maybe_unused]] Float32Vector shifted) {
+#if defined(__AVX512F__)
+  return (Float32Vector)_mm512_scalef_ps((__m512)p, (__m512)n);
+#else
+  const auto power = (Float32Vector)(((UInt32Vector)shifted + 127u) << 23);
+  return select(n < -126.0f, Float32Vector{}, p * power);
+#endif
+}
+SNNFAST_FN Float64Vector scale_by_exponent(Float64Vector p, Float64Vector n, Float64Vector shifted) {
+  const auto power = (Float64Vector)(((UInt64Vector)shifted + 1023u) << 52);
+  return select(n < -1022.0, Float64Vector{}, p * power);
+}
+
+// ---- loads ----
+template <class V, class T>
+SNNFAST_FN V load_bits(const T* from) {
+  V v;
+  memcpy(&v, from, sizeof(V));
+  return v;
+}
+SNNFAST_FN float to_float(BFloat16 a) { return bits_as<float>(uint32_t(a.bits) << 16); }
+SNNFAST_FN float to_float(Float16 a) {
+#if defined(__F16C__)
+  return _cvtsh_ss(a.bits);
+#else
+  return float(bits_as<_Float16>(a.bits));
+#endif
+}
+SNNFAST_FN Float32Vector load(const float* from, Float32Vector*) { return load_bits<Float32Vector>(from); }
+SNNFAST_FN Float64Vector load(const double* from, Float64Vector*) { return load_bits<Float64Vector>(from); }
+SNNFAST_FN Float32Vector load(const BFloat16* from, Float32Vector*) {
+  return (Float32Vector)(__builtin_convertvector(load_bits<UInt16Vector>(from), UInt32Vector) << 16);
+}
+SNNFAST_FN Float32Vector load(const Float16* from, Float32Vector*) {
+#if defined(__AVX512F__)
+  return (Float32Vector)_mm512_cvtph_ps(load_bits<__m256i>(from));
+#elif defined(__AVX2__) && defined(__F16C__)
+  return (Float32Vector)_mm256_cvtph_ps(load_bits<__m128i>(from));
+#else
+  Float32Vector v;
+  for (int i = 0; i < kVectorBytes / 4; ++i) v[i] = to_float(from[i]);
+  return v;
+#endif
+}
+SNNFAST_FN float load(const float* from, float*) { return *from; }
+SNNFAST_FN double load(const double* from, double*) { return *from; }
+SNNFAST_FN float load(const BFloat16* from, float*) { return to_float(*from); }
+SNNFAST_FN float load(const Float16* from, float*) { return to_float(*from); }
+
+// ---- stores ----
+template <class V>
+SNNFAST_FN void stream_bits(void* to, V v) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(V) == 64) return _mm512_stream_si512((__m512i*)to, bits_as<__m512i>(v));
+#endif
+#if defined(__AVX2__)
+  if constexpr (sizeof(V) == 32) return _mm256_stream_si256((__m256i*)to, bits_as<__m256i>(v));
+#endif
+#if defined(__SSE2__)
+  if constexpr (sizeof(V) == 16) return _mm_stream_si128((__m128i*)to, bits_as<__m128i>(v));
+#endif
+  memcpy(to, &v, sizeof(V));
+}
+template <bool stream, class V>
+SNNFAST_FN void store_bits(void* to, V v) {
+  if constexpr (stream)
+    stream_bits(to, v);
+  else
+    memcpy(to, &v, sizeof(V));
+}
+// To the nearest, ties to even, as torch rounds; NaN becomes a quiet NaN.
+template <class I>
+SNNFAST_FN I bfloat16_bits(I bits) {
+  const I rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+  const I magnitude = bits & 0x7fffffff;
+  return select(magnitude > 0x7f800000, I{} + 0x7fc0, rounded);
+}
+template <bool stream>
+SNNFAST_FN void store(float* to, Float32Vector v) {
+  store_bits<stream>(to, v);
+}
+template <bool stream>
+SNNFAST_FN void store(double* to, Float64Vector v) {
+  store_bits<stream>(to, v);
+}
+template <bool stream>
+SNNFAST_FN void store(BFloat16* to, Float32Vector v) {
+  store_bits<stream>(to, __builtin_convertvector(bfloat16_bits((UInt32Vector)v), UInt16Vector));
+}
+SNNFAST_FN uint16_t float16_bits(float v) {
+#if defined(__F16C__)
+  return _cvtss_sh(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+#else
+  return bits_as<uint16_t>(_Float16(v));
+#endif
+}
+template <bool stream>
+SNNFAST_FN void store(Float16* to, Float32Vector v) {
+#if defined(__AVX512F__)
+  store_bits<stream>(to, _mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+#elif defined(__AVX2__) && defined(__F16C__)
+  store_bits<stream>(to, _mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+#else
+  for (int i = 0; i < kVectorBytes / 4; ++i) to[i].bits = float16_bits(v[i]);
+#endif
+}
+template <bool>
+SNNFAST_FN void store(float* to, float v) {
+  *to = v;
+}
+template <bool>
+SNNFAST_FN void store(double* to, double v) {
+  *to = v;
+}
+template <bool>
+SNNFAST_FN void store(BFloat16* to, float v) {
+  to->bits = uint16_t(bfloat16_bits(bits_as<uint32_t>(v)));
+}
+template <bool>
+SNNFAST_FN void store(Float16* to, float v) {
+  to->bits = float16_bits(v);
+}
+
+// Denormal numbers cost hundreds of cycles each, and a silent leaky neuron decays into them: flush them to zero while
+// a kernel runs, and leave the caller's setting as it was.
+class FlushDenormals {
+ public:
+#if defined(__SSE2__)
+  FlushDenormals() : saved_(_mm_getcsr()) { _mm_setcsr(saved_ | 0x8040); }
+  ~FlushDenormals() { _mm_setcsr(saved_); }
+
+ private:
+  unsigned saved_;
+#elif defined(__aarch64__)
+  FlushDenormals() {
+    asm volatile("mrs %0, fpcr" : "=r"(saved_));
+    asm volatile("msr fpcr, %0" ::"r"(saved_ | (uint64_t(1) << 24)));
+  }
+  ~FlushDenormals() { asm volatile("msr fpcr, %0" ::"r"(saved_)); }
+
+ private:
+  uint64_t saved_;
+#endif
+};
+
+SNNFAST_FN void store_fence() {
+#if defined(__SSE2__)
+  _mm_sfence();
+#endif
+}
+
+}  // namespace
+}  // namespace snnfast
