@@ -1,0 +1,212 @@
+// Launches the kernels of cuda_kernels.cuh: chooses the bucket of T, the neurons per thread and the grid. Nothing here
+// allocates or synchronises, so every call can be captured in a CUDA graph.
+//
+// SNNFAST_CUDA_PART splits the build in two that compile side by side: 1 is the forward and everything else, 2 the
+// backward.
+#include "cuda.h"
+
+#include "cuda_kernels.cuh"
+
+namespace snnfast {
+namespace {
+
+template <int kSteps_, bool kExact_, bool kWide_>
+struct Bucket {
+  static constexpr int kSteps = kSteps_;
+  static constexpr bool kExact = kExact_;
+  static constexpr bool kWide = kWide_;
+};
+
+template <class T>
+constexpr int kWidest = 16 / int(sizeof(T));
+template <class T, class Bucket>
+constexpr int kForwardWidth = Bucket::kWide ? kWidest<T> : 1;
+
+// The backward holds the tape and grad_s of its steps in registers: fewer neurons as the steps grow.
+constexpr int kBackwardBytes = 384;
+constexpr int backward_width(int widest, int bytes_per_neuron) {
+  while (widest > 1 && widest * bytes_per_neuron > kBackwardBytes) widest /= 2;
+  return widest;
+}
+template <class Neuron, class T, class Bucket>
+constexpr int kBackwardWidth =
+    Bucket::kWide ? backward_width(kWidest<T>, Bucket::kSteps * int(Neuron::kTape * sizeof(typename StateOf<T>::type) +
+                                                                    sizeof(T)))
+                  : 1;
+
+// float64 is there for checks and takes the open bucket; so does what cannot be read in wide accesses.
+template <class T, class F>
+auto with_bucket(const Call& c, bool wide, F f) {
+  if (!wide) return f(Bucket<kSegment, false, false>());
+  if constexpr (sizeof(T) < 8) switch (c.T) {
+      case 1:
+        return f(Bucket<1, true, true>());
+      case 2:
+        return f(Bucket<2, true, true>());
+      case 4:
+        return f(Bucket<4, true, true>());
+      case 8:
+        return f(Bucket<8, true, true>());
+      case 16:
+        return f(Bucket<16, true, true>());
+    }
+  return f(Bucket<kSegment, false, true>());
+}
+
+template <class Neuron_, class T_>
+struct Kind {
+  using Neuron = Neuron_;
+  using T = T_;
+};
+// f(Kind()) for the call's neuron and dtype.
+template <class Neuron, class F>
+auto with_dtype(const Call& c, F f) {
+  switch (c.dtype) {
+    case kFloat64:
+      return f(Kind<Neuron, double>());
+    case kBFloat16:
+      return f(Kind<Neuron, __nv_bfloat16>());
+    case kFloat16:
+      return f(Kind<Neuron, __half>());
+    default:
+      return f(Kind<Neuron, float>());
+  }
+}
+template <class F>
+auto with_kind(const Call& c, F f) {
+  switch (c.neuron) {
+#define SNNFAST_CASE(id, Neuron) \
+  case id:                       \
+    return with_dtype<Neuron>(c, f);
+    SNNFAST_NEURONS(SNNFAST_CASE)
+#undef SNNFAST_CASE
+  }
+  return with_dtype<IF>(c, f);
+}
+
+// Whether all rows of all tensors may be read and written W neurons at a time: every pointer on a whole access and
+// every row a whole number of them.
+template <class T>
+bool wide_accesses(const Call& c, int W) {
+  using R = typename StateOf<T>::type;
+  const auto whole = [&](const void* pointer, size_t size) {
+    const size_t bytes = size * W;
+    return uintptr_t(pointer) % (bytes < 16 ? bytes : 16) == 0;
+  };
+  bool aligned = c.N % W == 0;
+  for (const void* pointer : {c.x, c.grad_s, (const void*)c.s, (const void*)c.grad_x})
+    aligned = aligned && whole(pointer, sizeof(T));
+  for (const void* pointer : {c.grad_v_seq, (const void*)c.v_seq, (const void*)c.workspace})
+    aligned = aligned && whole(pointer, sizeof(R));
+  for (int k = 0; k < kMaxStates; ++k)
+    for (const void* pointer : {c.state[k], c.grad_final_state[k], (const void*)c.final_state[k],
+                                (const void*)c.grad_state[k]})
+      aligned = aligned && whole(pointer, sizeof(R));
+  return aligned;
+}
+
+int64_t blocks_for(int64_t N, int W) {
+  const int64_t neurons = int64_t(kThreads) * W, most = 0x7fffffff;  // beyond that, blocks take several turns
+  const int64_t blocks = (N + neurons - 1) / neurons;
+  return blocks < most ? blocks : most;
+}
+
+std::string text(cudaError_t error) {
+  if (error == cudaSuccess) return "";
+  cudaGetLastError();  // it is reported here; the next call shall not report it again
+  return cudaGetErrorString(error);
+}
+
+// Runs f on a device and leaves the thread's device as it was.
+template <class F>
+std::string on_device(int device, F f) {
+  int previous = 0;
+  cudaError_t error = cudaGetDevice(&previous);
+  if (error == cudaSuccess && previous != device) error = cudaSetDevice(device);
+  if (error == cudaSuccess) error = f();
+  if (previous != device) {
+    const cudaError_t restored = cudaSetDevice(previous);
+    if (error == cudaSuccess) error = restored;
+  }
+  return text(error);
+}
+
+template <class R>
+cudaError_t launch(void (*kernel)(Call, Params<R>), Call c, int64_t blocks, void* stream) {
+  Call without_decay = c;
+  without_decay.decay = nullptr;  // a device pointer: the kernel reads it
+  Params<R> p = params_of<R>(without_decay);
+  void* arguments[] = {&c, &p};
+  return cudaLaunchKernel(kernel, dim3(unsigned(blocks)), dim3(kThreads), arguments, 0,
+                          static_cast<cudaStream_t>(stream));
+}
+
+// Blocks of the backward: they do not depend on the pointers' alignment, since cuda_decay_partials() does not know it.
+template <class Neuron, class T>
+int64_t backward_blocks(const Call& c) {
+  return with_bucket<T>(c, true, [&](auto bucket) {
+    return blocks_for(c.N, kBackwardWidth<Neuron, T, decltype(bucket)>);
+  });
+}
+
+}  // namespace
+
+#if SNNFAST_CUDA_PART != 2
+std::string cuda_forward(const Call& call, int device, void* stream) {
+  if (call.N == 0) return "";
+  return on_device(device, [&] {
+    return with_kind(call, [&](auto kind) {
+      using Neuron = typename decltype(kind)::Neuron;
+      using T = typename decltype(kind)::T;
+      return with_bucket<T>(call, wide_accesses<T>(call, kWidest<T>), [&](auto b) {
+        constexpr int W = kForwardWidth<T, decltype(b)>;
+        return launch(forward_kernel<Neuron, T, b.kSteps, b.kExact, W>, call, blocks_for(call.N, W), stream);
+      });
+    });
+  });
+}
+
+std::string cuda_probe(int device) {
+  return on_device(device, [] {
+    cudaFuncAttributes attributes;
+    return cudaFuncGetAttributes(&attributes, forward_kernel<IF, float, 1, true, kWidest<float>>);
+  });
+}
+
+int64_t cuda_backward_workspace(const Call& call) {
+  const int64_t segments = (call.T + kSegment - 1) / kSegment;
+  if (segments <= 1) return 0;
+  return with_kind(call, [&](auto kind) {
+    using Kind = decltype(kind);
+    return (segments - 1) * call.N * Kind::Neuron::kStates * int64_t(sizeof(typename StateOf<typename Kind::T>::type));
+  });
+}
+
+int64_t cuda_decay_partials(const Call& call) {
+  return with_kind(call, [&](auto kind) {
+    using Kind = decltype(kind);
+    return Kind::Neuron::kLearnable ? backward_blocks<typename Kind::Neuron, typename Kind::T>(call) : int64_t(0);
+  });
+}
+
+const char* cuda_architectures() { return SNNFAST_CUDA_ARCH_LIST; }
+#endif
+
+#if SNNFAST_CUDA_PART != 1
+std::string cuda_backward(const Call& call, int device, void* stream) {
+  if (call.N == 0) return "";
+  return on_device(device, [&] {
+    return with_kind(call, [&](auto kind) {
+      using Neuron = typename decltype(kind)::Neuron;
+      using T = typename decltype(kind)::T;
+      return with_bucket<T>(call, wide_accesses<T>(call, kWidest<T>), [&](auto b) {
+        constexpr int W = kBackwardWidth<Neuron, T, decltype(b)>;
+        const int64_t blocks = Neuron::kLearnable ? backward_blocks<Neuron, T>(call) : blocks_for(call.N, W);
+        return launch(backward_kernel<Neuron, T, b.kSteps, b.kExact, W>, call, blocks, stream);
+      });
+    });
+  });
+}
+#endif
+
+}  // namespace snnfast

@@ -1,0 +1,14 @@
+"""snnfast: fused multi-timestep spiking neurons for PyTorch.
+
+>>> import torch, snnfast
+>>> net = torch.nn.Sequential(torch.nn.Linear(8, 4), snnfast.LIFNode(step_mode="m"))
+>>> net(torch.randn(16, 2, 8)).shape  # [T, B, features], all 16 steps in one fused call
+torch.Size([16, 2, 4])
+"""
+
+from . import functional, neuron, surrogate
+from .neuron import IFNode, LIFNode, ParametricLIFNode
+
+__version__ = "0.1.0"
+
+__all__ = ["IFNode", "LIFNode", "ParametricLIFNode", "__version__", "functional", "neuron", "surrogate"]

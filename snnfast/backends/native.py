@@ -1,0 +1,164 @@
+"""The compiled kernels: C++ on the CPU, CUDA C++ on NVIDIA GPUs. This module is the only caller of ``snnfast._C``.
+
+``forward`` and ``backward`` have the signature of every backend. Tensors are laid out as :mod:`snnfast.ops` makes them:
+everything ``[T, *]`` in one dense, time-major layout, states ``[*]`` in the layout of one step and in the state's
+dtype; outputs are allocated by the caller and fully written, and ``None`` where they are not wanted.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import sys
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..dynamics import NEURONS, Constants
+from ..surrogate import SURROGATES
+
+try:
+    from .. import _C
+except ImportError as error:
+    _C = None  # type: ignore[assignment]
+    _why_missing = (
+        f"the compiled extension is not here ({error}). Install a C++ compiler and run `pip install -e .` again"
+    )
+else:
+    assert {s.__name__: s.id for s in SURROGATES} == _C.surrogates, "csrc/surrogates.h and surrogate.py disagree"
+    assert {n.name: n.id for n in NEURONS} == _C.neurons, "csrc/neurons.h and dynamics.py disagree"
+
+_DTYPE = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
+_DIVIDE, _MULTIPLY, _CORRECTED = 0, 1, 2
+
+
+def missing(device: torch.device) -> str | None:
+    """Why this backend cannot serve the device, or ``None``."""
+    if _C is None:
+        return _why_missing
+    if device.type == "cpu":
+        return None
+    if device.type != "cuda":
+        return f"it has kernels for cpu and cuda, not for {device.type}"
+    if torch.version.hip:
+        return "it has kernels for NVIDIA GPUs, not for ROCm"
+    if _C.cuda_architectures is None:
+        return "it was built without nvcc, so without CUDA kernels"
+    return _cuda_probe(torch.cuda.current_device() if device.index is None else device.index)
+
+
+@functools.cache
+def _cuda_probe(index: int) -> str | None:
+    reason = _C.cuda_probe(index)
+    if not reason:
+        return None
+    reason = f"its CUDA kernels ({_C.cuda_architectures}) do not run on device {index}: {reason}"
+    from .._notices import say_once
+
+    say_once(f"snnfast's native backend: {reason}. The Triton kernels take over.")
+    return reason
+
+
+def served() -> str:
+    """What this build serves, in words."""
+    if _C is None:
+        return "nothing"
+    cpu = f"cpu ({_C.cpu_set()}; built: {', '.join(_C.cpu_sets())})"
+    return cpu if _C.cuda_architectures is None else f"{cpu}, cuda ({_C.cuda_architectures})"
+
+
+@functools.lru_cache(maxsize=4096)
+def _config(c: Constants) -> Any:
+    """The constants as the kernels take them, with the fastest exact way to divide by tau."""
+    if math.frexp(c.tau)[0] == 0.5:
+        division = _MULTIPLY
+    else:
+        division = _CORRECTED if _C.corrected_division_is_exact(c.tau) else _DIVIDE
+    return _C.Config(c.neuron, c.surrogate, c.flags, division, c.threshold, c.v_reset, c.tau, c.alpha, c.v_init)
+
+
+def _address(t: Tensor | None) -> int:
+    return 0 if t is None else t.data_ptr()
+
+
+def forward(
+    constants: Constants,
+    x: Tensor,
+    v0: Tensor | None,
+    decay: Tensor | None,
+    # outputs
+    s: Tensor,
+    v: Tensor,
+    v_seq: Tensor | None,
+) -> None:
+    """Spikes ``s`` and final state ``v`` of input ``x``, and the potentials ``v_seq`` if wanted."""
+    T = x.shape[0]
+    rest = (
+        _DTYPE[x.dtype],
+        T,
+        x.numel() // T,
+        x.data_ptr(),
+        0 if v0 is None else v0.data_ptr(),
+        0 if decay is None else decay.data_ptr(),
+        s.data_ptr(),
+        v.data_ptr(),
+        0 if v_seq is None else v_seq.data_ptr(),
+    )
+    if x.is_cuda:
+        _C.cuda_forward(_config(constants), x.device.index, torch.cuda.current_stream(x.device).cuda_stream, *rest)
+    else:
+        _C.cpu_forward(_config(constants), torch.get_num_threads(), *rest)
+
+
+def backward(
+    constants: Constants,
+    grad_s: Tensor | None,
+    grad_v: Tensor | None,
+    grad_v_seq: Tensor | None,
+    x: Tensor,
+    v0: Tensor | None,
+    decay: Tensor | None,
+    # outputs
+    grad_x: Tensor,
+    grad_v0: Tensor | None,
+    grad_decay: Tensor | None,
+) -> None:
+    """Gradients of the inputs from any subset of the outputs' gradients."""
+    T = x.shape[0]
+    N = x.numel() // T
+    config = _config(constants)
+    rest = (
+        _DTYPE[x.dtype],
+        T,
+        N,
+        x.data_ptr(),
+        _address(v0),
+        _address(decay),
+        _address(grad_s),
+        _address(grad_v),
+        _address(grad_v_seq),
+        grad_x.data_ptr(),
+        _address(grad_v0),
+    )
+    if not x.is_cuda:
+        sum_decay = _C.cpu_backward(config, torch.get_num_threads(), *rest)
+        if grad_decay is not None:
+            grad_decay.fill_(sum_decay)
+        return
+    workspace_bytes, partials = _C.cuda_backward_needs(config, *rest[:3])
+    workspace = torch.empty(workspace_bytes, dtype=torch.uint8, device=x.device)
+    partial = torch.empty(partials, dtype=torch.float64, device=x.device)
+    stream = torch.cuda.current_stream(x.device).cuda_stream
+    _C.cuda_backward(config, x.device.index, stream, *rest, partial.data_ptr(), workspace.data_ptr())
+    if grad_decay is not None:
+        grad_decay.copy_(partial.sum())
+
+
+def openmp_runtimes() -> list[str]:
+    """The OpenMP runtimes loaded into this process; two of them fight over the cores."""
+    if not sys.platform.startswith("linux"):
+        return []
+    with open("/proc/self/maps") as maps:
+        paths = {line.split()[-1] for line in maps if "/lib" in line}
+    return sorted(p for p in paths if any(name in p.rsplit("/", 1)[-1] for name in ("libgomp", "libomp", "libiomp")))

@@ -1,0 +1,124 @@
+"""State and step mode: what every stateful spiking module shares."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["MemoryModule", "StepModule"]
+
+
+class StepModule:
+    """A module that knows single-step (``'s'``, one call per time step) and multi-step (``'m'``, time first) mode."""
+
+    _step_mode: str = "s"
+
+    def supported_step_mode(self) -> tuple[str, ...]:
+        """The step modes that this module accepts."""
+        return ("s", "m")
+
+    @property
+    def step_mode(self) -> str:
+        """``'s'``: input ``[*]``, one time step a call; ``'m'``: input ``[T, *]``, all steps in one call."""
+        return self._step_mode
+
+    @step_mode.setter
+    def step_mode(self, value: str) -> None:
+        if value not in self.supported_step_mode():
+            accepted = " or ".join(map(repr, self.supported_step_mode()))
+            raise ValueError(f"step_mode must be {accepted}, got {value!r}")
+        self._step_mode = value
+
+
+class MemoryModule(nn.Module, StepModule):
+    """A module with state that outlives a call and returns to its initial value on :meth:`reset`.
+
+    Register state with :meth:`register_memory` and use it as an ordinary attribute. Deep copies and pickles carry the
+    state without its autograd history.
+
+    Example:
+        >>> class Counter(MemoryModule):
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.register_memory("n", 0)
+        >>> m = Counter(); m.n += 1; m.n
+        1
+        >>> m.reset(); m.n
+        0
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._memory_reset_values: dict[str, Any] = {}
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # State is set on every call: past nn.Module's search for parameters, buffers and modules of that name.
+        if name in self.__dict__ and name in self.__dict__.get("_memory_reset_values", ()):
+            object.__setattr__(self, name, value)
+        else:
+            super().__setattr__(name, value)
+
+    def register_memory(self, name: str, value: Any) -> None:
+        """Add the state variable ``name``, which starts at ``value`` and returns to it on reset."""
+        if hasattr(self, name):
+            raise ValueError(f"name must be new: this module has an attribute {name!r} already")
+        self._memory_reset_values[name] = copy.deepcopy(value)
+        setattr(self, name, value)
+
+    def set_reset_value(self, name: str, value: Any) -> None:
+        """Change the value that ``name`` takes on the next reset."""
+        if name not in self._memory_reset_values:
+            raise ValueError(f"name must be one of {list(self._memory_reset_values)}, got {name!r}")
+        self._memory_reset_values[name] = copy.deepcopy(value)
+
+    def named_memories(self) -> list[tuple[str, Any]]:
+        """The state variables of this module, by name."""
+        return [(name, getattr(self, name)) for name in self._memory_reset_values]
+
+    def reset(self) -> None:
+        """Return every state variable to its initial value."""
+        for name, value in self._memory_reset_values.items():
+            setattr(self, name, copy.deepcopy(value))
+
+    def detach(self) -> None:
+        """Keep the state and drop its autograd history (truncated BPTT)."""
+        for name in self._memory_reset_values:
+            value = getattr(self, name)
+            if isinstance(value, Tensor):
+                setattr(self, name, value.detach())
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Autograd history can be neither copied nor pickled, and a copy has no use for it.
+        return {
+            name: value.detach() if isinstance(value, Tensor) and value.grad_fn is not None else value
+            for name, value in self.__dict__.items()
+        }
+
+    def _apply(self, fn: Any, recurse: bool = True) -> MemoryModule:
+        for name in self._memory_reset_values:
+            value = getattr(self, name)
+            if isinstance(value, Tensor):
+                setattr(self, name, fn(value))
+        for name, value in self._memory_reset_values.items():
+            if isinstance(value, Tensor):
+                self._memory_reset_values[name] = fn(value)
+        return super()._apply(fn, recurse)
+
+    def single_step_forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """One time step; input ``[*]``."""
+        raise NotImplementedError(f"{type(self).__name__} must implement single_step_forward")
+
+    def multi_step_forward(self, x_seq: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """All time steps, by default one after another; input ``[T, *]``."""
+        return torch.stack([self.single_step_forward(x, *args, **kwargs) for x in x_seq])
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if self._step_mode == "s":
+            return self.single_step_forward(*args, **kwargs)
+        return self.multi_step_forward(*args, **kwargs)
+
+    def extra_repr(self) -> str:
+        return f"step_mode={self.step_mode}"

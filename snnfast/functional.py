@@ -1,0 +1,402 @@
+"""Functions on networks (``reset_net`` and friends) and the neurons as functions with explicit state.
+
+The functional forms take and return the state, so they hold none: ``s, v, v_seq = lif_multi_step(x_seq, v, ...)``.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import backends, dynamics, ops
+from ._notices import say_once
+from .dynamics import Constants, Neuron, Parameters
+from .surrogate import Sigmoid, SurrogateLike, is_fused
+
+__all__ = [
+    "detach_net",
+    "if_multi_step",
+    "lif_multi_step",
+    "plif_multi_step",
+    "reset_net",
+    "set_backend",
+    "set_step_mode",
+]
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_DEFAULT_SURROGATE = Sigmoid()
+
+
+# ---- networks ----
+def _modules_with(net: nn.Module, name: str) -> Iterable[Any]:
+    if not isinstance(net, nn.Module):
+        raise TypeError(f"net must be a torch.nn.Module, got {type(net).__name__}")
+    return (m for m in net.modules() if hasattr(m, name))
+
+
+def reset_net(net: nn.Module) -> None:
+    """Reset every stateful module of ``net``: call it before each new batch of sequences.
+
+    Modules of other libraries that have a ``reset()`` are reset too.
+
+    Raises:
+        TypeError: ``net`` is not a module.
+
+    Example:
+        >>> import snnfast
+        >>> net = nn.Sequential(nn.Linear(3, 2), snnfast.IFNode())
+        >>> _ = net(torch.randn(5, 3)); reset_net(net); net[1].v
+        0.0
+    """
+    for module in _modules_with(net, "reset"):
+        if callable(module.reset):
+            module.reset()
+
+
+def detach_net(net: nn.Module) -> None:
+    """Cut the autograd history of every state in ``net`` and keep its value (truncated BPTT)."""
+    for module in _modules_with(net, "detach"):
+        module.detach()
+
+
+def set_step_mode(net: nn.Module, step_mode: str) -> None:
+    """Set ``'s'`` (one call per time step) or ``'m'`` (time first, all steps in one call) on every module that has it.
+
+    Raises:
+        ValueError: another step mode.
+    """
+    if step_mode not in ("s", "m"):
+        raise ValueError(f"step_mode must be 's' or 'm', got {step_mode!r}")
+    for module in _modules_with(net, "step_mode"):
+        module.step_mode = step_mode
+
+
+def set_backend(net: nn.Module, backend: str, instance: type | tuple[type, ...] = nn.Module) -> None:
+    """Set the backend of every neuron in ``net`` that is an ``instance``.
+
+    Args:
+        backend: ``'auto'``, ``'native'``, ``'triton'`` or ``'reference'``; the names of older SpikingJelly code
+            (``'torch'``, ``'cupy'``, ``'inductor'``) mean ``'auto'``.
+
+    Raises:
+        ValueError: an unknown backend.
+    """
+    name = backends.check_name(backend)
+    for module in _modules_with(net, "backend"):
+        if isinstance(module, instance):
+            module.backend = name
+
+
+# ---- checks of a user's numbers and tensors ----
+def check_number(name: str, value: Any) -> float:
+    """``value`` as a float.
+
+    Raises:
+        TypeError: it is not a number.
+        ValueError: it is NaN.
+    """
+    if isinstance(value, Tensor) and value.numel() == 1 and not value.requires_grad:
+        value = value.item()
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a number, got {type(value).__name__} {value!r}")
+    if math.isnan(value):
+        raise ValueError(f"{name} must be a number, got nan")
+    return float(value)
+
+
+def check_tau(name: str, value: Any) -> float:
+    """A time constant, in time steps.
+
+    Raises:
+        TypeError: it is not a number.
+        ValueError: it is not above 1: the membrane would not leak but overshoot.
+    """
+    tau = check_number(name, value)
+    if not 1.0 < tau < math.inf:
+        raise ValueError(f"{name} must be a finite number of time steps above 1, got {value!r}; without a leak use IFNode")
+    return tau
+
+
+def check_input(name: str, x: Any, least_dimensions: int) -> None:
+    """Raise unless ``x`` is a dense floating-point tensor that a neuron can take.
+
+    Raises:
+        TypeError: not a tensor, or a dtype other than float32, float64, bfloat16 and float16.
+        ValueError: sparse, without the time dimension, or with no time steps.
+    """
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
+    if x.dtype not in _DTYPES:
+        raise TypeError(
+            f"{name} must be float32, float64, bfloat16 or float16, got {str(x.dtype).removeprefix('torch.')}; "
+            f"convert it with {name}.float()"
+        )
+    if x.layout is not torch.strided:
+        raise ValueError(f"{name} must be a dense tensor, got layout {x.layout}; convert it with {name}.to_dense()")
+    if x.dim() < least_dimensions:
+        raise ValueError(f"{name} must have time as its first dimension, [T, *], got a tensor of shape {tuple(x.shape)}")
+    if least_dimensions and x.shape[0] == 0:
+        raise ValueError(f"{name} must have at least one time step, got T = 0 in shape {tuple(x.shape)}")
+
+
+def _check_state(v: Any, x: Tensor) -> float | Tensor:
+    if not isinstance(v, Tensor):
+        return check_number("v", v)
+    if v.shape != x.shape[1:]:
+        raise ValueError(
+            f"v must have the shape of one time step of x_seq, {tuple(x.shape[1:])}, got {tuple(v.shape)}; a number starts "
+            "every neuron at the same potential"
+        )
+    if v.device != x.device:
+        raise ValueError(f"v must be on x_seq's device {x.device}, got {v.device}; move it with v.to(x_seq.device)")
+    if not v.is_floating_point():
+        raise TypeError(f"v must be floating point, got {str(v.dtype).removeprefix('torch.')}")
+    return v
+
+
+# ---- one neuron over time ----
+def _constants(
+    neuron: Neuron,
+    surrogate: int,
+    alpha: float,
+    tau: float,
+    decay_input: bool,
+    v_threshold: float,
+    v_reset: float | None,
+    detach_reset: bool,
+    store_v_seq: bool,
+    v_init: float,
+) -> Constants:
+    flags = (
+        (dynamics.DECAY_INPUT if decay_input else 0)
+        | (dynamics.SOFT_RESET if v_reset is None else 0)
+        | (dynamics.DETACH_RESET if detach_reset else 0)
+        | (dynamics.STORE_V_SEQ if store_v_seq else 0)
+    )
+    return Constants(
+        neuron.id,
+        surrogate,
+        flags,
+        check_number("v_threshold", v_threshold),
+        0.0 if v_reset is None else check_number("v_reset", v_reset),
+        check_tau("tau", tau) if neuron is dynamics.LIF else 1.0,
+        alpha,
+        v_init,
+    )
+
+
+_cached_constants = functools.lru_cache(maxsize=4096)(_constants)
+
+
+def multi_step(
+    neuron: Neuron,
+    x_seq: Tensor,
+    v: float | Tensor,
+    decay: Tensor | None = None,
+    *,
+    tau: float = 2.0,
+    decay_input: bool = True,
+    v_threshold: float = 1.0,
+    v_reset: float | None = 0.0,
+    surrogate_function: SurrogateLike = _DEFAULT_SURROGATE,
+    detach_reset: bool = False,
+    store_v_seq: bool = False,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Any neuron of the registry over all time steps of a checked input; what the modules and functions below call."""
+    dtype = torch.float64 if x_seq.dtype == torch.float64 else torch.float32
+    if decay is not None and decay.dtype != dtype:
+        decay = decay.to(dtype)
+    chosen = backends.choose(backend, x_seq.device)
+    if chosen != backends.REFERENCE:
+        if is_fused(surrogate_function):
+            is_tensor = isinstance(v, Tensor)
+            make = _constants if torch.compiler.is_compiling() else _cached_constants
+            constants = make(
+                neuron,
+                surrogate_function.id,  # type: ignore[union-attr,arg-type]
+                surrogate_function.alpha,  # type: ignore[union-attr,arg-type]
+                tau,
+                decay_input,
+                v_threshold,
+                v_reset,
+                detach_reset,
+                store_v_seq,
+                0.0 if is_tensor else v,  # type: ignore[arg-type]
+            )
+            return ops.multi_step(ops.time_major(x_seq), v if is_tensor else None, decay, constants, chosen)  # type: ignore[arg-type]
+        if backend not in ("auto", "reference"):
+            raise ValueError(
+                f"backend={backend!r} has no kernel for the surrogate {_name(surrogate_function)}; use backend='auto', which "
+                "runs it on the reference path, or one of the fused surrogates of snnfast.surrogate"
+            )
+        if not torch.compiler.is_compiling():
+            say_once(
+                f"surrogate {_name(surrogate_function)} is not one of snnfast's fused ones: the neuron runs as a plain "
+                "PyTorch loop, many times slower."
+            )
+    parameters = Parameters(
+        threshold=check_number("v_threshold", v_threshold),
+        v_reset=None if v_reset is None else check_number("v_reset", v_reset),
+        surrogate=surrogate_function,
+        tau=check_tau("tau", tau) if neuron is dynamics.LIF else 1.0,
+        decay=decay,
+        decay_input=decay_input,
+        detach_reset=detach_reset,
+    )
+    s, v_last, v_seq_or_none = dynamics.multi_step(neuron, x_seq, v, parameters, store_v_seq)
+    return s, ops.guard_state(v_last), v_seq_or_none
+
+
+def _name(surrogate: SurrogateLike) -> str:
+    name = getattr(surrogate, "__name__", type(surrogate).__name__)
+    return f"{name}(spiking=False)" if getattr(surrogate, "spiking", True) is False else name
+
+
+def if_multi_step(
+    x_seq: Tensor,
+    v: float | Tensor = 0.0,
+    v_threshold: float = 1.0,
+    v_reset: float | None = 0.0,
+    surrogate_function: SurrogateLike = _DEFAULT_SURROGATE,
+    detach_reset: bool = False,
+    store_v_seq: bool = False,
+    *,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Integrate-and-fire neurons over all time steps: ``h = v + x``.
+
+    Args:
+        x_seq: input ``[T, *]``, float32, float64, bfloat16 or float16; potentials are in units of the threshold.
+        v: potential before the first step, one number or ``[*]`` on ``x_seq``'s device.
+        v_threshold: a neuron spikes where its potential reaches it.
+        v_reset: potential after a spike (hard reset), or ``None`` to subtract the threshold (soft reset).
+        surrogate_function: derivative of the spike (see :mod:`snnfast.surrogate`).
+        detach_reset: let no gradient through the reset.
+        store_v_seq: also return the potential after each step.
+        backend: ``'auto'``, ``'native'``, ``'triton'`` or ``'reference'``.
+
+    Returns:
+        Spikes ``[T, *]`` in ``x_seq``'s dtype; potential ``[*]`` after the last step, and after each ``[T, *]`` or
+        ``None``, in float32 (float64 for float64 input). All are differentiable.
+
+    Raises:
+        TypeError, ValueError: an argument of another kind; the message names it.
+        RuntimeError: the named backend cannot serve the device.
+
+    Example:
+        >>> s, v, _ = if_multi_step(torch.tensor([[0.6], [0.6], [0.6]]))
+        >>> s.flatten(), v
+        (tensor([0., 1., 0.]), tensor([0.6000]))
+    """
+    check_input("x_seq", x_seq, 1)
+    return multi_step(
+        dynamics.IF,
+        x_seq,
+        _check_state(v, x_seq),
+        v_threshold=v_threshold,
+        v_reset=v_reset,
+        surrogate_function=surrogate_function,
+        detach_reset=detach_reset,
+        store_v_seq=store_v_seq,
+        backend=backend,
+    )
+
+
+def lif_multi_step(
+    x_seq: Tensor,
+    v: float | Tensor = 0.0,
+    tau: float = 2.0,
+    decay_input: bool = True,
+    v_threshold: float = 1.0,
+    v_reset: float | None = 0.0,
+    surrogate_function: SurrogateLike = _DEFAULT_SURROGATE,
+    detach_reset: bool = False,
+    store_v_seq: bool = False,
+    *,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Leaky integrate-and-fire neurons over all time steps.
+
+    ``h = v + (x - (v - v_reset)) / tau`` with ``decay_input``, else ``h = v - (v - v_reset) / tau + x`` (``v_reset``
+    taken as 0 for soft reset).
+
+    Args:
+        tau: membrane time constant in time steps, above 1.
+        decay_input: whether the input is divided by ``tau`` too.
+
+    The other arguments, the returned values and the errors are those of :func:`if_multi_step`.
+
+    Example:
+        >>> s, v, _ = lif_multi_step(torch.tensor([[1.5], [1.5]]), tau=2.0)
+        >>> s.flatten(), v
+        (tensor([0., 1.]), tensor([0.]))
+    """
+    check_input("x_seq", x_seq, 1)
+    return multi_step(
+        dynamics.LIF,
+        x_seq,
+        _check_state(v, x_seq),
+        tau=tau,
+        decay_input=decay_input,
+        v_threshold=v_threshold,
+        v_reset=v_reset,
+        surrogate_function=surrogate_function,
+        detach_reset=detach_reset,
+        store_v_seq=store_v_seq,
+        backend=backend,
+    )
+
+
+def plif_multi_step(
+    x_seq: Tensor,
+    v: float | Tensor,
+    w: Tensor,
+    decay_input: bool = True,
+    v_threshold: float = 1.0,
+    v_reset: float | None = 0.0,
+    surrogate_function: SurrogateLike = _DEFAULT_SURROGATE,
+    detach_reset: bool = False,
+    store_v_seq: bool = False,
+    *,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Parametric LIF neurons over all time steps: LIF with the learnable ``sigmoid(w)`` in place of ``1 / tau``.
+
+    From Fang et al., "Incorporating Learnable Membrane Time Constant to Enhance Learning of Spiking Neural Networks",
+    ICCV 2021.
+
+    Args:
+        w: scalar tensor; its gradient is summed over all neurons and steps.
+
+    The other arguments, the returned values and the errors are those of :func:`lif_multi_step`.
+
+    Example:
+        >>> w = torch.tensor(0.0, requires_grad=True)
+        >>> s, v, _ = plif_multi_step(torch.full((2, 1), 0.4), 0.0, w)
+        >>> v.sum().backward(); w.grad
+        tensor(0.1500)
+    """
+    check_input("x_seq", x_seq, 1)
+    if not isinstance(w, Tensor) or w.numel() != 1 or not w.is_floating_point():
+        raise TypeError(f"w must be a floating-point tensor of one element, got {w!r}")
+    if w.device != x_seq.device:
+        raise ValueError(f"w must be on x_seq's device {x_seq.device}, got {w.device}; move it with w.to(x_seq.device)")
+    return multi_step(
+        dynamics.PARAMETRIC_LIF,
+        x_seq,
+        _check_state(v, x_seq),
+        w.reshape(()).sigmoid(),
+        decay_input=decay_input,
+        v_threshold=v_threshold,
+        v_reset=v_reset,
+        surrogate_function=surrogate_function,
+        detach_reset=detach_reset,
+        store_v_seq=store_v_seq,
+        backend=backend,
+    )

@@ -1,0 +1,381 @@
+"""Spiking neurons as modules, drop-in for SpikingJelly's: same arguments, defaults, state handling and equations.
+
+A neuron of your own subclasses :class:`BaseNode` and overrides :meth:`BaseNode.neuronal_charge`; it runs on the
+reference path. The built-in ones run fused, unless a subclass overrides a step of theirs.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from . import backends, dynamics, functional, ops
+from .base import MemoryModule
+from .dynamics import Neuron, Parameters
+from .surrogate import Sigmoid, SurrogateLike
+
+__all__ = ["BaseNode", "IFNode", "LIFNode", "ParametricLIFNode"]
+
+_STEPS = ("neuronal_charge", "neuronal_fire", "neuronal_reset", "single_step_forward", "multi_step_forward")
+
+
+class BaseNode(MemoryModule):
+    """Base of all spiking neurons: charge, fire, reset at each time step, with the membrane potential ``v`` as state.
+
+    Args:
+        v_threshold: a neuron spikes where its potential reaches it.
+        v_reset: potential after a spike (hard reset), or ``None`` to subtract the threshold (soft reset). The state
+            starts there (at 0 for soft reset).
+        surrogate_function: derivative of the spike (see :mod:`snnfast.surrogate`).
+        detach_reset: let no gradient through the reset.
+        step_mode: ``'s'``, input ``[*]``, one time step a call; ``'m'``, input ``[T, *]``.
+        store_v_seq: keep the potentials after each step in ``v_seq``, ``[T, *]``.
+        backend: ``'auto'``, ``'native'``, ``'triton'`` or ``'reference'``. Older code may give a backend's name as the
+            sixth positional argument, before ``store_v_seq``.
+        timesteps: ``T`` of an input folded as ``[T * B, *]``, as ordinary convolutional models make it; implies
+            multi-step mode.
+
+    Attributes:
+        v: the membrane potential: a number until the first call and after :meth:`reset`, then a tensor in float32
+            (float64 for float64 input). An input of another shape starts afresh; another dtype or device moves it.
+        v_seq: potentials of the last call if ``store_v_seq``, else ``None``.
+
+    Raises:
+        TypeError, ValueError: an argument of another kind; the message names it.
+
+    Example:
+        >>> class Doubling(BaseNode):
+        ...     def neuronal_charge(self, x):
+        ...         self.v = self.v + 2 * x
+        >>> Doubling(step_mode="m")(torch.full((3, 1), 0.3)).flatten()
+        tensor([0., 1., 0.])
+    """
+
+    dynamics: ClassVar[Neuron | None] = None  # the registry's entry that the kernels run, None for the reference path
+    tau: float = 2.0
+    decay_input: bool = True
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "dynamics" not in cls.__dict__ and any(step in cls.__dict__ for step in _STEPS):
+            cls.dynamics = None  # a step of its own: no kernel knows it
+
+    def __init__(
+        self,
+        v_threshold: float = 1.0,
+        v_reset: float | None = 0.0,
+        surrogate_function: SurrogateLike = Sigmoid(),  # noqa: B008 (stateless; SpikingJelly's default)
+        detach_reset: bool = False,
+        step_mode: str = "s",
+        store_v_seq: bool | str = False,
+        *old_store_v_seq: bool,
+        backend: str = "auto",
+        timesteps: int | None = None,
+    ) -> None:
+        super().__init__()
+        if isinstance(store_v_seq, str):
+            backend, store_v_seq = store_v_seq, False
+            if old_store_v_seq:
+                store_v_seq, *old_store_v_seq = old_store_v_seq
+        if old_store_v_seq:
+            raise TypeError(f"{type(self).__name__} got too many positional arguments: {old_store_v_seq}")
+        if not callable(surrogate_function):
+            raise TypeError(f"surrogate_function must be callable, such as snnfast.surrogate.ATan(), got {surrogate_function!r}")
+        if timesteps is not None and (isinstance(timesteps, bool) or not isinstance(timesteps, int) or timesteps < 1):
+            raise ValueError(f"timesteps must be a whole number from 1, or None, got {timesteps!r}")
+        self.v_threshold = functional.check_number("v_threshold", v_threshold)
+        self.v_reset = None if v_reset is None else functional.check_number("v_reset", v_reset)
+        self.register_memory("v", 0.0 if self.v_reset is None else self.v_reset)
+        self.surrogate_function = surrogate_function
+        self.detach_reset = bool(detach_reset)
+        self.backend = backend
+        self.timesteps = timesteps
+        self.step_mode = step_mode if timesteps is None else "m"
+        self.store_v_seq = store_v_seq
+
+    @property
+    def store_v_seq(self) -> bool:
+        """Whether ``v_seq`` keeps the potentials after each step."""
+        return self._store_v_seq
+
+    @store_v_seq.setter
+    def store_v_seq(self, value: bool) -> None:
+        self._store_v_seq = bool(value)
+        self.v_seq: Tensor | None = None
+
+    @property
+    def backend(self) -> str:
+        """The backend's name; see :func:`snnfast.functional.set_backend`."""
+        return self._backend
+
+    @backend.setter
+    def backend(self, value: str) -> None:
+        self._backend = backends.check_name(value)
+
+    @property
+    def supported_backends(self) -> tuple[str, ...]:
+        """The names that ``backend`` accepts, those of older SpikingJelly code included."""
+        return backends.NAMES + backends.LEGACY_NAMES
+
+    def reset(self) -> None:
+        """Return to the initial state; call it (or ``functional.reset_net``) before each new batch of sequences."""
+        super().reset()
+        self.v_seq = None
+
+    def detach(self) -> None:
+        """Keep the state and drop its autograd history (truncated BPTT)."""
+        super().detach()
+        if self.v_seq is not None:
+            self.v_seq = self.v_seq.detach()
+
+    # ---- the three steps, for neurons of your own ----
+    def neuronal_charge(self, x: Tensor) -> None:
+        """Set ``self.v`` to the charge ``h`` that input ``x`` ``[*]`` gives."""
+        raise NotImplementedError(f"{type(self).__name__} must override neuronal_charge(self, x), which updates self.v")
+
+    def neuronal_fire(self) -> Tensor:
+        """Spikes ``[*]`` of the charge in ``self.v``."""
+        return self.surrogate_function(self.v - self.v_threshold)
+
+    def neuronal_reset(self, spike: Tensor) -> None:
+        """Set ``self.v`` to the potential after the spikes."""
+        r = spike.detach() if self.detach_reset else spike
+        self.v = self.v - r * self.v_threshold if self.v_reset is None else r * self.v_reset + (1.0 - r) * self.v
+
+    # ---- calls ----
+    def _state_for(self, x_seq: Tensor) -> float | Tensor:
+        """``self.v`` as it fits ``x_seq``: kept, moved to its dtype and device, or started afresh."""
+        v = self.v
+        if not isinstance(v, Tensor):
+            return float(v)
+        if v.shape != x_seq.shape[1:]:
+            return 0.0 if self.v_reset is None else self.v_reset
+        dtype = dynamics.state_dtype(x_seq.dtype)
+        return v if v.dtype == dtype and v.device == x_seq.device else v.to(device=x_seq.device, dtype=dtype)
+
+    def _step(self, x: Tensor) -> Tensor:
+        """One step of the reference path; ``self.v`` is a tensor."""
+        self.neuronal_charge(x)
+        s = self.neuronal_fire()
+        self.neuronal_reset(s)
+        return s
+
+    def _own_steps(self, x_seq: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The reference path of a user's own neuron: ``[T, *]`` -> spikes and, if wanted, potentials."""
+        dtype = dynamics.state_dtype(x_seq.dtype)
+        v = self._state_for(x_seq)
+        self.v = v if isinstance(v, Tensor) else torch.full_like(x_seq[0], v, dtype=dtype, requires_grad=False)
+        spikes, potentials = [], []
+        for x in x_seq.to(dtype):
+            spikes.append(self._step(x))
+            potentials.append(self.v)
+        self.v = ops.guard_state(self.v)
+        return torch.stack(spikes).to(x_seq.dtype), torch.stack(potentials) if self._store_v_seq else None
+
+    def _decay(self, x_seq: Tensor) -> Tensor | None:
+        """The learnable decay of a neuron that has one."""
+        return None
+
+    def _run(self, x_seq: Tensor) -> tuple[Tensor, Tensor | None]:
+        """``[T, *]`` -> spikes ``[T, *]`` and potentials ``[T, *]`` or ``None``; updates ``self.v``."""
+        neuron = self.dynamics
+        if neuron is None:
+            if self._backend in ("native", "triton"):
+                raise ValueError(
+                    f"backend={self._backend!r} has no kernel for {type(self).__name__}, which has steps of its own; "
+                    "use backend='auto'"
+                )
+            return self._own_steps(x_seq)
+        s, self.v, v_seq = functional.multi_step(
+            neuron,
+            x_seq,
+            self._state_for(x_seq),
+            self._decay(x_seq),
+            tau=self.tau,
+            decay_input=self.decay_input,
+            v_threshold=self.v_threshold,
+            v_reset=self.v_reset,
+            surrogate_function=self.surrogate_function,
+            detach_reset=self.detach_reset,
+            store_v_seq=self._store_v_seq,
+            backend=self._backend,
+        )
+        return s, v_seq
+
+    def single_step_forward(self, x: Tensor) -> Tensor:
+        """One time step: ``[*]`` -> spikes ``[*]``."""
+        functional.check_input("x", x, 0)
+        s, v_seq = self._run(x.unsqueeze(0))
+        if v_seq is not None:
+            fits = self.v_seq is not None and self.v_seq.shape[1:] == v_seq.shape[1:]
+            self.v_seq = torch.cat((self.v_seq, v_seq)) if fits else v_seq  # type: ignore[arg-type]
+        return s.squeeze(0)
+
+    def multi_step_forward(self, x_seq: Tensor) -> Tensor:
+        """All time steps: ``[T, *]`` -> spikes ``[T, *]``; with ``timesteps`` ``[T * B, *]`` -> ``[T * B, *]``."""
+        functional.check_input("x_seq", x_seq, 1)
+        T = self.timesteps
+        if T is None:
+            s, v_seq = self._run(x_seq)
+            if v_seq is not self.v_seq:
+                self.v_seq = v_seq
+            return s
+        if x_seq.shape[0] % T:
+            raise ValueError(
+                f"x_seq must be [T * B, *] with timesteps={T}, got a first dimension of {x_seq.shape[0]}, which {T} does "
+                "not divide; repeat the input T times before the network, or set timesteps to its number of steps"
+            )
+        s, self.v_seq = self._run(x_seq.unflatten(0, (T, -1)))
+        return s.flatten(0, 1)
+
+    def extra_repr(self) -> str:
+        parts = [
+            f"v_threshold={self.v_threshold}, v_reset={self.v_reset}, detach_reset={self.detach_reset}",
+            f"step_mode={self.step_mode}, backend={self.backend}",
+        ]
+        if self.timesteps is not None:
+            parts.append(f"timesteps={self.timesteps}")
+        return ", ".join(parts)
+
+
+class IFNode(BaseNode):
+    """Integrate-and-fire neuron: ``h = v + x``, spike where ``h >= v_threshold``, reset.
+
+    Arguments, attributes and errors are those of :class:`BaseNode`.
+
+    Example:
+        >>> IFNode(step_mode="m")(torch.full((4, 1), 0.5)).flatten()
+        tensor([0., 1., 0., 1.])
+    """
+
+    dynamics = dynamics.IF
+
+    def neuronal_charge(self, x: Tensor) -> None:
+        self.v = self.v + x
+
+
+class LIFNode(BaseNode):
+    """Leaky integrate-and-fire neuron.
+
+    ``h = v + (x - (v - v_reset)) / tau`` with ``decay_input``, else ``h = v - (v - v_reset) / tau + x`` (``v_reset``
+    taken as 0 for soft reset); spike where ``h >= v_threshold``; reset.
+
+    Args:
+        tau: membrane time constant in time steps, above 1.
+        decay_input: whether the input is divided by ``tau`` too.
+
+    The other arguments, attributes and errors are those of :class:`BaseNode`.
+
+    Example:
+        >>> LIFNode(tau=2.0, step_mode="m")(torch.full((4, 1), 1.5)).flatten()
+        tensor([0., 1., 0., 1.])
+    """
+
+    dynamics = dynamics.LIF
+
+    def __init__(
+        self,
+        tau: float = 2.0,
+        decay_input: bool = True,
+        v_threshold: float = 1.0,
+        v_reset: float | None = 0.0,
+        surrogate_function: SurrogateLike = Sigmoid(),  # noqa: B008
+        detach_reset: bool = False,
+        step_mode: str = "s",
+        store_v_seq: bool | str = False,
+        *old_store_v_seq: bool,
+        backend: str = "auto",
+        timesteps: int | None = None,
+    ) -> None:
+        super().__init__(
+            v_threshold,
+            v_reset,
+            surrogate_function,
+            detach_reset,
+            step_mode,
+            store_v_seq,
+            *old_store_v_seq,
+            backend=backend,
+            timesteps=timesteps,
+        )
+        self.tau = functional.check_tau("tau", tau)
+        self.decay_input = bool(decay_input)
+
+    def neuronal_charge(self, x: Tensor) -> None:
+        p = Parameters(self.v_threshold, self.v_reset, self.surrogate_function, self.tau, None, self.decay_input)
+        self.v = dynamics.charge_lif(x, self.v, p)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, tau={self.tau}"
+
+
+class ParametricLIFNode(BaseNode):
+    """Parametric LIF neuron: :class:`LIFNode` with the learnable ``sigmoid(w)`` in place of ``1 / tau``.
+
+    From Fang et al., "Incorporating Learnable Membrane Time Constant to Enhance Learning of Spiking Neural Networks",
+    ICCV 2021.
+
+    Args:
+        init_tau: initial time constant in time steps, above 1.
+        decay_input: whether the input is multiplied by ``sigmoid(w)`` too.
+
+    Attributes:
+        w: parameter, a scalar; one time constant for all neurons of the module.
+
+    The other arguments, attributes and errors are those of :class:`BaseNode`.
+
+    Example:
+        >>> ParametricLIFNode(init_tau=2.0).w
+        Parameter containing:
+        tensor(-0., requires_grad=True)
+    """
+
+    dynamics = dynamics.PARAMETRIC_LIF
+
+    def __init__(
+        self,
+        init_tau: float = 2.0,
+        decay_input: bool = True,
+        v_threshold: float = 1.0,
+        v_reset: float | None = 0.0,
+        surrogate_function: SurrogateLike = Sigmoid(),  # noqa: B008
+        detach_reset: bool = False,
+        step_mode: str = "s",
+        store_v_seq: bool | str = False,
+        *old_store_v_seq: bool,
+        backend: str = "auto",
+        timesteps: int | None = None,
+    ) -> None:
+        super().__init__(
+            v_threshold,
+            v_reset,
+            surrogate_function,
+            detach_reset,
+            step_mode,
+            store_v_seq,
+            *old_store_v_seq,
+            backend=backend,
+            timesteps=timesteps,
+        )
+        self.decay_input = bool(decay_input)
+        self.w = nn.Parameter(torch.as_tensor(-math.log(functional.check_tau("init_tau", init_tau) - 1.0)))
+
+    def _decay(self, x_seq: Tensor) -> Tensor:
+        if self.w.device != x_seq.device:
+            raise ValueError(
+                f"x_seq must be on the module's device {self.w.device}, got {x_seq.device}; move one of them with .to(device)"
+            )
+        return self.w.sigmoid()
+
+    def neuronal_charge(self, x: Tensor) -> None:
+        p = Parameters(
+            self.v_threshold, self.v_reset, self.surrogate_function, 1.0, self.w.sigmoid(), self.decay_input
+        )
+        self.v = dynamics.charge_parametric_lif(x, self.v, p)
+
+    def extra_repr(self) -> str:
+        with torch.no_grad():
+            return f"{super().extra_repr()}, tau={1.0 / self.w.sigmoid().item():g}"

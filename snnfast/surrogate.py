@@ -1,0 +1,280 @@
+"""Surrogate gradients: a spike in the forward pass, a smooth derivative in the backward pass.
+
+Each object is called with ``u = h - v_threshold`` and gives ``1`` where ``u >= 0``; its gradient is ``derivative(u)``.
+The names, arguments and defaults are SpikingJelly's. All eight run inside the fused kernels; a surrogate of your own
+(a subclass with its own ``derivative``, or any function from ``u`` to spikes that autograd can differentiate) works on
+the reference path.
+
+To add one: its struct in ``csrc/surrogates.h``, its branch in ``backends/triton_kernels.py``, its class here.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, ClassVar, Union
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+__all__ = [
+    "ATan",
+    "Erf",
+    "PiecewiseExp",
+    "PiecewiseQuadratic",
+    "Rect",
+    "Rectangular",
+    "Sigmoid",
+    "SoftSign",
+    "SuperSpike",
+    "SurrogateFunction",
+]
+
+SurrogateLike = Union["SurrogateFunction", Callable[[Tensor], Tensor]]
+
+
+class _Spike(torch.autograd.Function):
+    """Heaviside forward, ``surrogate.derivative`` backward; twice differentiable, because the derivative is."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(u: Tensor, surrogate: int, alpha: float) -> Tensor:
+        return (u >= 0).to(u)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        u, ctx.surrogate, ctx.alpha = inputs
+        ctx.save_for_backward(u)
+
+    @staticmethod
+    def backward(ctx: Any, grad_s: Tensor) -> tuple[Tensor, None, None]:
+        (u,) = ctx.saved_tensors
+        return grad_s * SURROGATES[ctx.surrogate]._derivative(u, ctx.alpha), None, None
+
+
+class _UserSpike(torch.autograd.Function):
+    """The same for a surrogate that only its own object can differentiate."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(u: Tensor, surrogate: SurrogateFunction) -> Tensor:
+        return (u >= 0).to(u)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        u, ctx.surrogate = inputs
+        ctx.save_for_backward(u)
+
+    @staticmethod
+    def backward(ctx: Any, grad_s: Tensor) -> tuple[Tensor, None]:
+        (u,) = ctx.saved_tensors
+        return grad_s * ctx.surrogate.derivative(u), None
+
+
+class SurrogateFunction(nn.Module):
+    """Base of the surrogates, and of your own: override :meth:`derivative`.
+
+    Args:
+        alpha: sharpness; its meaning differs from surrogate to surrogate. Above 0.
+        spiking: ``False`` gives the smooth primitive instead of spikes, in both passes.
+
+    Raises:
+        ValueError: ``alpha`` is not a number above 0.
+
+    Example:
+        >>> class Triangle(SurrogateFunction):
+        ...     def derivative(self, u):
+        ...         return (1 - self.alpha * u.abs()).clamp(min=0)
+        >>> Triangle()(torch.tensor([-0.5, 0.0, 0.5]))
+        tensor([0., 1., 1.])
+    """
+
+    id: ClassVar[int | None] = None
+
+    def __init__(self, alpha: float = 1.0, spiking: bool = True) -> None:
+        super().__init__()
+        if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not 0 < alpha < math.inf:
+            raise ValueError(f"alpha must be a finite number above 0, got {alpha!r}")
+        self.alpha = float(alpha)
+        self.spiking = spiking
+
+    def derivative(self, u: Tensor) -> Tensor:
+        """The derivative of a spike by ``u``, of ``u``'s shape and dtype."""
+        return self._derivative(u, self.alpha)
+
+    def primitive(self, u: Tensor) -> Tensor:
+        """The function whose derivative this is, rising from 0 to 1 where it is bounded."""
+        return self._primitive(u, self.alpha)
+
+    @staticmethod
+    def _derivative(u: Tensor, alpha: float) -> Tensor:
+        raise NotImplementedError("a surrogate of your own overrides derivative(self, u)")
+
+    @staticmethod
+    def _primitive(u: Tensor, alpha: float) -> Tensor:
+        raise NotImplementedError("this surrogate has no primitive: spiking=False is not available for it")
+
+    def set_spiking_mode(self, spiking: bool) -> None:
+        """Switch between spikes (``True``) and the smooth primitive (``False``)."""
+        self.spiking = spiking
+
+    def forward(self, u: Tensor) -> Tensor:
+        if not self.spiking:
+            return self.primitive(u)
+        if type(self).derivative is SurrogateFunction.derivative and self.id is not None:
+            return _Spike.apply(u, self.id, self.alpha)
+        return _UserSpike.apply(u, self)
+
+    def extra_repr(self) -> str:
+        return f"alpha={self.alpha}, spiking={self.spiking}"
+
+
+class Sigmoid(SurrogateFunction):
+    """``alpha * sigmoid(alpha u) * (1 - sigmoid(alpha u))``; SpikingJelly's default.
+
+    Example:
+        >>> Sigmoid(alpha=4.0).derivative(torch.tensor(0.0))
+        tensor(1.)
+    """
+
+    id = 0
+
+    def __init__(self, alpha: float = 4.0, spiking: bool = True) -> None:
+        super().__init__(alpha, spiking)
+
+    @staticmethod
+    def _derivative(u: Tensor, alpha: float) -> Tensor:
+        s = (u * alpha).sigmoid()
+        return (1.0 - s) * s * alpha
+
+    @staticmethod
+    def _primitive(u: Tensor, alpha: float) -> Tensor:
+        return (u * alpha).sigmoid()
+
+
+class ATan(SurrogateFunction):
+    """``(alpha / 2) / (1 + (pi alpha u / 2)^2)`` (Fang et al., ICCV 2021)."""
+
+    id = 1
+
+    def __init__(self, alpha: float = 2.0, spiking: bool = True) -> None:
+        super().__init__(alpha, spiking)
+
+    @staticmethod
+    def _derivative(u: Tensor, alpha: float) -> Tensor:
+        scaled = u * (math.pi / 2 * alpha)
+        return (alpha / 2) / (1.0 + scaled * scaled)
+
+    @staticmethod
+    def _primitive(u: Tensor, alpha: float) -> Tensor:
+        return (u * (math.pi / 2 * alpha)).atan() / math.pi + 0.5
+
+
+class PiecewiseQuadratic(SurrogateFunction):
+    """``max(0, alpha - alpha^2 |u|)``, a triangle (Esser et al., PNAS 2016)."""
+
+    id = 2
+
+    @staticmethod
+    def _derivative(u: Tensor, alpha: float) -> Tensor:
+        return torch.where(u.abs() > 1 / alpha, torch.zeros_like(u), alpha - alpha**2 * u.abs())
+
+    @staticmethod
+    def _primitive(u: Tensor, alpha: float) -> Tensor:
+        inside = -(alpha**2) / 2 * u.square() * u.sign() + alpha * u + 0.5
+        return torch.where(u.abs() > 1 / alpha, (u > 0).to(u), inside)
+
+
+class PiecewiseExp(SurrogateFunction):
+    """``(alpha / 2) exp(-alpha |u|)`` (Shrestha and Orchard, NeurIPS 2018)."""
+
+    id = 3
+
+    @staticmethod
+    def _derivative(u: Tensor, alpha: float) -> Tensor:
+        return alpha / 2 * (-alpha * u.abs()).exp()
+
+    @staticmethod
+    def _primitive(u: Tensor, alpha: float) -> Tensor:
+        tail = (-alpha * u.abs()).exp() / 2
+        return torch.where(u >= 0, 1 - tail, tail)
+
+
+class SoftSign(SurrogateFunction):
+    """``1 / (2 alpha (1 / alpha + |u|)^2)``."""
+
+    id = 4
+
+    def __init__(self, alpha: float = 2.0, spiking: bool = True) -> None:
+        super().__init__(alpha, spiking)
+
+    @staticmethod
+    def _derivative(u: Tensor, alpha: float) -> Tensor:
+        return 1 / (2 * alpha * (1 / alpha + u.abs()).square())
+
+    @staticmethod
+    def _primitive(u: Tensor, alpha: float) -> Tensor:
+        return (F.softsign(u * alpha) + 1.0) / 2.0
+
+
+class SuperSpike(SurrogateFunction):
+    """``alpha / (1 + |u|)^2`` (Zenke and Ganguli, Neural Computation 2018)."""
+
+    id = 5
+
+    @staticmethod
+    def _derivative(u: Tensor, alpha: float) -> Tensor:
+        return alpha / (1.0 + u.abs()).square()
+
+
+class Erf(SurrogateFunction):
+    """``(alpha / sqrt(pi)) exp(-(alpha u)^2)``."""
+
+    id = 6
+
+    def __init__(self, alpha: float = 2.0, spiking: bool = True) -> None:
+        super().__init__(alpha, spiking)
+
+    @staticmethod
+    def _derivative(u: Tensor, alpha: float) -> Tensor:
+        return (-(u * alpha).square()).exp() * (alpha / math.sqrt(math.pi))
+
+    @staticmethod
+    def _primitive(u: Tensor, alpha: float) -> Tensor:
+        return torch.erfc(-alpha * u) / 2.0
+
+
+class Rect(SurrogateFunction):
+    """``alpha`` where ``|u| < 1 / (2 alpha)``, else 0."""
+
+    id = 7
+
+    @staticmethod
+    def _derivative(u: Tensor, alpha: float) -> Tensor:
+        return alpha * (u.abs() < 0.5 / alpha).to(u)
+
+    @staticmethod
+    def _primitive(u: Tensor, alpha: float) -> Tensor:
+        return (alpha * u + 0.5).clamp(0.0, 1.0)
+
+
+Rectangular = Rect
+
+SURROGATES: tuple[type[SurrogateFunction], ...] = (
+    Sigmoid,
+    ATan,
+    PiecewiseQuadratic,
+    PiecewiseExp,
+    SoftSign,
+    SuperSpike,
+    Erf,
+    Rect,
+)
+
+
+def is_fused(surrogate: SurrogateLike) -> bool:
+    """Whether the kernels know this surrogate: one of the eight, unchanged and spiking."""
+    return type(surrogate) in SURROGATES and surrogate.spiking  # type: ignore[union-attr]
