@@ -53,14 +53,16 @@ template <class R, class F>
 SNNFAST_FN void with_known_division(Params<R> p, F f) {
   if (p.division == kMultiply) {
     p.division = kMultiply;
-    f(p);
-  } else if (p.division == kCorrected) {
-    p.division = kCorrected;
-    f(p);
-  } else {
-    p.division = kDivide;
-    f(p);
+    return f(p);
   }
+  if constexpr (kHasFusedMultiplyAdd && sizeof(R) == sizeof(float)) {
+    if (p.division == kCorrected) {
+      p.division = kCorrected;
+      return f(p);
+    }
+  }
+  p.division = kDivide;
+  f(p);
 }
 
 template <class Neuron, class T, class R>

@@ -1,10 +1,11 @@
-// The time loop on the GPU, per thread: a thread owns W neighbouring neurons, keeps their state in registers, and walks
-// through time. Nothing but memory traffic limits it, so every row that can be in flight is asked for before the first
-// step needs it, in accesses of up to 16 bytes.
+// The time loop on the GPU: a thread owns W neighbouring neurons, keeps their state in registers, and walks through
+// time. Memory traffic is the limit, so rows are asked for well before the step that needs them, in accesses of up to
+// 16 bytes.
 //
-// A kernel exists per neuron, dtype and bucket of T. The exact buckets (T = kSteps known to the compiler) are straight
-// lines; the open one takes any T in segments of kSteps, each step replacing the row that it has just used by the one
-// kSteps away. The backward recomputes the tape of a segment in registers.
+// A kernel exists per neuron, dtype and bucket of T. In the exact buckets the compiler knows T: all rows are asked for
+// before the first step, and the backward recomputes its tape in registers. The open bucket takes any T: a ring of rows
+// is in flight, and the backward keeps the tape of a segment of steps in shared memory, re-running one segment after
+// the other from states that a first sweep has left in the workspace.
 //
 // Plain functions over Call, so that tests/cuda_host_shim can run the very same source on the CPU.
 #pragma once
@@ -21,7 +22,8 @@ namespace {
 #define SNNFAST_DEVICE __device__ __forceinline__
 
 constexpr int kThreads = 128;  // per block
-constexpr int kSegment = 16;   // steps of the open bucket
+constexpr int kOpen = 0;       // as the T of a kernel: any
+constexpr int kSegment = 16;   // steps of the open backward between kept states
 
 // ---- memory ----
 template <int bytes>
@@ -130,40 +132,60 @@ SNNFAST_DEVICE Params<R> with_decay(Params<R> p, const Call& c) {
   return p;
 }
 
-// Calls f with the way of dividing known to the compiler: one branch per thread, not one per neuron and step. There is
-// no gain here in kCorrected, which is kDivide to the last bit.
-template <class Neuron, class R, class F>
+// Calls f with the way of dividing known to the compiler, so that it branches once and not per step. kCorrected is
+// kDivide to the last bit and gains nothing here; neither does kMultiply where the code size is not worth it.
+template <bool multiplies, class R, class F>
 SNNFAST_DEVICE void with_known_division(Params<R> p, F f) {
-  if (Neuron::kDivides && p.division == kMultiply) {
-    p.division = kMultiply;
-    f(p);
-  } else {
-    p.division = kDivide;
-    f(p);
-  }
+  if constexpr (multiplies)
+    if (p.division == kMultiply) {
+      p.division = kMultiply;
+      return f(p);
+    }
+  p.division = kDivide;
+  f(p);
 }
 
-// Walks the state from step 0 to step T, calling after_step(t, spikes, state) on the way.
-template <class Neuron, int kSteps, bool kExact, class T, class R, int W, class F>
-SNNFAST_DEVICE void walk(const T* x, int64_t N, int64_t runtime_T, R (&state)[W][Neuron::kStates],
-                         const Params<R>& known, F after_step) {
-  const int64_t T_ = kExact ? kSteps : runtime_T;
-  Pack<T, W> ahead[kSteps];
-  SNNFAST_UNROLL
-  for (int j = 0; j < kSteps; ++j)
-    if (kExact || j < T_) ahead[j] = load<W>(x + j * N);
-  with_known_division<Neuron>(known, [&](const Params<R> p) {
-    for (int64_t first = 0; first < T_; first += kSteps) {
+// A row of x or grad_s and those that follow it in the direction of the walk, `stride` elements apart, of which up to
+// kAhead are in flight.
+template <class T, int W, int kAhead, bool kExact>
+struct Rows {
+  const T* next;  // the first that is not yet asked for
+  int64_t stride;
+  int64_t left;  // how many of those there are
+  Pack<T, W> ahead[kAhead];
+
+  SNNFAST_DEVICE Rows(const T* first, int64_t stride_, int64_t count) : next(first), stride(stride_), left(count) {
+    SNNFAST_UNROLL
+    for (int i = 0; i < kAhead; ++i) ask(i);
+  }
+  SNNFAST_DEVICE void ask(int i) {
+    if (!kExact && left <= 0) return;
+    ahead[i] = load<W>(next);
+    next += stride;
+    --left;
+  }
+  template <class R>
+  SNNFAST_DEVICE void take(int i, R (&row)[W]) {
+    unpack(ahead[i], row);
+    if constexpr (!kExact) ask(i);
+  }
+};
+
+// Takes the state through `count` steps (kAhead of them if exact) and calls after_step(i, spikes, tape, state) for
+// each, with i a constant in the exact case.
+template <class Neuron, bool multiplies, class T, class R, int W, int kAhead, bool kExact, class F>
+SNNFAST_DEVICE void walk(Rows<T, W, kAhead, kExact>& x, int64_t count, R (&state)[W][Neuron::kStates],
+                         const Params<R>& params, F after_step) {
+  with_known_division<multiplies && Neuron::kDivides>(params, [&](const Params<R> p) {
+    for (int64_t base = 0; kExact ? base == 0 : base < count; base += kAhead) {
       SNNFAST_UNROLL
-      for (int j = 0; j < kSteps; ++j) {
-        const int64_t t = first + j;
-        if (!kExact && t >= T_) break;
-        R in[W], s[W], tape[Neuron::kTape];
-        unpack(ahead[j], in);
-        if (!kExact && t + kSteps < T_) ahead[j] = load<W>(x + (t + kSteps) * N);
+      for (int i = 0; i < kAhead; ++i) {
+        if (!kExact && base + i >= count) break;
+        R x_now[W], s[W], tape[W][Neuron::kTape];
+        x.take(i, x_now);
         SNNFAST_UNROLL
-        for (int w = 0; w < W; ++w) s[w] = Neuron::step(in[w], state[w], tape, p);
-        after_step(t, s, state);
+        for (int w = 0; w < W; ++w) s[w] = Neuron::step(x_now[w], state[w], tape[w], p);
+        after_step(kExact ? i : base + i, s, tape, state);
       }
     }
   });
@@ -173,11 +195,11 @@ SNNFAST_DEVICE void walk(const T* x, int64_t N, int64_t runtime_T, R (&state)[W]
 template <class R, int W, int entries>
 SNNFAST_DEVICE void surrogate_derivatives(const R (&tape)[W][entries], R (&derivative)[W], const Params<R>& p) {
   switch (p.surrogate) {
-#define SNNFAST_CASE(id, Surrogate)                                               \
-  case id:                                                                        \
-    SNNFAST_UNROLL                                                                \
-    for (int w = 0; w < W; ++w)                                                   \
-      derivative[w] = Surrogate::derivative(tape[w][0] - p.threshold, p.alpha);   \
+#define SNNFAST_CASE(id, Surrogate)                                             \
+  case id:                                                                      \
+    SNNFAST_UNROLL                                                              \
+    for (int w = 0; w < W; ++w)                                                 \
+      derivative[w] = Surrogate::derivative(tape[w][0] - p.threshold, p.alpha); \
     return;
     SNNFAST_SURROGATES(SNNFAST_CASE)
 #undef SNNFAST_CASE
@@ -187,129 +209,208 @@ SNNFAST_DEVICE void surrogate_derivatives(const R (&tape)[W][entries], R (&deriv
 }
 
 // ---- forward ----
-template <class Neuron, class T, int kSteps, bool kExact, int W>
+template <class Neuron, class T, int kT, int kAhead, int W>
 __global__ void __launch_bounds__(kThreads)
     forward_kernel(const Call c, const Params<typename StateOf<T>::type> params) {
   using R = typename StateOf<T>::type;
+  constexpr bool kExact = kT != kOpen;
   const Params<R> p = with_decay<Neuron>(params, c);
-  const int64_t stride = int64_t(gridDim.x) * kThreads * W;
-  for (int64_t n = (int64_t(blockIdx.x) * kThreads + threadIdx.x) * W; n < c.N; n += stride) {
+  const int64_t turn = int64_t(gridDim.x) * kThreads * W;
+  for (int64_t n = (int64_t(blockIdx.x) * kThreads + threadIdx.x) * W; n < c.N; n += turn) {
+    Rows<T, W, kAhead, kExact> x(static_cast<const T*>(c.x) + n, c.N, c.T);
     R state[W][Neuron::kStates];
     load_states(c.state, n, c.v_init, state);
-    T* const s_out = static_cast<T*>(c.s) + n;
-    R* const v_seq = static_cast<R*>(c.v_seq);
-    walk<Neuron, kSteps, kExact>(static_cast<const T*>(c.x) + n, c.N, c.T, state, p,
-                                 [&](int64_t t, const R(&s)[W], const R(&v)[W][Neuron::kStates]) {
-                                   store(s_out + t * c.N, s);
-                                   if (v_seq) store_state(v_seq + t * c.N + n, 0, v);
-                                 });
+    T* s_out = static_cast<T*>(c.s) + n;
+    R* v_seq = static_cast<R*>(c.v_seq) + n;
+    const auto after_step = [&](int64_t, const R(&s)[W], const R(&)[W][Neuron::kTape],
+                                const R(&now)[W][Neuron::kStates]) {
+      store(s_out, s);
+      s_out += c.N;
+      if (c.v_seq) {
+        store_state(v_seq, 0, now);
+        v_seq += c.N;
+      }
+    };
+    walk<Neuron, (W > 1)>(x, c.T, state, p, after_step);
     SNNFAST_UNROLL
     for (int k = 0; k < Neuron::kStates; ++k) store_state(static_cast<R*>(c.final_state[k]) + n, k, state);
   }
 }
 
 // ---- backward ----
-// The state after `segment` whole segments, kept by the first sweep for the second: [segments - 1, states, N].
-template <class Neuron, class R>
-SNNFAST_DEVICE R* checkpoint(const Call& c, int64_t segment, int k) {
-  return static_cast<R*>(c.workspace) + ((segment - 1) * Neuron::kStates + k) * c.N;
+// What goes back through time with a thread's neurons.
+template <class Neuron, class T, int W>
+struct Backward {
+  using R = typename StateOf<T>::type;
+  const Params<R>& p;
+  int64_t N;
+  const R* grad_v_seq;  // at the step that is next, like grad_x; null for none
+  T* grad_x;
+  R grad_state[W][Neuron::kStates];
+  R grad_decay;
+
+  SNNFAST_DEVICE void step(const R (&grad_s)[W], const R (&tape)[W][Neuron::kTape],
+                           const R (&before)[W][Neuron::kStates]) {
+    R grad_x_now[W], derivative[W];
+    if (grad_v_seq) {
+      R grad_v[W];
+      unpack(load<W>(grad_v_seq), grad_v);
+      SNNFAST_UNROLL
+      for (int w = 0; w < W; ++w) grad_state[w][0] += grad_v[w];
+      grad_v_seq -= N;
+    }
+    surrogate_derivatives(tape, derivative, p);
+    SNNFAST_UNROLL
+    for (int w = 0; w < W; ++w)
+      grad_x_now[w] = Neuron::step_backward(grad_s[w], grad_state[w], tape[w], before[w], derivative[w], p, grad_decay);
+    store(grad_x, grad_x_now);
+    grad_x -= N;
+  }
+};
+template <class Neuron, class T, int W>
+SNNFAST_DEVICE Backward<Neuron, T, W> start_backward(const Call& c,
+                                                     const Params<typename StateOf<T>::type>& p, int64_t n) {
+  using R = typename StateOf<T>::type;
+  const int64_t last = (c.T - 1) * c.N + n;
+  Backward<Neuron, T, W> back{p, c.N, static_cast<const R*>(c.grad_v_seq), static_cast<T*>(c.grad_x) + last, {}, R(0)};
+  if (back.grad_v_seq) back.grad_v_seq += last;
+  load_states(c.grad_final_state, n, 0.0, back.grad_state);
+  return back;
+}
+template <class Neuron, class T, int W>
+SNNFAST_DEVICE void end_backward(const Call& c, const Backward<Neuron, T, W>& back, int64_t n) {
+  SNNFAST_UNROLL
+  for (int k = 0; k < Neuron::kStates; ++k)
+    if (c.grad_state[k])
+      store_state(static_cast<typename StateOf<T>::type*>(c.grad_state[k]) + n, k, back.grad_state);
 }
 
-// All of a thread's backward for the neurons from n on; returns their part of the decay's gradient.
-template <class Neuron, class T, int kSteps, bool kExact, int W, class R>
-SNNFAST_DEVICE double backward_neurons(const Call& c, const Params<R>& p, int64_t n) {
+// The backward of the neurons from n on, the tape in registers; returns their part of the decay's gradient.
+template <class Neuron, class T, int kT, int W, class R>
+SNNFAST_DEVICE double backward_exact(const Call& c, const Params<R>& p, int64_t n) {
   constexpr int kStates = Neuron::kStates, kTape = Neuron::kTape;
-  const int64_t N = c.N, T_ = kExact ? kSteps : c.T;
-  const T* const x = static_cast<const T*>(c.x) + n;
-  const T* const grad_s = static_cast<const T*>(c.grad_s);
-  const R* const grad_v_seq = static_cast<const R*>(c.grad_v_seq);
-  T* const grad_x = static_cast<T*>(c.grad_x) + n;
-  const int64_t last = kExact ? 0 : (T_ + kSteps - 1) / kSteps - 1;  // segment
+  Rows<T, W, kT, true> x(static_cast<const T*>(c.x) + n, c.N, kT);
+  R start[W][kStates], state[W][kStates], all[kT][W][kTape];
+  load_states(c.state, n, c.v_init, start);
+  Pack<T, W> grad_s[kT];
+  if (c.grad_s) {
+    const Rows<T, W, kT, true> rows(static_cast<const T*>(c.grad_s) + n, c.N, kT);
+    memcpy(grad_s, rows.ahead, sizeof(grad_s));
+  }
+  auto back = start_backward<Neuron, T, W>(c, p, n);
+  memcpy(state, start, sizeof(state));
+  walk<Neuron, true>(x, kT, state, p, [&](int i, const R(&)[W], const R(&tape)[W][kTape], const R(&)[W][kStates]) {
+    memcpy(all[i], tape, sizeof(tape));
+  });
+  SNNFAST_UNROLL
+  for (int t = kT - 1; t >= 0; --t) {
+    R grad_s_now[W] = {}, before[W][kStates] = {};
+    if (c.grad_s) unpack(grad_s[t], grad_s_now);
+    if constexpr (Neuron::kLearnable) {
+      SNNFAST_UNROLL
+      for (int w = 0; w < W; ++w)
+        if (t > 0)
+          Neuron::after(all[t > 0 ? t - 1 : 0][w], before[w], p);
+        else
+          memcpy(before[w], start[w], sizeof(before[w]));
+    }
+    back.step(grad_s_now, all[t], before);
+  }
+  end_backward(c, back, n);
+  return back.grad_decay;
+}
 
-  if (!kExact && last > 0) {
+// A segment's tape of the block's neurons.
+template <class Neuron, class R, int W>
+using SharedTape = Pack<R, W>[kSegment][Neuron::kTape][kThreads];
+
+template <class R, int W, int kTape>
+SNNFAST_DEVICE void write_tape(Pack<R, W> (&to)[kTape][kThreads], const R (&tape)[W][kTape]) {
+  SNNFAST_UNROLL
+  for (int k = 0; k < kTape; ++k) {
+    R lanes[W];
+    SNNFAST_UNROLL
+    for (int w = 0; w < W; ++w) lanes[w] = tape[w][k];
+    memcpy(&to[k][threadIdx.x], lanes, sizeof(lanes));
+  }
+}
+template <class R, int W, int kTape>
+SNNFAST_DEVICE void read_tape(const Pack<R, W> (&from)[kTape][kThreads], R (&tape)[W][kTape]) {
+  SNNFAST_UNROLL
+  for (int k = 0; k < kTape; ++k) {
+    R lanes[W];
+    unpack(from[k][threadIdx.x], lanes);
+    SNNFAST_UNROLL
+    for (int w = 0; w < W; ++w) tape[w][k] = lanes[w];
+  }
+}
+
+// The same for any T. The workspace, [segments - 1, states, N], has the states at the starts of all segments but the
+// first.
+template <class Neuron, class T, int kAhead, int W, class R>
+SNNFAST_DEVICE double backward_open(const Call& c, const Params<R>& p, int64_t n, SharedTape<Neuron, R, W>& shared) {
+  constexpr int kStates = Neuron::kStates, kTape = Neuron::kTape;
+  const T* const x_in = static_cast<const T*>(c.x) + n;
+  const int64_t last = (c.T - 1) / kSegment;  // segment
+  const auto kept = [&](int64_t segment, int k) {
+    return static_cast<R*>(c.workspace) + ((segment - 1) * kStates + k) * c.N + n;
+  };
+  if (last > 0) {
     R state[W][kStates];
     load_states(c.state, n, c.v_init, state);
-    walk<Neuron, kSteps, false>(x, N, last * kSteps, state, p,
-                                [&](int64_t t, const R(&)[W], const R(&v)[W][kStates]) {
-                                  if ((t + 1) % kSteps != 0) return;
-                                  SNNFAST_UNROLL
-                                  for (int k = 0; k < kStates; ++k)
-                                    store_state(checkpoint<Neuron, R>(c, (t + 1) / kSteps, k) + n, k, v);
-                                });
+    Rows<T, W, kAhead, false> x(x_in, c.N, last * kSegment);
+    const auto keep = [&](int64_t t, const R(&)[W], const R(&)[W][kTape], const R(&now)[W][kStates]) {
+      if ((t + 1) % kSegment != 0) return;
+      SNNFAST_UNROLL
+      for (int k = 0; k < kStates; ++k) store_state(kept((t + 1) / kSegment, k), k, now);
+    };
+    walk<Neuron, (W > 1)>(x, last * kSegment, state, p, keep);
   }
 
-  Pack<T, W> x_ahead[kSteps], grad_s_ahead[kSteps];
-  SNNFAST_UNROLL
-  for (int j = 0; j < kSteps; ++j)
-    if (kExact || last * kSteps + j < T_) x_ahead[j] = load<W>(x + (last * kSteps + j) * N);
-  SNNFAST_UNROLL
-  for (int j = kSteps - 1; j >= 0; --j)
-    if (grad_s && (kExact || last * kSteps + j < T_))
-      grad_s_ahead[j] = load<W>(grad_s + (last * kSteps + j) * N + n);
-  R grad_state[W][kStates];
-  load_states(c.grad_final_state, n, 0.0, grad_state);
-
-  double grad_decay_sum = 0;
+  auto back = start_backward<Neuron, T, W>(c, p, n);
+  Rows<T, W, kAhead, false> grad_s(static_cast<const T*>(c.grad_s) + (c.T - 1) * c.N + n, -c.N, c.grad_s ? c.T : 0);
+  double grad_decay = 0;
   for (int64_t segment = last; segment >= 0; --segment) {
-    const int64_t first = segment * kSteps;
-    R start[W][kStates], tape[kSteps][W][kTape];
-    const void* from[kMaxStates];
+    const int64_t first = segment * kSegment;
+    const int steps = int(c.T - first < kSegment ? c.T - first : kSegment);
+    Rows<T, W, kAhead, false> x(x_in + first * c.N, c.N, steps);
+    const void* from[kMaxStates] = {};
     SNNFAST_UNROLL
-    for (int k = 0; k < kStates; ++k) from[k] = segment > 0 ? checkpoint<Neuron, R>(c, segment, k) : c.state[k];
+    for (int k = 0; k < kStates; ++k) from[k] = segment > 0 ? kept(segment, k) - n : c.state[k];
+    R start[W][kStates], state[W][kStates];
     load_states(from, n, c.v_init, start);
-
-    with_known_division<Neuron>(p, [&](const Params<R> known) {
-      R state[W][kStates];
-      memcpy(state, start, sizeof(state));
+    memcpy(state, start, sizeof(state));
+    walk<Neuron, (W > 1)>(x, steps, state, p,
+                          [&](int64_t i, const R(&)[W], const R(&tape)[W][kTape], const R(&)[W][kStates]) {
+                            write_tape(shared[i], tape);
+                          });
+    R tape[W][kTape], tape_before[W][kTape];
+    read_tape(shared[steps - 1], tape);
+    back.grad_decay = 0;
+    for (int base = steps - 1; base >= 0; base -= kAhead) {
       SNNFAST_UNROLL
-      for (int j = 0; j < kSteps; ++j) {
-        if (!kExact && first + j >= T_) break;
-        R in[W];
-        unpack(x_ahead[j], in);
-        SNNFAST_UNROLL
-        for (int w = 0; w < W; ++w) Neuron::step(in[w], state[w], tape[j][w], known);
-      }
-    });
-
-    R grad_decay = 0;
-    SNNFAST_UNROLL
-    for (int j = kSteps - 1; j >= 0; --j) {
-      const int64_t t = first + j;
-      if (kExact || t < T_) {
-        R grad_s_in[W] = {}, grad_x_out[W], derivative[W];
-        if (grad_s) unpack(grad_s_ahead[j], grad_s_in);
-        if (grad_v_seq) {
-          R grad_v[W];
-          unpack(load<W>(grad_v_seq + t * N + n), grad_v);
+      for (int i = 0; i < kAhead; ++i) {
+        const int t = base - i;
+        if (t < 0) break;
+        R grad_s_now[W] = {}, before[W][kStates] = {};
+        if (c.grad_s) grad_s.take(i, grad_s_now);
+        if (t > 0) read_tape(shared[t - 1], tape_before);
+        if constexpr (Neuron::kLearnable) {
           SNNFAST_UNROLL
-          for (int w = 0; w < W; ++w) grad_state[w][0] += grad_v[w];
-        }
-        surrogate_derivatives(tape[j], derivative, p);
-        SNNFAST_UNROLL
-        for (int w = 0; w < W; ++w) {
-          R before[kStates] = {};
-          if constexpr (Neuron::kLearnable) {
-            if (j > 0)
-              Neuron::after(tape[j > 0 ? j - 1 : 0][w], before, p);
+          for (int w = 0; w < W; ++w)
+            if (t > 0)
+              Neuron::after(tape_before[w], before[w], p);
             else
-              memcpy(before, start[w], sizeof(before));
-          }
-          grad_x_out[w] =
-              Neuron::step_backward(grad_s_in[w], grad_state[w], tape[j][w], before, derivative[w], p, grad_decay);
+              memcpy(before[w], start[w], sizeof(before[w]));
         }
-        store(grad_x + t * N, grad_x_out);
-      }
-      if (!kExact && segment > 0) {
-        x_ahead[j] = load<W>(x + (t - kSteps) * N);
-        if (grad_s) grad_s_ahead[j] = load<W>(grad_s + (t - kSteps) * N + n);
+        back.step(grad_s_now, tape, before);
+        memcpy(tape, tape_before, sizeof(tape));
       }
     }
-    grad_decay_sum += grad_decay;
+    grad_decay += back.grad_decay;
   }
-  SNNFAST_UNROLL
-  for (int k = 0; k < kStates; ++k)
-    if (c.grad_state[k]) store_state(static_cast<R*>(c.grad_state[k]) + n, k, grad_state);
-  return grad_decay_sum;
+  end_backward(c, back, n);
+  return grad_decay;
 }
 
 // The block's sum, in an order that depends on nothing but the block; valid in thread 0.
@@ -324,15 +425,21 @@ __device__ inline double block_sum(double value) {
   return sum;
 }
 
-template <class Neuron, class T, int kSteps, bool kExact, int W>
+template <class Neuron, class T, int kT, int kAhead, int W>
 __global__ void __launch_bounds__(kThreads)
     backward_kernel(const Call c, const Params<typename StateOf<T>::type> params) {
   using R = typename StateOf<T>::type;
   const Params<R> p = with_decay<Neuron>(params, c);
-  const int64_t stride = int64_t(gridDim.x) * kThreads * W;
+  const int64_t turn = int64_t(gridDim.x) * kThreads * W;
   double grad_decay = 0;
-  for (int64_t n = (int64_t(blockIdx.x) * kThreads + threadIdx.x) * W; n < c.N; n += stride)
-    grad_decay += backward_neurons<Neuron, T, kSteps, kExact, W>(c, p, n);
+  for (int64_t n = (int64_t(blockIdx.x) * kThreads + threadIdx.x) * W; n < c.N; n += turn) {
+    if constexpr (kT != kOpen) {
+      grad_decay += backward_exact<Neuron, T, kT, W>(c, p, n);
+    } else {
+      __shared__ SharedTape<Neuron, R, W> tape;
+      grad_decay += backward_open<Neuron, T, kAhead, W>(c, p, n, tape);
+    }
+  }
   if constexpr (Neuron::kLearnable) {
     grad_decay = block_sum(grad_decay);
     if (threadIdx.x == 0) static_cast<double*>(c.grad_decay_partial)[blockIdx.x] = grad_decay;

@@ -161,7 +161,7 @@ struct ParametricLIFCharge {
       return grad_h;
     }
     // x - (v - v_reset) is (h - v) / decay; x itself is not read again. A decay of 0 has no gradient through sigmoid.
-    if (p.decay != R(0)) grad_decay += grad_h * ((h - v) / p.decay);
+    if (p.decay != R(0)) grad_decay += grad_h * quotient(h - v, broadcast<V>(p.decay));
     return grad_h * p.decay;
   }
 };

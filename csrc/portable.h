@@ -79,6 +79,18 @@ SNNFAST_FN double multiply_add(double a, double b, double c) {
 #endif
 }
 
+// For gradients as well: on a GPU without the code of an IEEE division, which would be most of a backward kernel.
+template <class V>
+SNNFAST_FN V quotient(V a, V b) {
+  return a / b;
+}
+#ifdef __CUDA_ARCH__
+template <>
+SNNFAST_FN float quotient<float>(float a, float b) {
+  return __fdividef(a, b);
+}
+#endif
+
 // p * 2^n for a whole n <= 0, which also stands in the low bits of `shifted` (see exp_nonpositive); 0 where 2^n would
 // leave the normal range, NaN where n is.
 SNNFAST_FN float scale_by_exponent(float p, float n, float shifted) {

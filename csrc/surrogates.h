@@ -69,14 +69,14 @@ struct Sigmoid {  // alpha * sigmoid(alpha u) * (1 - sigmoid(alpha u)), in the f
   static SNNFAST_FN V derivative(V u, R alpha) {
     const V e = exp_nonpositive<V>(-absolute(u * alpha));
     const V one_plus = e + R(1);
-    return e * alpha / (one_plus * one_plus);
+    return quotient(e * alpha, one_plus * one_plus);
   }
 };
 struct ATan {
   template <class V, class R>
   static SNNFAST_FN V derivative(V u, R alpha) {
     const V scaled = u * (R(1.57079632679489661923) * alpha);
-    return broadcast<V>(alpha / R(2)) / multiply_add(scaled, scaled, broadcast<V>(R(1)));
+    return quotient(broadcast<V>(alpha / R(2)), multiply_add(scaled, scaled, broadcast<V>(R(1))));
   }
 };
 struct PiecewiseQuadratic {
@@ -95,15 +95,15 @@ struct PiecewiseExp {
 struct SoftSign {
   template <class V, class R>
   static SNNFAST_FN V derivative(V u, R alpha) {
-    const V d = absolute(u) + R(1) / alpha;
-    return broadcast<V>(R(1) / (R(2) * alpha)) / (d * d);
+    const V d = absolute(u) + quotient(R(1), alpha);
+    return quotient(broadcast<V>(quotient(R(1), R(2) * alpha)), d * d);
   }
 };
 struct SuperSpike {
   template <class V, class R>
   static SNNFAST_FN V derivative(V u, R alpha) {
     const V d = absolute(u) + R(1);
-    return broadcast<V>(alpha) / (d * d);
+    return quotient(broadcast<V>(alpha), d * d);
   }
 };
 struct Erf {

@@ -9,6 +9,6 @@ torch.Size([16, 2, 4])
 from . import functional, neuron, surrogate
 from .neuron import IFNode, LIFNode, ParametricLIFNode
 
-__version__ = "0.1.0"
+from ._version import __version__
 
 __all__ = ["IFNode", "LIFNode", "ParametricLIFNode", "__version__", "functional", "neuron", "surrogate"]

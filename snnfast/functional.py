@@ -161,7 +161,7 @@ def _check_state(v: Any, x: Tensor) -> float | Tensor:
 
 # ---- one neuron over time ----
 def _constants(
-    neuron: Neuron,
+    neuron: int,
     surrogate: int,
     alpha: float,
     tau: float,
@@ -179,12 +179,12 @@ def _constants(
         | (dynamics.STORE_V_SEQ if store_v_seq else 0)
     )
     return Constants(
-        neuron.id,
+        neuron,
         surrogate,
         flags,
         check_number("v_threshold", v_threshold),
         0.0 if v_reset is None else check_number("v_reset", v_reset),
-        check_tau("tau", tau) if neuron is dynamics.LIF else 1.0,
+        check_tau("tau", tau) if neuron == dynamics.LIF.id else 1.0,
         alpha,
         v_init,
     )
@@ -218,7 +218,7 @@ def multi_step(
             is_tensor = isinstance(v, Tensor)
             make = _constants if torch.compiler.is_compiling() else _cached_constants
             constants = make(
-                neuron,
+                neuron.id,
                 surrogate_function.id,  # type: ignore[union-attr,arg-type]
                 surrogate_function.alpha,  # type: ignore[union-attr,arg-type]
                 tau,
