@@ -10,48 +10,49 @@
 namespace snnfast {
 namespace {
 
-template <int kSteps_, bool kExact_, bool kWide_>
+template <int kT_, bool kWide_>
 struct Bucket {
-  static constexpr int kSteps = kSteps_;
-  static constexpr bool kExact = kExact_;
+  static constexpr int kT = kT_;
   static constexpr bool kWide = kWide_;
 };
 
-template <class T>
-constexpr int kWidest = 16 / int(sizeof(T));
-template <class T, class Bucket>
-constexpr int kForwardWidth = Bucket::kWide ? kWidest<T> : 1;
-
-// The backward holds the tape and grad_s of its steps in registers: fewer neurons as the steps grow.
-constexpr int kBackwardBytes = 384;
-constexpr int backward_width(int widest, int bytes_per_neuron) {
-  while (widest > 1 && widest * bytes_per_neuron > kBackwardBytes) widest /= 2;
-  return widest;
-}
-template <class Neuron, class T, class Bucket>
-constexpr int kBackwardWidth =
-    Bucket::kWide ? backward_width(kWidest<T>, Bucket::kSteps * int(Neuron::kTape * sizeof(typename StateOf<T>::type) +
-                                                                    sizeof(T)))
-                  : 1;
-
-// float64 is there for checks and takes the open bucket; so does what cannot be read in wide accesses.
-template <class T, class F>
+// The bucket of a call. float64 is there for checks and takes the open one; so does what cannot be read in wide
+// accesses, and the forward of 16 steps, which needs no tape.
+template <class T, bool backward, class F>
 auto with_bucket(const Call& c, bool wide, F f) {
-  if (!wide) return f(Bucket<kSegment, false, false>());
+  if (!wide) return f(Bucket<kOpen, false>());
   if constexpr (sizeof(T) < 8) switch (c.T) {
       case 1:
-        return f(Bucket<1, true, true>());
+        return f(Bucket<1, true>());
       case 2:
-        return f(Bucket<2, true, true>());
+        return f(Bucket<2, true>());
       case 4:
-        return f(Bucket<4, true, true>());
+        return f(Bucket<4, true>());
       case 8:
-        return f(Bucket<8, true, true>());
+        return f(Bucket<8, true>());
       case 16:
-        return f(Bucket<16, true, true>());
+        return f(Bucket<(backward ? 16 : kOpen), true>());
     }
-  return f(Bucket<kSegment, false, true>());
+  return f(Bucket<kOpen, true>());
 }
+
+// What a thread does at once, by the registers that it takes: neurons (W) times rows in flight (kAhead).
+constexpr int smaller(int a, int b) { return a < b ? a : b; }
+template <class T>
+constexpr int kWidest = 16 / int(sizeof(T));
+
+template <class T, class Bucket>
+struct ForwardShape {
+  static constexpr int kAhead = Bucket::kT == kOpen ? 8 : Bucket::kT;
+  static constexpr int W = !Bucket::kWide ? 1 : kAhead <= 4 ? kWidest<T> : smaller(kWidest<T>, 4);
+};
+template <class Neuron, class T, class Bucket>
+struct BackwardShape {
+  static constexpr int kAhead = Bucket::kT == kOpen ? 4 : Bucket::kT;
+  static constexpr int bytes_per_neuron = kAhead * int(Neuron::kTape * sizeof(typename StateOf<T>::type) + sizeof(T));
+  static constexpr int most = Bucket::kT <= 4 && Bucket::kT != kOpen ? kWidest<T> : smaller(kWidest<T>, 4);
+  static constexpr int W = !Bucket::kWide ? 1 : most > 2 && most * bytes_per_neuron > 384 ? most / 2 : most;
+};
 
 template <class Neuron_, class T_>
 struct Kind {
@@ -105,12 +106,6 @@ bool wide_accesses(const Call& c, int W) {
   return aligned;
 }
 
-int64_t blocks_for(int64_t N, int W) {
-  const int64_t neurons = int64_t(kThreads) * W, most = 0x7fffffff;  // beyond that, blocks take several turns
-  const int64_t blocks = (N + neurons - 1) / neurons;
-  return blocks < most ? blocks : most;
-}
-
 std::string text(cudaError_t error) {
   if (error == cudaSuccess) return "";
   cudaGetLastError();  // it is reported here; the next call shall not report it again
@@ -131,22 +126,17 @@ std::string on_device(int device, F f) {
   return text(error);
 }
 
+// One thread for every W neurons.
 template <class R>
-cudaError_t launch(void (*kernel)(Call, Params<R>), Call c, int64_t blocks, void* stream) {
+cudaError_t launch(void (*kernel)(Call, Params<R>), Call c, int W, void* stream) {
+  const int64_t neurons = int64_t(kThreads) * W, blocks = (c.N + neurons - 1) / neurons;
+  if (blocks > 0x7fffffff) return cudaErrorInvalidConfiguration;
   Call without_decay = c;
   without_decay.decay = nullptr;  // a device pointer: the kernel reads it
   Params<R> p = params_of<R>(without_decay);
   void* arguments[] = {&c, &p};
   return cudaLaunchKernel(kernel, dim3(unsigned(blocks)), dim3(kThreads), arguments, 0,
                           static_cast<cudaStream_t>(stream));
-}
-
-// Blocks of the backward: they do not depend on the pointers' alignment, since cuda_decay_partials() does not know it.
-template <class Neuron, class T>
-int64_t backward_blocks(const Call& c) {
-  return with_bucket<T>(c, true, [&](auto bucket) {
-    return blocks_for(c.N, kBackwardWidth<Neuron, T, decltype(bucket)>);
-  });
 }
 
 }  // namespace
@@ -158,9 +148,9 @@ std::string cuda_forward(const Call& call, int device, void* stream) {
     return with_kind(call, [&](auto kind) {
       using Neuron = typename decltype(kind)::Neuron;
       using T = typename decltype(kind)::T;
-      return with_bucket<T>(call, wide_accesses<T>(call, kWidest<T>), [&](auto b) {
-        constexpr int W = kForwardWidth<T, decltype(b)>;
-        return launch(forward_kernel<Neuron, T, b.kSteps, b.kExact, W>, call, blocks_for(call.N, W), stream);
+      return with_bucket<T, false>(call, wide_accesses<T>(call, kWidest<T>), [&](auto b) {
+        using Shape = ForwardShape<T, decltype(b)>;
+        return launch(forward_kernel<Neuron, T, b.kT, Shape::kAhead, Shape::W>, call, Shape::W, stream);
       });
     });
   });
@@ -169,7 +159,7 @@ std::string cuda_forward(const Call& call, int device, void* stream) {
 std::string cuda_probe(int device) {
   return on_device(device, [] {
     cudaFuncAttributes attributes;
-    return cudaFuncGetAttributes(&attributes, forward_kernel<IF, float, 1, true, kWidest<float>>);
+    return cudaFuncGetAttributes(&attributes, forward_kernel<IF, float, 1, 1, kWidest<float>>);
   });
 }
 
@@ -183,10 +173,7 @@ int64_t cuda_backward_workspace(const Call& call) {
 }
 
 int64_t cuda_decay_partials(const Call& call) {
-  return with_kind(call, [&](auto kind) {
-    using Kind = decltype(kind);
-    return Kind::Neuron::kLearnable ? backward_blocks<typename Kind::Neuron, typename Kind::T>(call) : int64_t(0);
-  });
+  return with_kind(call, [&](auto kind) { return decltype(kind)::Neuron::kLearnable ? decay_partials(call.N) : 0; });
 }
 
 const char* cuda_architectures() { return SNNFAST_CUDA_ARCH_LIST; }
@@ -199,10 +186,9 @@ std::string cuda_backward(const Call& call, int device, void* stream) {
     return with_kind(call, [&](auto kind) {
       using Neuron = typename decltype(kind)::Neuron;
       using T = typename decltype(kind)::T;
-      return with_bucket<T>(call, wide_accesses<T>(call, kWidest<T>), [&](auto b) {
-        constexpr int W = kBackwardWidth<Neuron, T, decltype(b)>;
-        const int64_t blocks = Neuron::kLearnable ? backward_blocks<Neuron, T>(call) : blocks_for(call.N, W);
-        return launch(backward_kernel<Neuron, T, b.kSteps, b.kExact, W>, call, blocks, stream);
+      return with_bucket<T, true>(call, wide_accesses<T>(call, kWidest<T>), [&](auto b) {
+        using Shape = BackwardShape<Neuron, T, decltype(b)>;
+        return launch(backward_kernel<Neuron, T, b.kT, Shape::kAhead, Shape::W>, call, Shape::W, stream);
       });
     });
   });

@@ -25,6 +25,8 @@ constexpr int kThreads = 128;  // per block
 constexpr int kOpen = 0;       // as the T of a kernel: any
 constexpr int kSegment = 16;   // steps of the open backward between kept states
 
+SNNFAST_FN int64_t decay_partials(int64_t N) { return (N + kThreads - 1) / kThreads; }
+
 // ---- memory ----
 template <int bytes>
 struct AccessOf;
@@ -210,23 +212,23 @@ SNNFAST_DEVICE void surrogate_derivatives(const R (&tape)[W][entries], R (&deriv
 
 // ---- forward ----
 template <class Neuron, class T, int kT, int kAhead, int W>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 1)
     forward_kernel(const Call c, const Params<typename StateOf<T>::type> params) {
   using R = typename StateOf<T>::type;
   constexpr bool kExact = kT != kOpen;
-  const Params<R> p = with_decay<Neuron>(params, c);
-  const int64_t turn = int64_t(gridDim.x) * kThreads * W;
-  for (int64_t n = (int64_t(blockIdx.x) * kThreads + threadIdx.x) * W; n < c.N; n += turn) {
+  const int64_t n = (int64_t(blockIdx.x) * kThreads + threadIdx.x) * W;
+  if (n < c.N) {
+    const Params<R> p = with_decay<Neuron>(params, c);
     Rows<T, W, kAhead, kExact> x(static_cast<const T*>(c.x) + n, c.N, c.T);
     R state[W][Neuron::kStates];
     load_states(c.state, n, c.v_init, state);
     T* s_out = static_cast<T*>(c.s) + n;
-    R* v_seq = static_cast<R*>(c.v_seq) + n;
+    R* v_seq = c.v_seq ? static_cast<R*>(c.v_seq) + n : nullptr;
     const auto after_step = [&](int64_t, const R(&s)[W], const R(&)[W][Neuron::kTape],
                                 const R(&now)[W][Neuron::kStates]) {
       store(s_out, s);
       s_out += c.N;
-      if (c.v_seq) {
+      if (v_seq) {
         store_state(v_seq, 0, now);
         v_seq += c.N;
       }
@@ -285,6 +287,20 @@ SNNFAST_DEVICE void end_backward(const Call& c, const Backward<Neuron, T, W>& ba
       store_state(static_cast<typename StateOf<T>::type*>(c.grad_state[k]) + n, k, back.grad_state);
 }
 
+// Lets the compiler not see where the tape comes from, or it would keep the states of all steps in registers as well
+// instead of computing them again.
+template <class R, int kT, int W, int kTape>
+SNNFAST_DEVICE void forget([[maybe_unused]] R (&tape)[kT][W][kTape]) {
+#ifdef __CUDA_ARCH__
+  SNNFAST_UNROLL
+  for (int t = 0; t < kT; ++t)
+    SNNFAST_UNROLL
+    for (int w = 0; w < W; ++w)
+      SNNFAST_UNROLL
+      for (int k = 0; k < kTape; ++k) asm volatile("" : "+f"(tape[t][w][k]));
+#endif
+}
+
 // The backward of the neurons from n on, the tape in registers; returns their part of the decay's gradient.
 template <class Neuron, class T, int kT, int W, class R>
 SNNFAST_DEVICE double backward_exact(const Call& c, const Params<R>& p, int64_t n) {
@@ -302,6 +318,7 @@ SNNFAST_DEVICE double backward_exact(const Call& c, const Params<R>& p, int64_t 
   walk<Neuron, true>(x, kT, state, p, [&](int i, const R(&)[W], const R(&tape)[W][kTape], const R(&)[W][kStates]) {
     memcpy(all[i], tape, sizeof(tape));
   });
+  if constexpr (Neuron::kLearnable) forget(all);
   SNNFAST_UNROLL
   for (int t = kT - 1; t >= 0; --t) {
     R grad_s_now[W] = {}, before[W][kStates] = {};
@@ -367,13 +384,15 @@ SNNFAST_DEVICE double backward_open(const Call& c, const Params<R>& p, int64_t n
     walk<Neuron, (W > 1)>(x, last * kSegment, state, p, keep);
   }
 
+  const T* const grad_s_in = c.grad_s ? static_cast<const T*>(c.grad_s) + n : nullptr;
   auto back = start_backward<Neuron, T, W>(c, p, n);
-  Rows<T, W, kAhead, false> grad_s(static_cast<const T*>(c.grad_s) + (c.T - 1) * c.N + n, -c.N, c.grad_s ? c.T : 0);
   double grad_decay = 0;
   for (int64_t segment = last; segment >= 0; --segment) {
     const int64_t first = segment * kSegment;
     const int steps = int(c.T - first < kSegment ? c.T - first : kSegment);
     Rows<T, W, kAhead, false> x(x_in + first * c.N, c.N, steps);
+    Rows<T, W, kAhead, false> grad_s(grad_s_in ? grad_s_in + (first + steps - 1) * c.N : nullptr, -c.N,
+                                     grad_s_in ? steps : 0);
     const void* from[kMaxStates] = {};
     SNNFAST_UNROLL
     for (int k = 0; k < kStates; ++k) from[k] = segment > 0 ? kept(segment, k) - n : c.state[k];
@@ -393,7 +412,7 @@ SNNFAST_DEVICE double backward_open(const Call& c, const Params<R>& p, int64_t n
         const int t = base - i;
         if (t < 0) break;
         R grad_s_now[W] = {}, before[W][kStates] = {};
-        if (c.grad_s) grad_s.take(i, grad_s_now);
+        if (grad_s_in) grad_s.take(i, grad_s_now);
         if (t > 0) read_tape(shared[t - 1], tape_before);
         if constexpr (Neuron::kLearnable) {
           SNNFAST_UNROLL
@@ -413,7 +432,7 @@ SNNFAST_DEVICE double backward_open(const Call& c, const Params<R>& p, int64_t n
   return grad_decay;
 }
 
-// The block's sum, in an order that depends on nothing but the block; valid in thread 0.
+// The block's sum in thread 0, in an order that depends on nothing but the block; 0 in the others.
 __device__ inline double block_sum(double value) {
   __shared__ double warp_sums[kThreads / 32];
   for (int offset = 16; offset > 0; offset /= 2) value += __shfl_down_sync(0xffffffffu, value, offset);
@@ -425,25 +444,30 @@ __device__ inline double block_sum(double value) {
   return sum;
 }
 
+// One partial for every kThreads neurons, whatever W is: how many there are must not depend on the alignment of
+// pointers, which cuda_decay_partials() does not know. A block's sum goes into the first of its W, the rest are 0.
+template <int W>
+SNNFAST_DEVICE void write_decay_partials(const Call& c, double sum) {
+  const int64_t i = int64_t(blockIdx.x) * W + threadIdx.x;
+  if (threadIdx.x < W && i < decay_partials(c.N)) static_cast<double*>(c.grad_decay_partial)[i] = sum;
+}
+
 template <class Neuron, class T, int kT, int kAhead, int W>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 1)
     backward_kernel(const Call c, const Params<typename StateOf<T>::type> params) {
   using R = typename StateOf<T>::type;
-  const Params<R> p = with_decay<Neuron>(params, c);
-  const int64_t turn = int64_t(gridDim.x) * kThreads * W;
+  const int64_t n = (int64_t(blockIdx.x) * kThreads + threadIdx.x) * W;
   double grad_decay = 0;
-  for (int64_t n = (int64_t(blockIdx.x) * kThreads + threadIdx.x) * W; n < c.N; n += turn) {
+  if (n < c.N) {
+    const Params<R> p = with_decay<Neuron>(params, c);
     if constexpr (kT != kOpen) {
-      grad_decay += backward_exact<Neuron, T, kT, W>(c, p, n);
+      grad_decay = backward_exact<Neuron, T, kT, W>(c, p, n);
     } else {
       __shared__ SharedTape<Neuron, R, W> tape;
-      grad_decay += backward_open<Neuron, T, kAhead, W>(c, p, n, tape);
+      grad_decay = backward_open<Neuron, T, kAhead, W>(c, p, n, tape);
     }
   }
-  if constexpr (Neuron::kLearnable) {
-    grad_decay = block_sum(grad_decay);
-    if (threadIdx.x == 0) static_cast<double*>(c.grad_decay_partial)[blockIdx.x] = grad_decay;
-  }
+  if constexpr (Neuron::kLearnable) write_decay_partials<W>(c, block_sum(grad_decay));
 }
 
 }  // namespace

@@ -249,8 +249,7 @@ def multi_step(
         decay_input=decay_input,
         detach_reset=detach_reset,
     )
-    s, v_last, v_seq_or_none = dynamics.multi_step(neuron, x_seq, v, parameters, store_v_seq)
-    return s, ops.guard_state(v_last), v_seq_or_none
+    return ops.guard(dynamics.multi_step(neuron, x_seq, v, parameters, store_v_seq))
 
 
 def _name(surrogate: SurrogateLike) -> str:

@@ -172,8 +172,9 @@ class BaseNode(MemoryModule):
         for x in x_seq.to(dtype):
             spikes.append(self._step(x))
             potentials.append(self.v)
-        self.v = ops.guard_state(self.v)
-        return torch.stack(spikes).to(x_seq.dtype), torch.stack(potentials) if self._store_v_seq else None
+        v_seq = torch.stack(potentials) if self._store_v_seq else None
+        s, self.v, v_seq = ops.guard((torch.stack(spikes).to(x_seq.dtype), self.v, v_seq))
+        return s, v_seq
 
     def _decay(self, x_seq: Tensor) -> Tensor | None:
         """The learnable decay of a neuron that has one."""

@@ -355,25 +355,26 @@ def multi_step(
     return s, v, v_seq if constants.flags & STORE_V_SEQ else None
 
 
-class _StateGuard(torch.autograd.Function):
-    """Passes a state through and names the remedy when its graph is gone; for the reference path."""
+class _Guard(torch.autograd.Function):
+    """Passes a reference path's outputs through as one node of the graph, which notices when the graph is gone."""
 
     @staticmethod
-    def forward(v: Tensor) -> Tensor:
-        return v.view_as(v)
+    def forward(ctx: Any, *outputs: Tensor | None) -> tuple[Tensor | None, ...]:
+        ctx.save_for_backward(outputs[0])
+        ctx.set_materialize_grads(False)
+        return tuple(None if t is None else t.view_as(t) for t in outputs)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
-        ctx.save_for_backward(inputs[0].new_empty(0))
-
-    @staticmethod
-    def backward(ctx: Any, grad_v: Tensor) -> Tensor:
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         _saved(ctx)
-        return grad_v
+        return grads
 
 
-def guard_state(v: Tensor) -> Tensor:
-    """``v``, whose backward after a forgotten reset raises the error that names ``reset_net``."""
-    if v.requires_grad and _is_plain(v):
-        return _StateGuard.apply(v)
-    return v
+Outputs = tuple[Tensor, Tensor, "Tensor | None"]
+
+
+def guard(outputs: Outputs) -> Outputs:
+    """``(s, v, v_seq)`` of a reference path, whose backward after a forgotten reset names ``reset_net``."""
+    if outputs[1].requires_grad and _is_plain(outputs[1]):
+        return _Guard.apply(*outputs)
+    return outputs

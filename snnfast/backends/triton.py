@@ -1,11 +1,186 @@
-"""Placeholder until the Triton kernels land (being written in parallel)."""
+"""The Triton kernels: for GPUs that have no native build (ROCm, XPU, or CUDA without nvcc).
+
+The module is the twin of :mod:`snnfast.backends.native`, which describes the signatures; the kernels themselves are in
+``triton_kernels.py`` and are compiled at the first call of each neuron, surrogate, dtype and number of time steps.
+"""
+
 from __future__ import annotations
+
+import contextlib
+import functools
+import math
+import struct
+from typing import Any
+
 import torch
+from torch import Tensor
+
+from ..dynamics import DECAY_INPUT, DETACH_RESET, SOFT_RESET, Constants
+
+try:
+    import triton
+
+    _version = tuple(int(part) for part in triton.__version__.split(".")[:2])
+    _why_missing = None
+except ImportError as error:
+    _why_missing = (
+        f"Triton is not here ({error}); it comes with PyTorch's builds for Linux GPUs, or `pip install triton`"
+    )
+else:
+    if _version < (3, 3):
+        _why_missing = f"it needs Triton 3.3 or newer (PyTorch 2.7), this is {triton.__version__}"
+    else:
+        from . import triton_kernels as kernels
+
+_DEVICES = ("cuda", "xpu")
+_LONGEST_UNROLLED, _CHUNK = 32, 16
+_WARPS = 4
+# Kernels recompute the charges, so backward's must be forward's to the bit: no fused multiply-adds in either.
+_OPTIONS = {"num_warps": _WARPS, "enable_fp_fusion": False}
+
+
+def _interpreted() -> bool:
+    """Whether TRITON_INTERPRET=1 was set when the kernels were imported."""
+    return not isinstance(kernels.forward_kernel, triton.JITFunction)
 
 
 def missing(device: torch.device) -> str | None:
-    return "not there yet"
+    """Why this backend cannot serve the device, or ``None``."""
+    if _why_missing is not None:
+        return _why_missing
+    if _interpreted():
+        return None if device.type in ("cpu", *_DEVICES) else f"its interpreter does not serve {device.type}"
+    if device.type == "cpu":
+        return "Triton has kernels for GPUs; TRITON_INTERPRET=1 in the environment interprets them, to debug them"
+    if device.type not in _DEVICES:
+        return f"Triton has kernels for cuda and xpu, not for {device.type}"
+    return _probe(device.type)
+
+
+@functools.cache
+def _probe(device_type: str) -> str | None:
+    try:
+        active = triton.runtime.driver.active.get_current_target().backend
+    except Exception as error:  # each vendor's driver fails in its own way
+        return f"Triton {triton.__version__} finds no {device_type} driver ({error})"
+    expected = "xpu" if device_type == "xpu" else ("hip" if torch.version.hip else "cuda")
+    return None if active == expected else f"this Triton serves {active}, not {expected}"
 
 
 def served() -> str:
-    return "nothing"
+    """What this installation serves, in words."""
+    if _why_missing is not None:
+        return "nothing"
+    if _interpreted():
+        return f"cpu, interpreted (Triton {triton.__version__})"
+    # torch.xpu is there in every build
+    devices = [name for name in _DEVICES if getattr(torch, name).is_available() and _probe(name) is None]
+    return f"{', '.join(devices)} (Triton {triton.__version__})" if devices else "nothing: no GPU here"
+
+
+# ---- launch ----
+def block_size(steps: int, state: torch.dtype) -> int:
+    """Neurons per program: a program holds ``steps`` charges of each in registers, where they must not spill."""
+    block = 1024 if steps <= 4 else 512 if steps <= 16 else 256
+    return block // 2 if state == torch.float64 else block
+
+
+def split_time(T: int) -> tuple[int, int, int]:
+    """``(chunks, chunk, rest)`` with ``T = chunks * chunk + rest`` and ``rest`` above 0; one piece while T is small."""
+    if T <= _LONGEST_UNROLLED:
+        return 0, 0, T
+    chunks = (T - 1) // _CHUNK
+    return chunks, _CHUNK, T - chunks * _CHUNK
+
+
+def _bits(number: float) -> int:
+    """The bits of a float64 as an integer: Triton would round a Python float to float32."""
+    return struct.unpack("<q", struct.pack("<d", number))[0]
+
+
+@functools.lru_cache(maxsize=4096)
+def _plan(c: Constants, T: int, dtype: torch.dtype) -> tuple[tuple[Any, ...], dict[str, Any], dict[str, Any], int]:
+    """For both kernels the numbers, for each its compile-time arguments, and the number of chunks."""
+    state = torch.float64 if dtype == torch.float64 else torch.float32
+    chunks, chunk, rest = split_time(T)
+    numbers = (c.threshold, c.v_reset, c.tau, 1.0 / c.tau, c.v_init, c.alpha)
+    shared = {
+        "NEURON": c.neuron,
+        "MULTIPLY": math.frexp(c.tau)[0] == 0.5,
+        "CHUNK": chunk,
+        "REST": rest,
+        "BLOCK": block_size(max(chunk, rest), state),
+        **_OPTIONS,
+    }
+    return (
+        numbers if state == torch.float32 else tuple(_bits(n) for n in numbers),
+        {**shared, "FLAGS": c.flags & (DECAY_INPUT | SOFT_RESET)},
+        {**shared, "FLAGS": c.flags & (DECAY_INPUT | SOFT_RESET | DETACH_RESET), "SURROGATE": c.surrogate},
+        chunks,
+    )
+
+
+def _on(device: torch.device) -> Any:
+    """Triton launches on the current device's current stream."""
+    return contextlib.nullcontext() if device.type == "cpu" else getattr(torch, device.type).device(device)
+
+
+def forward(
+    constants: Constants,
+    x: Tensor,
+    v0: Tensor | None,
+    decay: Tensor | None,
+    # outputs
+    s: Tensor,
+    v: Tensor,
+    v_seq: Tensor,
+) -> None:
+    """Spikes ``s`` and final state ``v`` of input ``x``, and the potentials ``v_seq`` unless it is empty."""
+    T = x.shape[0]
+    N = x.numel() // T
+    numbers, compile_time, _, chunks = _plan(constants, T, x.dtype)
+    with _on(x.device):
+        kernels.forward_kernel[(triton.cdiv(N, compile_time["BLOCK"]),)](
+            x, v0, decay, s, v, v_seq if v_seq.numel() else None, N, chunks, *numbers[:-1], **compile_time
+        )
+
+
+def backward(
+    constants: Constants,
+    grad_s: Tensor | None,
+    grad_v: Tensor | None,
+    grad_v_seq: Tensor | None,
+    x: Tensor,
+    v0: Tensor | None,
+    decay: Tensor | None,
+    # outputs
+    grad_x: Tensor,
+    grad_v0: Tensor,
+    grad_decay: Tensor,
+) -> None:
+    """Gradients of the inputs from any subset of the outputs' gradients."""
+    T = x.shape[0]
+    N = x.numel() // T
+    numbers, _, compile_time, chunks = _plan(constants, T, x.dtype)
+    programs = triton.cdiv(N, compile_time["BLOCK"])
+    partial = None if decay is None else torch.empty(programs, dtype=torch.float64, device=x.device)
+    states = torch.empty((chunks, N), dtype=grad_v0.dtype, device=x.device) if chunks else None
+    with _on(x.device):
+        kernels.backward_kernel[(programs,)](
+            grad_s,
+            grad_v,
+            grad_v_seq,
+            x,
+            v0,
+            decay,
+            grad_x,
+            grad_v0 if grad_v0.numel() else None,
+            partial,
+            states,
+            N,
+            chunks,
+            *numbers,
+            **compile_time,
+        )
+    if partial is not None:
+        grad_decay.copy_(partial.sum())

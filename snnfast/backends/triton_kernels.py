@@ -26,6 +26,8 @@ SOFT_RESET = tl.constexpr(dynamics.SOFT_RESET)
 DETACH_RESET = tl.constexpr(dynamics.DETACH_RESET)
 IF = tl.constexpr(dynamics.IF.id)
 LIF = tl.constexpr(dynamics.LIF.id)
+import os
+AHEAD = tl.constexpr(int(os.environ.get("AHEAD", "4")))
 PARAMETRIC_LIF = tl.constexpr(dynamics.PARAMETRIC_LIF.id)
 
 
@@ -243,7 +245,7 @@ def forward_kernel(
     BLOCK: tl.constexpr,
 ):
     """T = chunks * CHUNK + REST steps of BLOCK neurons; pointers that are None are not wanted."""
-    DTYPE: tl.constexpr = v_ptr.dtype.element_ty
+    DTYPE: tl.constexpr = tl.float64 if x_ptr.dtype.element_ty == tl.float64 else tl.float32
     threshold, v_reset, tau = number(threshold, DTYPE), number(v_reset, DTYPE), number(tau, DTYPE)
     rate = number(rate, DTYPE) if decay_ptr is None else tl.load(decay_ptr)
     N = tl.cast(N, tl.int64)  # T * N may pass 2^31
@@ -290,8 +292,11 @@ def backward_chunk(
 ):
     """STEPS steps back to state ``v``; returns the gradient of ``v`` and the sum for the decay."""
     xs = load_rows(x_ptr, row, lane, mask, N, STEPS)
+    grads_s = ()
     if grad_s_ptr is not None:
-        grads_s = load_rows(grad_s_ptr, row, lane, mask, N, STEPS)
+        for k in tl.static_range(AHEAD if AHEAD < STEPS else STEPS):
+            here = row + (STEPS - 1 - k) * N
+            grads_s = grads_s + (tl.load(grad_s_ptr + here + lane, mask=mask, other=0.0),)
     hs = ()
     state = v
     for t in tl.static_range(STEPS):
@@ -307,7 +312,9 @@ def backward_chunk(
         here = row + (STEPS - 1 - k) * N
         grad_s = tl.zeros_like(h)
         if grad_s_ptr is not None:
-            grad_s = grads_s[STEPS - 1 - k].to(v.dtype)
+            if k + AHEAD < STEPS:
+                grads_s = grads_s + (tl.load(grad_s_ptr + here - AHEAD * N + lane, mask=mask, other=0.0),)
+            grad_s = grads_s[k].to(v.dtype)
         if grad_v_seq_ptr is not None:
             grad_v += tl.load(grad_v_seq_ptr + here + lane, mask=mask, other=0.0)
         derivative = surrogate_derivative(h - threshold, alpha, SURROGATE)
@@ -340,7 +347,6 @@ def backward_kernel(
     rate,
     v_init,
     alpha,
-    DTYPE: tl.constexpr,
     NEURON: tl.constexpr,
     SURROGATE: tl.constexpr,
     FLAGS: tl.constexpr,
@@ -350,6 +356,7 @@ def backward_kernel(
     BLOCK: tl.constexpr,
 ):
     """Gradients of the inputs; one partial sum of the decay's gradient per program."""
+    DTYPE: tl.constexpr = tl.float64 if x_ptr.dtype.element_ty == tl.float64 else tl.float32
     threshold, v_reset, tau = number(threshold, DTYPE), number(v_reset, DTYPE), number(tau, DTYPE)
     alpha = number(alpha, DTYPE)
     rate = number(rate, DTYPE) if decay_ptr is None else tl.load(decay_ptr)

@@ -1,0 +1,156 @@
+"""What is particular to the compiled CPU kernels: each instruction set, streaming stores, denormals, threads, forks,
+exact division."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_parity import gradients, learnable, loop
+
+from snnfast import backends, dynamics, functional, surrogate
+from snnfast.dynamics import NEURONS
+
+_C = pytest.importorskip("snnfast._C", reason="the compiled extension is not built here")
+SETS = ("avx512", "avx2", "baseline")
+
+
+@pytest.fixture(params=SETS)
+def cpu_set(request):
+    if request.param not in _C.cpu_sets():
+        pytest.skip(f"{request.param} is not built or this processor lacks it")
+    before = _C.cpu_set()
+    _C.set_cpu_set(request.param)
+    backends.native._config.cache_clear()  # how to divide by tau depends on the set
+    yield request.param
+    _C.set_cpu_set(before)
+    backends.native._config.cache_clear()
+
+
+@pytest.fixture(params=["cached", "streamed"])
+def stores(request):
+    before = _C.stream_stores_from()
+    _C.set_stream_stores_from(0 if request.param == "streamed" else 2**60)
+    yield request.param
+    _C.set_stream_stores_from(before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
+def test_every_set_and_store_has_the_loops_bits_and_gradients(cpu_set, stores, dtype):
+    for neuron in NEURONS:
+        for shape in [(4, 1), (5, 67), (17, 2051)]:
+            for tau, v_reset in [(3.0, 0.125), (2.0, None)]:
+                kwargs = {"tau": tau, "v_threshold": 0.875, "v_reset": v_reset}
+                x = (torch.randn(shape, dtype=torch.float64) * 1.5).to(dtype)
+                v = torch.randn(shape[1:], dtype=dynamics.state_dtype(dtype))
+                want = loop(neuron, x, v, learnable(neuron, "cpu", dtype), **kwargs)
+                x2, v2, k = x.clone().requires_grad_(), v.clone().requires_grad_(), learnable(neuron, "cpu", dtype)
+                args = [x2, v2] if k is None else [x2, v2, k.requires_grad_()]
+                got = functional.multi_step(
+                    neuron, x2, v2, k, store_v_seq=True, surrogate_function=surrogate.ATan(), backend="native", **kwargs
+                )
+                for g, w in zip(got, want, strict=True):
+                    assert torch.equal(g, w)
+                weights = [torch.randn_like(o) for o in want]
+                x3, v3, k3 = x.clone().requires_grad_(), v.clone().requires_grad_(), learnable(neuron, "cpu", dtype)
+                args3 = [x3, v3] if k3 is None else [x3, v3, k3.requires_grad_()]
+                slow = loop(neuron, x3, v3, k3, **kwargs)
+                tolerance = {2: 2e-2, 4: 1e-4, 8: 1e-10}[dtype.itemsize]
+                for g, w in zip(gradients(got, weights, args), gradients(slow, weights, args3), strict=True):
+                    assert (g - w).abs().max() <= tolerance * w.abs().max().clamp(min=1.0)
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(
+    T=st.integers(1, 70),
+    shape=st.lists(st.integers(1, 50), min_size=1, max_size=3),
+    tau=st.floats(1.001, 1e4),
+    threshold=st.floats(-2.0, 3.0),
+    v_reset=st.one_of(st.none(), st.floats(-1.0, 1.0)),
+    scale=st.floats(1e-6, 1e6),
+    neuron=st.sampled_from(NEURONS),
+    decay_input=st.booleans(),
+    seed=st.integers(0, 10**6),
+)
+def test_fuzz_forward_bits(T, shape, tau, threshold, v_reset, scale, neuron, decay_input, seed):
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(T, *shape, generator=generator) * scale
+    kwargs = {"tau": tau, "v_threshold": threshold, "v_reset": v_reset, "decay_input": decay_input}
+    want = loop(neuron, x, 0.0, learnable(neuron, "cpu", x.dtype), **kwargs)
+    got = functional.multi_step(
+        neuron, x, 0.0, learnable(neuron, "cpu", x.dtype), store_v_seq=True, backend="native", **kwargs
+    )
+    for g, w in zip(got, want, strict=True):
+        assert torch.equal(g, w)
+
+
+def test_division_is_exact_for_many_time_constants():
+    taus = [1.0 + i * 0.137 for i in range(1, 200)] + [1e3, 12345.678, 9.99e5]
+    tested = 0
+    for tau in taus:
+        tau32 = torch.tensor(tau).item()
+        x = torch.randn(1, 4096) * torch.logspace(-30, 30, 4096)
+        s, v, _ = functional.lif_multi_step(x, 0.0, tau32, v_threshold=float("inf"), backend="native")
+        tested += _C.corrected_division_is_exact(tau32)
+        tiny = (x / tau32).abs() < 2.0**-126
+        assert torch.equal(v[~tiny[0]], (x / tau32)[0][~tiny[0]]), tau
+    if _C.cpu_set() != "baseline":
+        assert tested > 150, "the fast division was hardly used"
+
+
+def test_denormals_are_flushed_and_the_callers_mode_is_kept():
+    tiny = torch.tensor([1e-40])
+    assert (tiny * 0.5).item() != 0.0
+    x = torch.cat([torch.full((1, 64), 1.0), torch.zeros(400, 64)])
+    _, v, _ = functional.lif_multi_step(x, 0.0, 2.0, v_threshold=100.0, backend="native")
+    assert bool((v <= 2.0**-126).all())
+    functional.lif_multi_step(torch.randn(4, 100_000), backend="native")
+    assert (tiny * 0.5).item() != 0.0, "flush-to-zero leaked out of the kernel"
+    assert bool((torch.full((200_000,), 1e-40) * 0.5 != 0).all()), "flush-to-zero leaked out of a kernel's thread"
+
+
+def test_results_do_not_depend_on_the_number_of_threads():
+    x = torch.randn(6, 123_457)
+    before = torch.get_num_threads()
+    results = []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        given = x.clone().requires_grad_()
+        s, v, _ = functional.lif_multi_step(given, 0.0, 3.0, backend="native")
+        results.append((s.detach(), v.detach(), torch.autograd.grad((s * x).sum(), given)[0]))
+    torch.set_num_threads(before)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
+def test_small_calls_survive_a_fork():
+    code = """
+import os, torch, snnfast
+x = torch.randn(4, 1000)
+snnfast.functional.lif_multi_step(torch.randn(4, 100_000))
+child = os.fork()
+if child == 0:
+    snnfast.functional.lif_multi_step(x)
+    os._exit(0)
+assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+def test_the_sets_contain_packed_arithmetic_of_their_width():
+    objdump = shutil.which("objdump")
+    if objdump is None:
+        pytest.skip("objdump is not installed")
+    text = subprocess.run([objdump, "-d", "--no-show-raw-insn", _C.__file__], capture_output=True, text=True).stdout
+    for name, register in (("avx512", "zmm"), ("avx2", "ymm"), ("baseline", "xmm")):
+        if name in _C.cpu_sets():
+            packed = len(re.findall(rf"\bv?(?:mul|add|sub)ps .*%{register}", text))
+            assert packed > 500, f"{name}: {packed} packed instructions on {register}"

@@ -1,0 +1,253 @@
+"""The modules: state, modes, copies, the functions on networks, neurons of a user's own."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+import warnings
+
+import pytest
+import torch
+from torch import nn
+
+import snnfast
+from snnfast import _notices, backends, functional, neuron, surrogate
+
+NODES = {
+    "IF": lambda **k: snnfast.IFNode(**k),
+    "LIF": lambda **k: snnfast.LIFNode(tau=3.0, **k),
+    "PLIF": lambda **k: snnfast.ParametricLIFNode(init_tau=3.0, **k),
+}
+nodes = pytest.mark.parametrize("make", NODES.values(), ids=NODES.keys())
+
+
+@nodes
+def test_single_steps_equal_multi_step(make):
+    x = torch.randn(6, 3, 4)
+    multi, single = make(step_mode="m", store_v_seq=True), make(store_v_seq=True)
+    want = multi(x)
+    got = torch.stack([single(x_t) for x_t in x])
+    assert torch.equal(got, want)
+    assert torch.equal(single.v, multi.v)
+    assert torch.equal(single.v_seq, multi.v_seq)
+
+
+@nodes
+def test_state_is_kept_between_calls_and_reset(make):
+    x = torch.randn(8, 5)
+    whole, halves = make(step_mode="m"), make(step_mode="m")
+    want = whole(x)
+    assert torch.equal(torch.cat([halves(x[:4]), halves(x[4:])]), want)
+    assert torch.equal(halves.v, whole.v)
+    halves.reset()
+    assert halves.v == 0.0
+    assert halves.v_seq is None
+    assert torch.equal(halves(x), want)
+
+
+def test_state_follows_shape_dtype_and_reset_value():
+    node = snnfast.LIFNode(v_reset=-0.25, step_mode="m")
+    assert node.v == -0.25
+    node(torch.randn(2, 3))
+    fresh = snnfast.LIFNode(v_reset=-0.25, step_mode="m")
+    x = torch.randn(2, 7)
+    assert torch.equal(node(x), fresh(x)), "another shape starts afresh"
+    node(x.double())
+    assert node.v.dtype == torch.float64
+    node(x.half())
+    assert node.v.dtype == torch.float32
+    node.double()
+    assert node.v.dtype == torch.float64
+    assert snnfast.IFNode(v_reset=None).v == 0.0
+
+
+@nodes
+def test_folded_layout_equals_time_first(make):
+    x = torch.randn(4, 3, 2, 5, 5)
+    folded, plain = make(timesteps=4, store_v_seq=True), make(step_mode="m", store_v_seq=True)
+    assert folded.step_mode == "m"
+    assert torch.equal(folded(x.flatten(0, 1)), plain(x).flatten(0, 1))
+    assert torch.equal(folded.v_seq, plain.v_seq)
+    assert folded.v.shape == (3, 2, 5, 5)
+
+
+@nodes
+def test_copies_and_pickles_carry_the_state_without_history(make):
+    node = make(step_mode="m", store_v_seq=True)
+    x = torch.randn(3, 4, requires_grad=True)
+    node(x)
+    for twin in (copy.deepcopy(node), pickle.loads(pickle.dumps(node))):
+        assert torch.equal(twin.v, node.v)
+        assert twin.v.grad_fn is None
+        assert node.v.grad_fn is not None
+        assert torch.equal(twin(x), copy.deepcopy(node)(x))
+        assert repr(twin) == repr(node)
+    buffer = io.BytesIO()
+    torch.save(node, buffer)
+    buffer.seek(0)
+    assert torch.equal(torch.load(buffer, weights_only=False).v, node.v)
+
+
+def test_losses_on_the_state_and_on_v_seq_reach_the_input():
+    for loss in (lambda n, s: n.v.sum(), lambda n, s: n.v_seq.square().sum(), lambda n, s: s.sum()):
+        x = torch.randn(4, 5, requires_grad=True)
+        node = snnfast.LIFNode(step_mode="m", store_v_seq=True)
+        loss(node, node(x)).backward()
+        assert x.grad.abs().sum() > 0
+
+
+def net():
+    return nn.Sequential(nn.Linear(3, 4), snnfast.LIFNode(step_mode="m"), nn.Linear(4, 2), snnfast.IFNode(step_mode="m"))
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_a_forgotten_reset_names_the_remedy(backend):
+    model = net()
+    functional.set_backend(model, backend)
+    model(torch.randn(2, 5, 3)).sum().backward()
+    with pytest.raises(RuntimeError, match="reset_net"):
+        model(torch.randn(2, 5, 3)).sum().backward()
+    functional.reset_net(model)
+    model(torch.randn(2, 5, 3)).sum().backward()
+    functional.detach_net(model)
+    assert model[1].v.abs().sum() > 0
+    model(torch.randn(2, 5, 3)).sum().backward()
+
+
+def test_functions_on_networks():
+    model = net()
+    functional.set_step_mode(model, "s")
+    assert [m.step_mode for m in model if hasattr(m, "step_mode")] == ["s", "s"]
+    functional.set_backend(model, "reference", instance=snnfast.IFNode)
+    assert (model[1].backend, model[3].backend) == ("auto", "reference")
+    model(torch.randn(5, 3))
+    functional.reset_net(model)
+    assert (model[1].v, model[3].v) == (0.0, 0.0)
+
+
+def test_neurons_of_a_users_own():
+    class Adaptive(neuron.BaseNode):
+        """Two states: the potential and an adaptation current."""
+
+        def __init__(self, **kwargs):
+            super().__init__(**kwargs)
+            self.register_memory("a", 0.0)
+
+        def neuronal_charge(self, x):
+            self.v = self.v + x - self.a
+
+        def neuronal_reset(self, spike):
+            super().neuronal_reset(spike)
+            self.a = 0.9 * self.a + 0.1 * spike
+
+    x = torch.randn(5, 3, requires_grad=True)
+    multi, single = Adaptive(step_mode="m", store_v_seq=True), Adaptive(store_v_seq=True)
+    assert torch.equal(multi(x), torch.stack([single(x_t) for x_t in x]))
+    assert torch.equal(multi.v_seq, single.v_seq)
+    multi.v_seq.sum().backward()
+    assert x.grad.abs().sum() > 0
+    multi.reset()
+    assert (multi.v, multi.a) == (0.0, 0.0)
+    with pytest.raises(ValueError, match="Adaptive"):
+        Adaptive(step_mode="m", backend="native")(x)
+
+
+def test_a_subclass_that_overrides_a_step_leaves_the_kernels():
+    class Bounded(snnfast.LIFNode):
+        def neuronal_charge(self, x):
+            super().neuronal_charge(x)
+            self.v = self.v.clamp(min=0.0)
+
+    class Renamed(snnfast.LIFNode):
+        pass
+
+    x = torch.randn(4, 50)
+    assert Bounded.dynamics is None
+    assert Renamed.dynamics is snnfast.LIFNode.dynamics
+    node = Bounded(step_mode="m", store_v_seq=True)
+    node(x)
+    assert bool((node.v_seq >= 0).all())
+    plain = snnfast.LIFNode(step_mode="m")
+    assert torch.equal(Renamed(step_mode="m")(x), plain(x))
+
+
+class Triangle(surrogate.SurrogateFunction):
+    def derivative(self, u):
+        return (1 - u.abs()).clamp(min=0)
+
+
+class StraightThrough(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, u):
+        return (u >= 0).to(u)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad
+
+
+@pytest.mark.parametrize("own", [Triangle(), StraightThrough.apply, surrogate.ATan(spiking=False)], ids=["object", "function", "primitive"])
+def test_surrogates_of_a_users_own_work_and_say_so_once(own):
+    _notices._said.clear()
+    node = snnfast.LIFNode(step_mode="m", surrogate_function=own)
+    x = torch.randn(4, 5, requires_grad=True)
+    if backends.native.missing(x.device) is None:
+        with pytest.warns(UserWarning, match="plain PyTorch loop"):
+            s = node(x)
+    else:
+        s = node(x)
+    s.sum().backward()
+    assert x.grad.abs().sum() > 0
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        node(x.detach())
+
+
+@pytest.mark.parametrize("kind", surrogate.SURROGATES, ids=lambda s: s.__name__)
+def test_derivative_is_the_primitives_and_integrates_to_its_rise(kind):
+    s = kind(1.5)
+    u = torch.linspace(-3, 3, 101, dtype=torch.float64) + 1e-4
+    u.requires_grad_()
+    if kind is not surrogate.SuperSpike:  # it has no primitive, as in SpikingJelly
+        (want,) = torch.autograd.grad(s.primitive(u).sum(), u)
+        assert torch.allclose(s.derivative(u), want, atol=1e-9)
+    else:
+        with pytest.raises(NotImplementedError, match="primitive"):
+            kind(spiking=False)(u)
+    (through,) = torch.autograd.grad(s(u).sum(), u)
+    assert torch.equal(through, s.derivative(u))
+
+
+def test_old_constructor_forms():
+    _notices._said.clear()
+    with pytest.warns(UserWarning, match="cupy"):
+        node = snnfast.IFNode(1.0, 0.0, surrogate.ATan(), False, "m", "cupy", True)
+    assert (node.backend, node.store_v_seq, node.step_mode) == ("auto", True, "m")
+    assert snnfast.IFNode(1.0, 0.0, surrogate.ATan(), False, "m", True).store_v_seq is True
+    node = snnfast.LIFNode(2, False, 1, None, surrogate.ATan(), True, "m", "reference")
+    assert (node.backend, node.tau, node.v_threshold, node.v_reset) == ("reference", 2.0, 1.0, None)
+    assert "cupy" in node.supported_backends
+    with pytest.raises(TypeError, match="positional"):
+        snnfast.IFNode(1.0, 0.0, surrogate.ATan(), False, "m", True, True)
+
+
+def test_repr_tells_the_configuration():
+    text = repr(snnfast.ParametricLIFNode(init_tau=4.0, timesteps=8))
+    for part in ("tau=4", "timesteps=8", "step_mode=m", "backend=auto", "Sigmoid"):
+        assert part in text
+
+
+def test_reset_net_resets_many_steps_of_training():
+    torch.manual_seed(0)
+    model, x = net(), torch.randn(2, 16, 3)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    losses = []
+    for _ in range(20):
+        functional.reset_net(model)
+        loss = (model(x).mean(0) - 0.5).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] <= losses[0]

@@ -1,0 +1,264 @@
+"""How the ops behave inside torch: opcheck, compile, double backward, torch.func, layouts, autocast."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import kernel_backends
+from torch import nn
+
+import snnfast
+from snnfast import backends, dynamics, functional, ops, surrogate
+from snnfast.dynamics import NEURONS
+
+NATIVE_CPU = backends.native.missing(torch.device("cpu"))
+needs_native = pytest.mark.skipif(NATIVE_CPU is not None, reason=str(NATIVE_CPU))
+
+
+def constants(neuron, store_v_seq=True, surrogate_id=1, **kwargs):
+    numbers = {"tau": 3.0, "decay_input": True, "v_threshold": 0.875, "v_reset": 0.0, "detach_reset": False} | kwargs
+    return functional._constants(
+        neuron.id, surrogate_id, 2.0, **numbers, store_v_seq=store_v_seq, v_init=0.0
+    )
+
+
+def inputs(neuron, device="cpu", dtype=torch.float32, shape=(4, 2, 3), grad=True):
+    x = torch.randn(shape, device=device, dtype=dtype, requires_grad=grad)
+    v = torch.randn(shape[1:], device=device, dtype=dynamics.state_dtype(dtype), requires_grad=grad)
+    k = torch.tensor(0.375, device=device, dtype=dynamics.state_dtype(dtype), requires_grad=grad)
+    return x, v, k if neuron.learnable else None
+
+
+@pytest.mark.parametrize(("backend", "device"), kernel_backends())
+@pytest.mark.parametrize("store_v_seq", [False, True])
+@pytest.mark.parametrize("neuron", NEURONS, ids=lambda n: n.name)
+def test_opcheck(backend, device, neuron, store_v_seq):
+    index = backends.NAMES.index(backend) - 1
+    x, v, k = inputs(neuron, device, grad=False)
+    numbers = (*constants(neuron, store_v_seq), index)
+    torch.library.opcheck(torch.ops.snnfast.multi_step.default, (x, v, k, *numbers))
+    torch.library.opcheck(torch.ops.snnfast.multi_step.default, (x, None, k, *numbers))
+    channels_last = torch.randn(4, 2, 5, 5, 3, device=device).permute(0, 1, 4, 2, 3)
+    torch.library.opcheck(torch.ops.snnfast.multi_step.default, (channels_last, None, k, *numbers))
+    grads = (torch.randn_like(x), torch.randn_like(v), torch.randn_like(x) if store_v_seq else None)
+    torch.library.opcheck(torch.ops.snnfast.multi_step_backward.default, (*grads, x, v, k, *numbers))
+    torch.library.opcheck(torch.ops.snnfast.multi_step_backward.default, (None, grads[1], None, x, None, k, *numbers))
+
+
+class Net(nn.Module):
+    """A network with state, folded and unfolded layouts, and a learnable neuron."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(1, 4, 3, padding=1)
+        self.first = snnfast.LIFNode(tau=3.0, timesteps=4)
+        self.head = nn.Linear(4 * 25, 3)
+        self.last = snnfast.ParametricLIFNode(step_mode="m", store_v_seq=True, v_reset=None)
+
+    def forward(self, x):
+        y = self.first(self.conv(x)).flatten(1)
+        s = self.last(self.head(y).unflatten(0, (4, -1)))
+        return s.mean(0) + self.last.v_seq.mean(0)
+
+
+@needs_native
+def test_compile_fullgraph_equals_eager():
+    torch._dynamo.reset()
+    net, x = Net(), torch.randn(8, 1, 5, 5)
+    compiled = torch.compile(net, fullgraph=True, backend="aot_eager")
+    for _ in range(3):  # the first call has number states, the later ones tensor states
+        functional.reset_net(net)
+        net.zero_grad()
+        want = [net(x), net(x)]
+        sum(o.square().sum() for o in want).backward()
+        want_grads = [p.grad.clone() for p in net.parameters()]
+        functional.reset_net(net)
+        net.zero_grad()
+        got = [compiled(x), compiled(x)]
+        sum(o.square().sum() for o in got).backward()
+        for g, w in zip(got, want, strict=True):
+            assert torch.allclose(g, w)
+        for p, w in zip(net.parameters(), want_grads, strict=True):
+            assert torch.allclose(p.grad, w, rtol=1e-4, atol=1e-6)
+
+
+@needs_native
+def test_compile_with_inductor():
+    torch._dynamo.reset()
+    node, x = snnfast.LIFNode(step_mode="m", surrogate_function=surrogate.ATan()), torch.randn(4, 37, requires_grad=True)
+
+    def step(x):
+        functional.reset_net(node)
+        return (node(x * 2) * 3).sum() + node.v.sum()
+
+    (want,) = torch.autograd.grad(step(x), x)
+    (got,) = torch.autograd.grad(torch.compile(step, fullgraph=True)(x), x)
+    assert torch.allclose(got, want, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("backend", "device"), kernel_backends())
+@pytest.mark.parametrize("neuron", NEURONS, ids=lambda n: n.name)
+def test_double_backward_equals_the_loops(backend, device, neuron):
+    tensors = [t for t in inputs(neuron, device, torch.float64) if t is not None]
+
+    def penalty(backend):
+        s, v, v_seq = functional.multi_step(
+            neuron, *tensors, tau=3.0, v_threshold=0.875, surrogate_function=surrogate.Sigmoid(), store_v_seq=True, backend=backend
+        )
+        loss = (s * torch.arange(s.numel(), device=device).view_as(s)).sum() + v.square().sum() + v_seq.sin().sum()
+        first = torch.autograd.grad(loss, tensors, create_graph=True)
+        return torch.autograd.grad(sum(g.square().sum() for g in first), tensors)
+
+    for g, w in zip(penalty(backend), penalty("reference"), strict=True):
+        assert torch.allclose(g, w, rtol=1e-8, atol=1e-10)
+
+
+def call(neuron, backend):
+    """x, v[, k] -> a scalar and its pieces, for torch.func."""
+
+    def function(x, v, k=None):
+        s, v, v_seq = functional.multi_step(
+            neuron, x, v, k, tau=3.0, v_threshold=0.875, surrogate_function=surrogate.ATan(), store_v_seq=True, backend=backend
+        )
+        return (s * (1 + torch.arange(s.numel(), device=s.device).view_as(s))).sum() + v.square().sum() + v_seq.sum()
+
+    return function
+
+
+@pytest.mark.parametrize(("backend", "device"), kernel_backends())
+@pytest.mark.parametrize("neuron", NEURONS, ids=lambda n: n.name)
+def test_torch_func(backend, device, neuron):
+    fast, slow = call(neuron, backend), call(neuron, "reference")
+    tensors = [t.detach() for t in inputs(neuron, device, torch.float64) if t is not None]
+    every = tuple(range(len(tensors)))
+    for g, w in zip(torch.func.grad(fast, every)(*tensors), torch.func.grad(slow, every)(*tensors), strict=True):
+        assert torch.allclose(g, w)
+
+    batched = [torch.stack([t, t * 0.7, t + 0.1]) for t in tensors]
+    for in_dims in [(0,) * len(tensors), (0,) + (None,) * (len(tensors) - 1), (None, 0, *([0] if neuron.learnable else []))]:
+        args = [b if d == 0 else t for b, t, d in zip(batched, tensors, in_dims, strict=True)]
+        assert torch.allclose(torch.func.vmap(fast, in_dims)(*args), torch.func.vmap(slow, in_dims)(*args)), in_dims
+        per_sample = [torch.func.vmap(torch.func.grad(f, every), in_dims)(*args) for f in (fast, slow)]
+        for g, w in zip(*per_sample, strict=True):
+            assert torch.allclose(g, w), in_dims
+    hessians = [torch.func.jacrev(torch.func.grad(f))(*tensors) for f in (fast, slow)]
+    assert torch.allclose(*hessians)
+
+
+@pytest.mark.parametrize(("backend", "device"), kernel_backends())
+def test_layouts_go_through_and_come_back(backend, device):
+    base = torch.randn(4, 2, 6, 5, 3, device=device)
+    cases = {
+        "contiguous": base,
+        "channels_last": base.permute(0, 1, 4, 2, 3),
+        "time inside": base.permute(1, 0, 2, 3, 4),
+        "slice": base[:, :, 1:4],
+        "step": base[:, :, ::2],
+        "expanded time": base[:1].expand(4, 2, 6, 5, 3),
+        "expanded batch": base[:, :1].expand(4, 2, 6, 5, 3),
+        "size one": base[:, :, :1].permute(0, 2, 1, 3, 4),
+        "offset": base.flatten()[1:361].view(4, 90),
+    }
+    for name, x in cases.items():
+        want_x, got_x = x.detach().clone().requires_grad_(), x.detach().requires_grad_()
+        v = torch.randn(x.shape[1:], device=device)
+        strided_v = torch.empty(*x.shape[1:], 2, device=device)[..., 0].copy_(v).requires_grad_()
+        plain_v = v.clone().requires_grad_()
+        want = functional.lif_multi_step(want_x, plain_v, 3.0, store_v_seq=True, backend="reference")
+        got = functional.lif_multi_step(got_x, strided_v, 3.0, store_v_seq=True, backend=backend)
+        for g, w in zip(got, want, strict=True):
+            assert torch.equal(g, w), name
+        if ops.is_time_major(x):
+            assert got[0].stride() == x.stride(), name
+        weight = torch.randn_like(base).flatten()[: x.numel()].view(*x.shape[::-1]).permute(*range(x.dim())[::-1])
+        losses = [(o[0] * weight).sum() + o[0].sum() + o[2].mean() + (o[1] * v).sum() for o in (want, got)]
+        want_grads = torch.autograd.grad(losses[0], [want_x, plain_v])
+        got_grads = torch.autograd.grad(losses[1], [got_x, strided_v])
+        for g, w in zip(got_grads, want_grads, strict=True):
+            assert torch.allclose(g, w, rtol=1e-5, atol=1e-6), name
+    folded = base.permute(0, 1, 4, 2, 3).reshape(8, 3, 6, 5).to(memory_format=torch.channels_last)
+    out = snnfast.IFNode(timesteps=4, backend=backend)(folded)
+    assert out.is_contiguous(memory_format=torch.channels_last)
+    assert torch.equal(out, snnfast.IFNode(timesteps=4, backend="reference")(folded))
+
+
+@needs_native
+def test_only_the_input_is_saved():
+    x = torch.randn(4, 1000, requires_grad=True)
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        functional.lif_multi_step(x)
+    assert [t.data_ptr() for t in saved] == [x.data_ptr()]
+
+
+@needs_native
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_autocast_runs_fused_with_a_float32_state(dtype):
+    net = nn.Sequential(nn.Linear(8, 6), snnfast.LIFNode(step_mode="m", backend="native"))
+    with torch.autocast("cpu", dtype=dtype):
+        s = net(torch.randn(4, 3, 8))
+    assert s.dtype == dtype
+    assert net[1].v.dtype == torch.float32
+    s.float().sum().backward()
+    assert net[0].weight.grad.abs().sum() > 0
+
+
+@needs_native
+def test_inputs_are_never_written():
+    x, v = torch.randn(4, 9), torch.randn(9)
+    before = x.clone(), v.clone()
+    node = snnfast.LIFNode(step_mode="m")
+    node.v = v
+    node(x)
+    assert torch.equal(x, before[0])
+    assert torch.equal(v, before[1])
+
+
+def test_modifying_the_input_in_place_is_an_error():
+    x = torch.randn(4, 3, requires_grad=True)
+    y = x * 1
+    s, _, _ = functional.if_multi_step(y)
+    y.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        s.sum().backward()
+
+
+def test_empty_and_meta():
+    x = torch.empty(4, 0, 3, requires_grad=True)
+    s, v, v_seq = functional.lif_multi_step(x, store_v_seq=True)
+    assert s.shape == v_seq.shape == (4, 0, 3)
+    assert v.shape == (0, 3)
+    s.sum().backward()
+    assert x.grad.shape == x.shape
+    s, v, _ = functional.lif_multi_step(torch.empty(4, 5, 3, device="meta", dtype=torch.bfloat16))
+    assert (s.shape, s.dtype, v.dtype, s.device.type) == ((4, 5, 3), torch.bfloat16, torch.float32, "meta")
+    node = snnfast.IFNode(step_mode="m").to("meta")
+    assert node(torch.empty(2, 7, device="meta")).shape == (2, 7)
+
+
+@needs_native
+def test_export_keeps_the_op():
+    class Function(nn.Module):
+        def forward(self, x):
+            return functional.lif_multi_step(x, 0.0, 3.0)[0]
+
+    program = torch.export.export(Function(), (torch.randn(4, 3),))
+    assert any("snnfast" in str(node.target) for node in program.graph.nodes)
+    x = torch.randn(4, 3) * 2
+    assert torch.equal(program.module()(x), functional.lif_multi_step(x, 0.0, 3.0)[0])
+
+
+@needs_native
+def test_a_dispatch_mode_sees_the_op():
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    seen = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            seen.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    with Watch():
+        functional.if_multi_step(torch.randn(4, 3))
+    assert "snnfast.multi_step.default" in seen
