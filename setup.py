@@ -26,7 +26,9 @@ from setuptools.command.build_ext import build_ext
 CSRC = Path(__file__).resolve().parent / "csrc"
 # Vector loops: without -fno-trapping-math gcc leaves SSE2 and AVX2 loops scalar. No contraction: the forward must have
 # the plain loop's bits.
-CPU_FLAGS = "-std=c++17 -O3 -fPIC -fvisibility=hidden -ffp-contract=off -fno-trapping-math -fno-math-errno -Wall -Wextra"
+CPU_FLAGS = (
+    "-std=c++17 -O3 -fPIC -fvisibility=hidden -ffp-contract=off -fno-trapping-math -fno-math-errno -Wall -Wextra"
+)
 X86_SETS = {  # best first
     "avx512": "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx2 -mfma -mf16c",
     "avx2": "-mavx2 -mfma -mf16c",
@@ -92,7 +94,9 @@ class Ninja:
         self.objects: list[str] = []
 
     def rule(self, name: str, command: str) -> None:
-        self.rules.append(f"rule {name}\n  command = {command}\n  description = {name} $out\n  depfile = $out.d\n  deps = gcc\n")
+        self.rules.append(
+            f"rule {name}\n  command = {command}\n  description = {name} $out\n  depfile = $out.d\n  deps = gcc\n"
+        )
 
     def compile(self, rule: str, source: Path, output: str, flags: str = "") -> None:
         self.objects.append(output)
@@ -146,7 +150,11 @@ class BuildKernels(build_ext):
         table = "'-DSNNFAST_CPU_SETS(X)=" + " ".join(f"X({s})" for s in sets) + "'"
         ninja.rule("cxx", f"{compiler} {flags} {table} $flags -MMD -MF $out.d -c $in -o $out")
         for name, set_flags in sets.items():
-            wide = "-mprefer-vector-width=512" if name == "avx512" and accepts(compiler, "-mprefer-vector-width=512", scratch) else ""
+            wide = (
+                "-mprefer-vector-width=512"
+                if name == "avx512" and accepts(compiler, "-mprefer-vector-width=512", scratch)
+                else ""
+            )
             ninja.compile("cxx", CSRC / "cpu.cpp", f"cpu_{name}.o", f"-DSNNFAST_CPU_SET={name} {set_flags} {wide}")
         includes = [sysconfig.get_paths()["include"], sysconfig.get_paths()["platinclude"], pybind11.get_include()]
         binding_flags = " ".join(quoted(f"-I{i}") for i in dict.fromkeys(includes))
@@ -169,7 +177,8 @@ class BuildKernels(build_ext):
         return (
             "ninja_required_version = 1.5\n"
             + "\n".join(ninja.rules)
-            + f"\nrule link\n  command = {link}\n  description = link $out\n\n{edges}\n{final}\ndefault {escape(output)}\n"
+            + f"\nrule link\n  command = {link}\n  description = link $out\n\n"
+            + f"{edges}\n{final}\ndefault {escape(output)}\n"
         )
 
     def add_cuda(self, ninja: Ninja, nvcc: str, compiler: str) -> None:
@@ -181,7 +190,9 @@ class BuildKernels(build_ext):
         say(f"compiling CUDA kernels for {names}")
         macro = f"""'-DSNNFAST_CUDA_ARCH_LIST="{names}"'"""
         ninja.rule(
-            "nvcc", f"{quoted(nvcc)} -ccbin {compiler} {CUDA_FLAGS} {' '.join(codes)} {macro} $flags -MD -MF $out.d -c $in -o $out"
+            "nvcc",
+            f"{quoted(nvcc)} -ccbin {compiler} {CUDA_FLAGS} {' '.join(codes)} {macro} $flags "
+            "-MD -MF $out.d -c $in -o $out",
         )
         ninja.compile("nvcc", CSRC / "cuda.cu", "cuda.o")
 

@@ -7,8 +7,7 @@ torch.Size([16, 2, 4])
 """
 
 from . import functional, neuron, surrogate
-from .neuron import IFNode, LIFNode, ParametricLIFNode
-
 from ._version import __version__
+from .neuron import IFNode, LIFNode, ParametricLIFNode
 
 __all__ = ["IFNode", "LIFNode", "ParametricLIFNode", "__version__", "functional", "neuron", "surrogate"]

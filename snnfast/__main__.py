@@ -1,4 +1,4 @@
-"""``python -m snnfast``: versions, devices, and what each backend serves or why it does not. ``--json`` for machines."""
+"""``python -m snnfast``: versions, devices, and what each backend serves or why not. ``--json`` for machines."""
 
 from __future__ import annotations
 
@@ -18,7 +18,9 @@ def _devices() -> list[dict[str, str]]:
     for kind in ("cuda", "xpu"):
         module = getattr(torch, kind, None)
         if module is not None and module.is_available():
-            found += [{"device": f"{kind}:{i}", "name": module.get_device_name(i)} for i in range(module.device_count())]
+            found += [
+                {"device": f"{kind}:{i}", "name": module.get_device_name(i)} for i in range(module.device_count())
+            ]
     return found
 
 
@@ -48,7 +50,11 @@ def report() -> dict[str, Any]:
         },
         "devices": devices,
         "threads": torch.get_num_threads(),
-        "backends": {"native": native.served(), "triton": triton.served(), "reference": "every device, as a plain loop"},
+        "backends": {
+            "native": native.served(),
+            "triton": triton.served(),
+            "reference": "every device, as a plain loop",
+        },
         "auto": chosen,
         "missing": problems,
         "openmp runtimes": native.openmp_runtimes(),

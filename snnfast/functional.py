@@ -89,7 +89,7 @@ def set_backend(net: nn.Module, backend: str, instance: type | tuple[type, ...] 
     name = backends.check_name(backend)
     for module in _modules_with(net, "backend"):
         if isinstance(module, instance):
-            module.backend = name
+            module.backend = name  # type: ignore[attr-defined]
 
 
 # ---- checks of a user's numbers and tensors ----
@@ -118,7 +118,9 @@ def check_tau(name: str, value: Any) -> float:
     """
     tau = check_number(name, value)
     if not 1.0 < tau < math.inf:
-        raise ValueError(f"{name} must be a finite number of time steps above 1, got {value!r}; without a leak use IFNode")
+        raise ValueError(
+            f"{name} must be a finite number of time steps above 1, got {value!r}; without a leak use IFNode"
+        )
     return tau
 
 
@@ -139,7 +141,9 @@ def check_input(name: str, x: Any, least_dimensions: int) -> None:
     if x.layout is not torch.strided:
         raise ValueError(f"{name} must be a dense tensor, got layout {x.layout}; convert it with {name}.to_dense()")
     if x.dim() < least_dimensions:
-        raise ValueError(f"{name} must have time as its first dimension, [T, *], got a tensor of shape {tuple(x.shape)}")
+        raise ValueError(
+            f"{name} must have time as its first dimension, [T, *], got a tensor of shape {tuple(x.shape)}"
+        )
     if least_dimensions and x.shape[0] == 0:
         raise ValueError(f"{name} must have at least one time step, got T = 0 in shape {tuple(x.shape)}")
 
@@ -149,8 +153,8 @@ def _check_state(v: Any, x: Tensor) -> float | Tensor:
         return check_number("v", v)
     if v.shape != x.shape[1:]:
         raise ValueError(
-            f"v must have the shape of one time step of x_seq, {tuple(x.shape[1:])}, got {tuple(v.shape)}; a number starts "
-            "every neuron at the same potential"
+            f"v must have the shape of one time step of x_seq, {tuple(x.shape[1:])}, got {tuple(v.shape)}; a number "
+            "starts every neuron at the same potential"
         )
     if v.device != x.device:
         raise ValueError(f"v must be on x_seq's device {x.device}, got {v.device}; move it with v.to(x_seq.device)")
@@ -215,25 +219,25 @@ def multi_step(
     chosen = backends.choose(backend, x_seq.device)
     if chosen != backends.REFERENCE:
         if is_fused(surrogate_function):
-            is_tensor = isinstance(v, Tensor)
+            v0, v_init = (v, 0.0) if isinstance(v, Tensor) else (None, v)
             make = _constants if torch.compiler.is_compiling() else _cached_constants
             constants = make(
                 neuron.id,
                 surrogate_function.id,  # type: ignore[union-attr,arg-type]
-                surrogate_function.alpha,  # type: ignore[union-attr,arg-type]
+                surrogate_function.alpha,
                 tau,
                 decay_input,
                 v_threshold,
                 v_reset,
                 detach_reset,
                 store_v_seq,
-                0.0 if is_tensor else v,  # type: ignore[arg-type]
+                v_init,
             )
-            return ops.multi_step(ops.time_major(x_seq), v if is_tensor else None, decay, constants, chosen)  # type: ignore[arg-type]
+            return ops.multi_step(ops.time_major(x_seq), v0, decay, constants, chosen)
         if backend not in ("auto", "reference"):
             raise ValueError(
-                f"backend={backend!r} has no kernel for the surrogate {_name(surrogate_function)}; use backend='auto', which "
-                "runs it on the reference path, or one of the fused surrogates of snnfast.surrogate"
+                f"backend={backend!r} has no kernel for the surrogate {_name(surrogate_function)}; use backend='auto', "
+                "which runs it on the reference path, or one of the fused surrogates of snnfast.surrogate"
             )
         if not torch.compiler.is_compiling():
             say_once(

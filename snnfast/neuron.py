@@ -55,6 +55,7 @@ class BaseNode(MemoryModule):
     """
 
     dynamics: ClassVar[Neuron | None] = None  # the registry's entry that the kernels run, None for the reference path
+    v: Any  # a number or a tensor
     tau: float = 2.0
     decay_input: bool = True
 
@@ -79,11 +80,13 @@ class BaseNode(MemoryModule):
         if isinstance(store_v_seq, str):
             backend, store_v_seq = store_v_seq, False
             if old_store_v_seq:
-                store_v_seq, *old_store_v_seq = old_store_v_seq
+                store_v_seq, old_store_v_seq = old_store_v_seq[0], old_store_v_seq[1:]
         if old_store_v_seq:
             raise TypeError(f"{type(self).__name__} got too many positional arguments: {old_store_v_seq}")
         if not callable(surrogate_function):
-            raise TypeError(f"surrogate_function must be callable, such as snnfast.surrogate.ATan(), got {surrogate_function!r}")
+            raise TypeError(
+                f"surrogate_function must be callable, such as snnfast.surrogate.ATan(), got {surrogate_function!r}"
+            )
         if timesteps is not None and (isinstance(timesteps, bool) or not isinstance(timesteps, int) or timesteps < 1):
             raise ValueError(f"timesteps must be a whole number from 1, or None, got {timesteps!r}")
         self.v_threshold = functional.check_number("v_threshold", v_threshold)
@@ -226,8 +229,8 @@ class BaseNode(MemoryModule):
             return s
         if x_seq.shape[0] % T:
             raise ValueError(
-                f"x_seq must be [T * B, *] with timesteps={T}, got a first dimension of {x_seq.shape[0]}, which {T} does "
-                "not divide; repeat the input T times before the network, or set timesteps to its number of steps"
+                f"x_seq must be [T * B, *] with timesteps={T}, got a first dimension of {x_seq.shape[0]}, which {T} "
+                "does not divide; repeat the input T times before the network, or set timesteps to its number of steps"
             )
         s, self.v_seq = self._run(x_seq.unflatten(0, (T, -1)))
         return s.flatten(0, 1)
@@ -367,14 +370,12 @@ class ParametricLIFNode(BaseNode):
     def _decay(self, x_seq: Tensor) -> Tensor:
         if self.w.device != x_seq.device:
             raise ValueError(
-                f"x_seq must be on the module's device {self.w.device}, got {x_seq.device}; move one of them with .to(device)"
+                f"x_seq must be on the module's device {self.w.device}, got {x_seq.device}; move one with .to(device)"
             )
         return self.w.sigmoid()
 
     def neuronal_charge(self, x: Tensor) -> None:
-        p = Parameters(
-            self.v_threshold, self.v_reset, self.surrogate_function, 1.0, self.w.sigmoid(), self.decay_input
-        )
+        p = Parameters(self.v_threshold, self.v_reset, self.surrogate_function, 1.0, self.w.sigmoid(), self.decay_input)
         self.v = dynamics.charge_parametric_lif(x, self.v, p)
 
     def extra_repr(self) -> str:

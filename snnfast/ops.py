@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -84,15 +85,11 @@ def _run_forward(
 
 
 def _run_backward(
-    grad_s: Tensor | None,
-    grad_v: Tensor | None,
-    grad_v_seq: Tensor | None,
-    x: Tensor,
-    v0: Tensor | None,
-    decay: Tensor | None,
-    constants: Constants,
-    backend: int,
+    grads: Sequence[Tensor | None], saved: Sequence[Tensor | None], constants: Constants, backend: int
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    grad_s, grad_v, grad_v_seq = grads
+    x, v0, decay = saved
+    assert x is not None
     x = time_major(x)
     grad_x = torch.empty_like(x)
     grad_v0 = None if v0 is None else _empty_state(x)
@@ -120,7 +117,7 @@ def _multi_step(x: Tensor, v0: Tensor | None, decay: Tensor | None, *numbers: An
 
 
 def _multi_step_backward(*args: Any) -> tuple[Tensor, ...]:
-    return _or_nothing(args[3], *_run_backward(*args[:6], Constants._make(args[6:-1]), args[-1]))
+    return _or_nothing(args[3], *_run_backward(args[:3], args[3:6], Constants._make(args[6:-1]), args[-1]))
 
 
 _library.impl("multi_step", _multi_step, "CompositeExplicitAutograd")
@@ -252,7 +249,7 @@ class _EagerMultiStep(torch.autograd.Function):
             found = _MultiStepBackward.apply(*grads, *saved, *constants, backend)
             found = tuple(None if t is None else g for g, t in zip(found, saved, strict=True))
         else:
-            found = _run_backward(*grads, *saved, constants, backend)
+            found = _run_backward(grads, saved, constants, backend)
         return *found, None, None
 
 
@@ -274,23 +271,21 @@ class _MultiStepBackward(torch.autograd.Function):
         saved = _saved(ctx)
         given = [i for i, t in enumerate(saved) if t is not None]
 
+        outputs, inputs = [i for i in given if i < 3], [i for i in given if i >= 3]
+
         def backward(*tensors: Tensor) -> tuple[Tensor, ...]:
             """grad_x (and those of v0 and decay, where given) by differentiating the reference loop."""
-            full: list[Tensor | None] = [None] * 6
-            for i, t in zip(given, tensors, strict=True):
-                full[i] = t
-            outputs = [i for i in (0, 1, 2) if full[i] is not None]
-            inputs = [i for i in (3, 4, 5) if full[i] is not None]
+            full = dict(zip(given, tensors, strict=True))
 
             def forward(*values: Tensor) -> tuple[Tensor, ...]:
                 by_index = dict(zip(inputs, values, strict=True))
                 results = _reference(by_index[3], by_index.get(4), by_index.get(5), Constants._make(ctx.numbers[:-1]))
-                return tuple(results[i] for i in outputs)
+                return tuple(r for i, r in enumerate(results) if i in outputs and r is not None)
 
-            results, pull = torch.func.vjp(forward, *(full[i] for i in inputs))
+            results, pull, *_ = torch.func.vjp(forward, *(full[i] for i in inputs))
             return pull(tuple(full[i].to(r.dtype) for i, r in zip(outputs, results, strict=True)))
 
-        first, pull = torch.func.vjp(backward, *(saved[i] for i in given))
+        first, pull, *_ = torch.func.vjp(backward, *(saved[i] for i in given))
         wanted = [g for g, i in zip(grad_grads, (3, 4, 5), strict=True) if saved[i] is not None]
         wanted = [torch.zeros_like(f) if g is None else g.to(f.dtype) for f, g in zip(first, wanted, strict=True)]
         found = dict(zip(given, pull(tuple(wanted)), strict=True))

@@ -18,7 +18,12 @@ def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
         def poisoned(*args, **kwargs):
             t = make(*args, **kwargs)
             # Only real eager tensors: the compiler traces these functions too.
-            if type(t) is torch.Tensor and t.is_floating_point() and t.device.type != "meta" and t.layout is torch.strided:
+            if (
+                type(t) is torch.Tensor
+                and t.is_floating_point()
+                and t.device.type != "meta"
+                and t.layout is torch.strided
+            ):
                 with torch.no_grad():
                     t.fill_(float("nan"))
             return t

@@ -22,7 +22,11 @@ CASES = {
     "sparse": (lambda: functional.if_multi_step(X.to_sparse()), ValueError, r"x_seq.*to_dense"),
     "indivisible": (lambda: snnfast.IFNode(timesteps=3)(X), ValueError, r"x_seq.*timesteps=3.*4"),
     "state's shape": (lambda: functional.if_multi_step(X, torch.zeros(2)), ValueError, r"v .*\(3,\).*\(2,\)"),
-    "state's device": (lambda: functional.if_multi_step(X, torch.zeros(3, device="meta")), ValueError, r"v .*cpu.*meta"),
+    "state's device": (
+        lambda: functional.if_multi_step(X, torch.zeros(3, device="meta")),
+        ValueError,
+        r"v .*cpu.*meta",
+    ),
     "state's dtype": (lambda: functional.if_multi_step(X, torch.zeros(3, dtype=torch.int32)), TypeError, r"v .*int32"),
     "state no number": (lambda: functional.if_multi_step(X, "0"), TypeError, r"v must be a number"),
     "w's size": (lambda: functional.plif_multi_step(X, 0.0, torch.zeros(2)), TypeError, r"w must be"),
@@ -40,17 +44,29 @@ CASES = {
     "functional reset": (lambda: functional.if_multi_step(X, v_reset=[0]), TypeError, r"v_reset|unhashable"),
     "step mode": (lambda: snnfast.IFNode(step_mode="multi"), ValueError, r"step_mode must be 's' or 'm', got 'multi'"),
     "set_step_mode": (lambda: functional.set_step_mode(snnfast.IFNode(), "x"), ValueError, r"step_mode .*'x'"),
-    "backend": (lambda: snnfast.IFNode(backend="cuda"), ValueError, r"backend must be one of 'auto', 'native', 'triton'"),
+    "backend": (
+        lambda: snnfast.IFNode(backend="cuda"),
+        ValueError,
+        r"backend must be one of 'auto', 'native', 'triton'",
+    ),
     "set_backend": (lambda: functional.set_backend(snnfast.IFNode(), "gpu"), ValueError, r"backend must be one of"),
     "functional backend": (lambda: functional.if_multi_step(X, backend="gpu"), ValueError, r"backend must be one of"),
-    "backend's device": (lambda: functional.if_multi_step(X, backend="triton"), RuntimeError, r"backend='triton' cannot serve"),
+    "backend's device": (
+        lambda: functional.if_multi_step(X, backend="triton"),
+        RuntimeError,
+        r"backend='triton' cannot serve",
+    ),
     "timesteps": (lambda: snnfast.IFNode(timesteps=0), ValueError, r"timesteps .*0"),
     "timesteps float": (lambda: snnfast.IFNode(timesteps=2.0), ValueError, r"timesteps .*2.0"),
     "surrogate": (lambda: snnfast.IFNode(surrogate_function="atan"), TypeError, r"surrogate_function .*ATan"),
     "alpha": (lambda: surrogate.ATan(alpha=0.0), ValueError, r"alpha .*above 0, got 0.0"),
     "net": (lambda: functional.reset_net("net"), TypeError, r"net must be"),
     "memory name": (lambda: snnfast.IFNode().register_memory("v", 0), ValueError, r"name .*'v'"),
-    "module's device": (lambda: snnfast.ParametricLIFNode(step_mode="m")(X.to("meta")), ValueError, r"x_seq .*cpu.*meta"),
+    "module's device": (
+        lambda: snnfast.ParametricLIFNode(step_mode="m")(X.to("meta")),
+        ValueError,
+        r"x_seq .*cpu.*meta",
+    ),
 }
 
 

@@ -97,7 +97,7 @@ def test_division_is_exact_for_many_time_constants():
     for tau in taus:
         tau32 = torch.tensor(tau).item()
         x = torch.randn(1, 4096) * torch.logspace(-30, 30, 4096)
-        s, v, _ = functional.lif_multi_step(x, 0.0, tau32, v_threshold=float("inf"), backend="native")
+        _, v, _ = functional.lif_multi_step(x, 0.0, tau32, v_threshold=float("inf"), backend="native")
         tested += _C.corrected_division_is_exact(tau32)
         tiny = (x / tau32).abs() < 2.0**-126
         assert torch.equal(v[~tiny[0]], (x / tau32)[0][~tiny[0]]), tau

@@ -98,7 +98,9 @@ def test_losses_on_the_state_and_on_v_seq_reach_the_input():
 
 
 def net():
-    return nn.Sequential(nn.Linear(3, 4), snnfast.LIFNode(step_mode="m"), nn.Linear(4, 2), snnfast.IFNode(step_mode="m"))
+    return nn.Sequential(
+        nn.Linear(3, 4), snnfast.LIFNode(step_mode="m"), nn.Linear(4, 2), snnfast.IFNode(step_mode="m")
+    )
 
 
 @pytest.mark.parametrize("backend", ["auto", "reference"])
@@ -187,7 +189,9 @@ class StraightThrough(torch.autograd.Function):
         return grad
 
 
-@pytest.mark.parametrize("own", [Triangle(), StraightThrough.apply, surrogate.ATan(spiking=False)], ids=["object", "function", "primitive"])
+@pytest.mark.parametrize(
+    "own", [Triangle(), StraightThrough.apply, surrogate.ATan(spiking=False)], ids=["object", "function", "primitive"]
+)
 def test_surrogates_of_a_users_own_work_and_say_so_once(own):
     _notices._said.clear()
     node = snnfast.LIFNode(step_mode="m", surrogate_function=own)

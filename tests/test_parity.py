@@ -93,12 +93,15 @@ def test_gradients_match_the_loop_in_float64(backend, device, dtype, detach_rese
             "detach_reset": detach_reset,
             "surrogate_function": kind(),
         }
-        weights = [torch.randn(s, dtype=torch.float64) if on else None for s, on in zip((shape, shape[1:], shape), subset)]
+        weights = [
+            torch.randn(s, dtype=torch.float64) if on else None
+            for s, on in zip((shape, shape[1:], shape), subset, strict=True)
+        ]
         weights[0] = None if weights[0] is None else weights[0].to(dtype).double()  # a spike's gradient has its dtype
 
         decay = learnable(neuron, "cpu", torch.float64)
         inputs = [t.double().requires_grad_() for t in (x, v)] + ([decay.requires_grad_()] if decay is not None else [])
-        # In float64 the trajectory of the float32 loop is not exactly the same: a spike may flip. Compare where it does not.
+        # A spike may flip between the float32 and the float64 trajectory: compare where none does.
         want_s, *rest = loop(neuron, inputs[0], inputs[1], decay, **kwargs)
         reference_s = loop(neuron, x, v, learnable(neuron, "cpu", dtype), **kwargs)[0]
         same = (want_s == reference_s.double()).flatten(1).all(0)

@@ -17,9 +17,7 @@ needs_native = pytest.mark.skipif(NATIVE_CPU is not None, reason=str(NATIVE_CPU)
 
 def constants(neuron, store_v_seq=True, surrogate_id=1, **kwargs):
     numbers = {"tau": 3.0, "decay_input": True, "v_threshold": 0.875, "v_reset": 0.0, "detach_reset": False} | kwargs
-    return functional._constants(
-        neuron.id, surrogate_id, 2.0, **numbers, store_v_seq=store_v_seq, v_init=0.0
-    )
+    return functional._constants(neuron.id, surrogate_id, 2.0, **numbers, store_v_seq=store_v_seq, v_init=0.0)
 
 
 def inputs(neuron, device="cpu", dtype=torch.float32, shape=(4, 2, 3), grad=True):
@@ -85,7 +83,10 @@ def test_compile_fullgraph_equals_eager():
 @needs_native
 def test_compile_with_inductor():
     torch._dynamo.reset()
-    node, x = snnfast.LIFNode(step_mode="m", surrogate_function=surrogate.ATan()), torch.randn(4, 37, requires_grad=True)
+    node, x = (
+        snnfast.LIFNode(step_mode="m", surrogate_function=surrogate.ATan()),
+        torch.randn(4, 37, requires_grad=True),
+    )
 
     def step(x):
         functional.reset_net(node)
@@ -103,7 +104,13 @@ def test_double_backward_equals_the_loops(backend, device, neuron):
 
     def penalty(backend):
         s, v, v_seq = functional.multi_step(
-            neuron, *tensors, tau=3.0, v_threshold=0.875, surrogate_function=surrogate.Sigmoid(), store_v_seq=True, backend=backend
+            neuron,
+            *tensors,
+            tau=3.0,
+            v_threshold=0.875,
+            surrogate_function=surrogate.Sigmoid(),
+            store_v_seq=True,
+            backend=backend,
         )
         loss = (s * torch.arange(s.numel(), device=device).view_as(s)).sum() + v.square().sum() + v_seq.sin().sum()
         first = torch.autograd.grad(loss, tensors, create_graph=True)
@@ -118,7 +125,15 @@ def call(neuron, backend):
 
     def function(x, v, k=None):
         s, v, v_seq = functional.multi_step(
-            neuron, x, v, k, tau=3.0, v_threshold=0.875, surrogate_function=surrogate.ATan(), store_v_seq=True, backend=backend
+            neuron,
+            x,
+            v,
+            k,
+            tau=3.0,
+            v_threshold=0.875,
+            surrogate_function=surrogate.ATan(),
+            store_v_seq=True,
+            backend=backend,
         )
         return (s * (1 + torch.arange(s.numel(), device=s.device).view_as(s))).sum() + v.square().sum() + v_seq.sum()
 
@@ -135,7 +150,11 @@ def test_torch_func(backend, device, neuron):
         assert torch.allclose(g, w)
 
     batched = [torch.stack([t, t * 0.7, t + 0.1]) for t in tensors]
-    for in_dims in [(0,) * len(tensors), (0,) + (None,) * (len(tensors) - 1), (None, 0, *([0] if neuron.learnable else []))]:
+    for in_dims in [
+        (0,) * len(tensors),
+        (0,) + (None,) * (len(tensors) - 1),
+        (None, 0, *([0] if neuron.learnable else [])),
+    ]:
         args = [b if d == 0 else t for b, t, d in zip(batched, tensors, in_dims, strict=True)]
         assert torch.allclose(torch.func.vmap(fast, in_dims)(*args), torch.func.vmap(slow, in_dims)(*args)), in_dims
         per_sample = [torch.func.vmap(torch.func.grad(f, every), in_dims)(*args) for f in (fast, slow)]

@@ -19,9 +19,9 @@ from ..dynamics import NEURONS, Constants
 from ..surrogate import SURROGATES
 
 try:
-    from .. import _C
+    from .. import _C  # type: ignore[attr-defined]
 except ImportError as error:
-    _C = None  # type: ignore[assignment]
+    _C = None
     _why_missing = (
         f"the compiled extension is not here ({error}). Install a C++ compiler and run `pip install -e .` again"
     )

