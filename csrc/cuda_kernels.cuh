@@ -403,7 +403,7 @@ SNNFAST_DEVICE double backward_open(const Call& c, const Params<R>& p, int64_t n
                           [&](int64_t i, const R(&)[W], const R(&tape)[W][kTape], const R(&)[W][kStates]) {
                             write_tape(shared[i], tape);
                           });
-    R tape[W][kTape], tape_before[W][kTape];
+    R tape[W][kTape], tape_before[W][kTape] = {};
     read_tape(shared[steps - 1], tape);
     back.grad_decay = 0;
     for (int base = steps - 1; base >= 0; base -= kAhead) {

@@ -224,7 +224,7 @@ def multi_step(
             constants = make(
                 neuron.id,
                 surrogate_function.id,  # type: ignore[union-attr,arg-type]
-                surrogate_function.alpha,
+                surrogate_function.alpha,  # type: ignore[union-attr]
                 tau,
                 decay_input,
                 v_threshold,

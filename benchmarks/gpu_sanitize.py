@@ -1,0 +1,31 @@
+"""A small run of every CUDA kernel, for compute-sanitizer (``make gpu``)."""
+
+from __future__ import annotations
+
+import itertools
+
+import torch
+
+from snnfast import dynamics, functional
+from snnfast.dynamics import NEURONS
+
+
+def main() -> None:
+    calls = 0
+    dtypes = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+    for neuron, dtype, (T, N) in itertools.product(
+        NEURONS, dtypes, [(1, 7), (4, 4096), (8, 1000), (16, 513), (40, 64)]
+    ):
+        x = torch.randn(T, N, device="cuda", dtype=torch.float64).to(dtype).requires_grad_()
+        state = dynamics.state_dtype(dtype)
+        v = torch.randn(N, device="cuda", dtype=state, requires_grad=True)
+        decay = torch.tensor(0.4, device="cuda", dtype=state, requires_grad=True) if neuron.learnable else None
+        s, v_last, v_seq = functional.multi_step(neuron, x, v, decay, store_v_seq=True, backend="native")
+        (s.float().sum() + v_last.sum() + v_seq.sum()).backward()
+        calls += 1
+    torch.cuda.synchronize()
+    print(f"{calls} forward and backward calls")
+
+
+if __name__ == "__main__":
+    main()
