@@ -1,8 +1,9 @@
-"""The CUDA kernels without a GPU: cuda.cu compiled for the CPU by tests/cuda_host_shim, against a plain PyTorch loop."""
+"""The CUDA kernels without a GPU: cuda.cu compiled for the CPU by tests/cuda_host_shim, against a PyTorch loop."""
 
 import ctypes
 import itertools
 import math
+import mmap
 import os
 import shutil
 import subprocess
@@ -15,7 +16,9 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 SHIM = ROOT / "tests" / "cuda_host_shim"
 GXX = shutil.which("g++")
-pytestmark = pytest.mark.skipif(GXX is None, reason="g++ is not on PATH, so the CUDA kernels cannot be built for the CPU")
+pytestmark = pytest.mark.skipif(
+    GXX is None, reason="g++ is not on PATH, so the CUDA kernels cannot be built for the CPU"
+)
 
 NEURONS = {"IF": 0, "LIF": 1, "ParametricLIF": 2}
 DTYPES = {"float32": 0, "float64": 1, "bfloat16": 2, "float16": 3}
@@ -24,14 +27,17 @@ DIVIDE, MULTIPLY, CORRECTED = 0, 1, 2
 GUARD = 24  # elements of NaN around every tensor, which must survive
 
 
+INTEGERS = ["T", "N", "neuron", "surrogate", "flags", "dtype", "division"]
+REALS = ["threshold", "v_reset", "tau", "alpha", "v_init"]
+POINTERS = ["x", "v0", "decay", "s", "v", "v_seq", "grad_s", "grad_v", "grad_v_seq", "grad_x", "grad_v0"]
+POINTERS += ["grad_decay_partial", "workspace"]
+
+
 class FlatCall(ctypes.Structure):
     _fields_ = (
-        [(name, ctypes.c_int64) for name in "T N neuron surrogate flags dtype division".split()]
-        + [(name, ctypes.c_double) for name in "threshold v_reset tau alpha v_init".split()]
-        + [
-            (name, ctypes.c_void_p)
-            for name in "x v0 decay s v v_seq grad_s grad_v grad_v_seq grad_x grad_v0 grad_decay_partial workspace".split()
-        ]
+        [(name, ctypes.c_int64) for name in INTEGERS]
+        + [(name, ctypes.c_double) for name in REALS]
+        + [(name, ctypes.c_void_p) for name in POINTERS]
     )
 
 
@@ -96,8 +102,22 @@ def guarded_copy(tensor, shift=0):
 class Case:
     """One neuron and its constants, run by the kernels and by the loop."""
 
-    def __init__(self, neuron, dtype, *, decay_input=True, soft=False, detach=False, surrogate=1, alpha=2.0, tau=2.0,
-                 division=DIVIDE, threshold=1.0, v_reset=0.1, v_init=0.1):
+    def __init__(
+        self,
+        neuron,
+        dtype,
+        *,
+        decay_input=True,
+        soft=False,
+        detach=False,
+        surrogate=1,
+        alpha=2.0,
+        tau=2.0,
+        division=DIVIDE,
+        threshold=1.0,
+        v_reset=0.1,
+        v_init=0.1,
+    ):
         self.neuron, self.dtype, self.surrogate, self.alpha, self.tau = neuron, dtype, surrogate, alpha, tau
         self.decay_input, self.soft, self.detach, self.division = decay_input, soft, detach, division
         self.threshold, self.v_reset, self.v_init = threshold, 0.0 if soft else v_reset, v_init
@@ -106,8 +126,20 @@ class Case:
 
     def call(self, T, N, **tensors):
         flags = DECAY_INPUT * self.decay_input | SOFT_RESET * self.soft | DETACH_RESET * self.detach
-        call = FlatCall(T, N, NEURONS[self.neuron], self.surrogate, flags, DTYPES[str(self.dtype).split(".")[1]],
-                        self.division, self.threshold, self.v_reset, self.tau, self.alpha, self.v_init)
+        call = FlatCall(
+            T,
+            N,
+            NEURONS[self.neuron],
+            self.surrogate,
+            flags,
+            DTYPES[str(self.dtype).split(".")[1]],
+            self.division,
+            self.threshold,
+            self.v_reset,
+            self.tau,
+            self.alpha,
+            self.v_init,
+        )
         if self.neuron == "ParametricLIF":
             tensors["decay"] = self.decay
         for name, tensor in tensors.items():
@@ -181,7 +213,7 @@ class Case:
         derivatives = surrogate_derivative(self.surrogate, h_seq.double() - self.threshold, self.alpha)
         x = x.double().requires_grad_()
         v = v0 = (torch.full_like(x[0], self.v_init) if v0 is None else v0.double()).detach().requires_grad_()
-        decay = self.decay.double().requires_grad_()
+        decay = self.decay.double().clone().requires_grad_()
         total = torch.zeros((), dtype=torch.float64)
         for t in range(len(x)):
             h = self.charge(x[t], v, decay)
@@ -228,9 +260,7 @@ def inputs(T, N, dtype, seed):
 
 
 GRADIENT_SUBSETS = [
-    subset
-    for size in (1, 2, 3)
-    for subset in itertools.combinations(("grad_s", "grad_v", "grad_v_seq"), size)
+    subset for size in (1, 2, 3) for subset in itertools.combinations(("grad_s", "grad_v", "grad_v_seq"), size)
 ]
 
 
@@ -239,11 +269,16 @@ def assert_gradients(got, expected, dtype):
     for name, value in expected.items():
         if got.get(name) is None or (name == "grad_decay" and value is None):
             continue
-        rounding = {torch.bfloat16: 2**-8, torch.float16: 2**-10}.get(dtype, 0) if name == "grad_x" else 0
+        rounding = {torch.bfloat16: 2**-7, torch.float16: 2**-10}.get(dtype, 0) if name == "grad_x" else 0
         exact = 1e-12 if dtype == torch.float64 else 1e-5
         scale = float(value.abs().max())
+        value = value.to(dtype).double() if rounding else value  # which may overflow
         torch.testing.assert_close(
-            got[name].double(), value, rtol=rounding + exact, atol=exact * scale + (2**-24 if rounding else 0), msg=name
+            got[name].double(),
+            value,
+            rtol=rounding + exact,
+            atol=exact * scale + (2**-24 if rounding else 0),
+            msg=lambda text, name=name: f"{name}: {text}",
         )
 
 
@@ -276,15 +311,31 @@ def variant_id(variant):
     )
 
 
-@pytest.mark.parametrize("T", [1, 2, 3, 4, 7, 8, 16, 17, 50])
-@pytest.mark.parametrize("dtype", DTYPES)
+TIMESTEPS = {
+    "float32": [1, 2, 3, 4, 7, 8, 16, 17, 50],
+    "float64": [1, 17, 50],
+    "bfloat16": [1, 2, 4, 8, 16, 17],
+    "float16": [4, 7, 16],
+}
+
+
+@pytest.mark.parametrize(("dtype", "T"), [(dtype, T) for dtype, steps in TIMESTEPS.items() for T in steps])
 @pytest.mark.parametrize("variant", VARIANTS, ids=variant_id)
 def test_matches_the_loop(kernels, variant, dtype, T):
     neuron, decay_input, soft, detach = variant
     index = VARIANTS.index(variant) + 3 * T + 5 * DTYPES[dtype]  # walks through what is not crossed in full
     tau, division = [(2.0, MULTIPLY), (3.0, CORRECTED), (1.7, DIVIDE)][index % 3]
-    case = Case(neuron, getattr(torch, dtype), decay_input=decay_input, soft=soft, detach=detach, tau=tau,
-                division=division, surrogate=index % 8, alpha=[1.0, 2.0, 4.0][index % 3])
+    case = Case(
+        neuron,
+        getattr(torch, dtype),
+        decay_input=decay_input,
+        soft=soft,
+        detach=detach,
+        tau=tau,
+        division=division,
+        surrogate=index % 8,
+        alpha=[1.0, 2.0, 4.0][index % 3],
+    )
     for k, N in enumerate((1032, 37)):  # wide accesses with a part of a block left over, and single neurons
         check(kernels, case, T, N, seed=index, with_v0=(index + k) % 2 == 0, subset=GRADIENT_SUBSETS[(index + k) % 7])
 
@@ -355,13 +406,12 @@ def test_decay_gradient_repeats_to_the_bit(kernels):
 
 def test_neurons_beyond_32_bits(kernels):
     """The last blocks of 2**31 + 1032 neurons, on memory that is reserved and hardly touched."""
-    mmap = __import__("mmap")
-    if not hasattr(mmap, "MAP_NORESERVE"):
-        pytest.skip("mmap.MAP_NORESERVE is not available")
+    if sys.platform != "linux":
+        pytest.skip("memory is reserved without being used in Linux's way")
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0x4000)  # named from Python 3.13 on
     T, N = 2, 2**31 + 1032
     try:
-        memory = [mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | mmap.MAP_NORESERVE)
-                  for size in (T * N * 2, T * N * 2, N * 4)]
+        memory = [mmap.mmap(-1, size, flags=flags) for size in (T * N * 2, T * N * 2, N * 4)]
     except OSError as error:
         pytest.skip(f"20 GiB of address space cannot be reserved: {error}")
     x, s = (torch.frombuffer(m, dtype=torch.bfloat16).view(T, N) for m in memory[:2])
@@ -399,9 +449,9 @@ from test_cuda_host import Case, check, open_library
 import torch
 library = open_library(sys.argv[1])
 for neuron, dtype, T, N in itertools.product(["IF", "LIF", "ParametricLIF"], [torch.float32, torch.bfloat16],
-                                             [1, 4, 7, 16, 35], [24, 37]):
+                                             [1, 4, 7, 16, 19], [24, 37]):
     check(library, Case(neuron, dtype), T=T, N=N, seed=0)
-check(library, Case("ParametricLIF", torch.float64), T=35, N=38, seed=0)
+check(library, Case("ParametricLIF", torch.float64), T=19, N=38, seed=0)
 check(library, Case("LIF", torch.float32), T=4, N=24, seed=0, shift=1)
 print("clean")
 """
@@ -412,10 +462,14 @@ def test_sanitizers(tmp_path):
     runtime = subprocess.run([GXX, "-print-file-name=libasan.so"], capture_output=True, text=True).stdout.strip()
     if not os.path.isabs(runtime):
         pytest.skip("g++ has no address sanitizer here")
-    library = build(tmp_path, "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
+    library = build(tmp_path, "-O0", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
     environment = dict(os.environ, LD_PRELOAD=runtime, ASAN_OPTIONS="detect_leaks=0:detect_stack_use_after_return=0")
     process = subprocess.run(
         [sys.executable, "-c", SANITIZED, str(library), str(ROOT / "tests")],
-        capture_output=True, text=True, env=environment, timeout=120,
+        capture_output=True,
+        text=True,
+        env=environment,
+        timeout=120,
     )
-    assert process.returncode == 0 and "clean" in process.stdout, process.stdout + process.stderr[-4000:]
+    assert process.returncode == 0, process.stdout + process.stderr[-4000:]
+    assert "clean" in process.stdout

@@ -8,6 +8,7 @@ dtype; outputs are allocated by the caller and fully written, and ``None`` where
 from __future__ import annotations
 
 import functools
+import importlib
 import math
 import sys
 from typing import Any
@@ -19,7 +20,7 @@ from ..dynamics import NEURONS, Constants
 from ..surrogate import SURROGATES
 
 try:
-    from .. import _C  # type: ignore[attr-defined]
+    _C: Any = importlib.import_module("snnfast._C")
 except ImportError as error:
     _C = None
     _why_missing = (

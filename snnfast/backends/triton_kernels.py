@@ -118,7 +118,7 @@ def reset(h, s, threshold, v_reset, FLAGS: tl.constexpr):
 
 
 @triton.jit
-def fire_and_reset_backward(grad_s, grad_v, h, derivative, threshold, v_reset, FLAGS: tl.constexpr):
+def fire_and_reset_backward(grad_s, grad_v, h, s, derivative, threshold, v_reset, FLAGS: tl.constexpr):
     """The gradient of h from those of the spike and of the state after the reset."""
     if FLAGS & SOFT_RESET:
         if not (FLAGS & DETACH_RESET):
@@ -127,7 +127,7 @@ def fire_and_reset_backward(grad_s, grad_v, h, derivative, threshold, v_reset, F
     else:
         if not (FLAGS & DETACH_RESET):
             grad_s = grad_s + grad_v * (v_reset - h)
-        through_reset = grad_v * (1.0 - fire(h, threshold))
+        through_reset = grad_v * (1.0 - s)
     return grad_s * derivative + through_reset
 
 
@@ -176,8 +176,10 @@ def number(value, DTYPE: tl.constexpr):
 def load_rows(pointer, row, lane, mask, N, STEPS: tl.constexpr):
     """STEPS rows from offset ``row``, as a tuple of what is still unconverted: half the registers in bf16."""
     rows = ()
-    for t in tl.static_range(STEPS):
-        rows = rows + (tl.load(pointer + (row + t * N) + lane, mask=mask, other=0.0),)
+    pointers = pointer + row + lane
+    for _ in tl.static_range(STEPS):
+        rows = rows + (tl.load(pointers, mask=mask, other=0.0),)
+        pointers += N
     return rows
 
 
@@ -293,11 +295,14 @@ def backward_chunk(
 ):
     """STEPS steps back to state ``v``; returns the gradient of ``v`` and the sum for the decay."""
     xs = load_rows(x_ptr, row, lane, mask, N, STEPS)
+    last = row + (STEPS - 1) * N
+    grad_x_at = grad_x_ptr + last + lane
     grads_s = ()
     if grad_s_ptr is not None:
+        grad_s_at = grad_s_ptr + last + lane
         for k in tl.static_range(AHEAD if AHEAD < STEPS else STEPS):
-            here = row + (STEPS - 1 - k) * N
-            grads_s = grads_s + (tl.load(grad_s_ptr + here + lane, mask=mask, other=0.0),)
+            grads_s = grads_s + (tl.load(grad_s_at, mask=mask, other=0.0),)
+            grad_s_at -= N
     hs = ()
     state = v
     for t in tl.static_range(STEPS):
@@ -306,23 +311,28 @@ def backward_chunk(
         hs = hs + (h,)
     for k in tl.static_range(STEPS):
         h = hs[STEPS - 1 - k]
+        u = h - threshold
         before = v
         if k < STEPS - 1:
             h_before = hs[STEPS - 2 - k]
-            before = reset(h_before, fire(h_before, threshold), threshold, v_reset, FLAGS)
+            before = reset(h_before, fire(h_before - threshold, 0.0), threshold, v_reset, FLAGS)
         here = row + (STEPS - 1 - k) * N
         grad_s = tl.zeros_like(h)
         if grad_s_ptr is not None:
             if k + AHEAD < STEPS:
-                grads_s = grads_s + (tl.load(grad_s_ptr + here - AHEAD * N + lane, mask=mask, other=0.0),)
+                grads_s = grads_s + (tl.load(grad_s_at, mask=mask, other=0.0),)
+                grad_s_at -= N
             grad_s = grads_s[k].to(v.dtype)
         if grad_v_seq_ptr is not None:
             grad_v += tl.load(grad_v_seq_ptr + here + lane, mask=mask, other=0.0)
-        derivative = surrogate_derivative(h - threshold, alpha, SURROGATE)
-        grad_h = fire_and_reset_backward(grad_s, grad_v, h, derivative, threshold, v_reset, FLAGS)
+        derivative = surrogate_derivative(u, alpha, SURROGATE)
+        grad_h = fire_and_reset_backward(
+            grad_s, grad_v, h, fire(u, 0.0), derivative, threshold, v_reset, FLAGS
+        )
         grad_x, grad_v, step_grad_decay = charge_backward(grad_h, h, before, v_reset, rate, NEURON, FLAGS)
         grad_decay += step_grad_decay
-        tl.store(grad_x_ptr + here + lane, grad_x.to(grad_x_ptr.dtype.element_ty), mask=mask)
+        tl.store(grad_x_at, grad_x.to(grad_x_ptr.dtype.element_ty), mask=mask)
+        grad_x_at -= N
     return grad_v, grad_decay
 
 

@@ -1,0 +1,103 @@
+"""What nvcc makes of cuda.cu, wherever there is an nvcc: no GPU needed."""
+
+import importlib.util
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+NVCC = shutil.which("nvcc")
+pytestmark = [pytest.mark.skipif(NVCC is None, reason="nvcc is not on PATH"), pytest.mark.slow]
+
+PARTS = {"forward": 1, "backward": 2}
+KERNEL = re.compile(
+    r"(?P<pass>forward|backward)_kernelI.*?\d(?P<neuron>IF|LIF|ParametricLIF)ChargeEEE?"
+    r"(?P<dtype>f|d|13__nv_bfloat16|6__half)Li(?P<T>\d+)ELi\d+ELi(?P<W>\d+)E"
+)
+
+
+def cuobjdump():
+    """The toolkit's, or the one that Triton brings."""
+    found = shutil.which("cuobjdump")
+    spec = importlib.util.find_spec("triton")
+    if found is None and spec is not None and spec.origin is not None:
+        candidate = Path(spec.origin).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+        found = str(candidate) if candidate.exists() else None
+    return found
+
+
+@pytest.fixture(scope="session")
+def compiled(tmp_path_factory):
+    """Per pass: the folder with what nvcc kept, and what ptxas said."""
+    running = {}
+    for name, part in PARTS.items():
+        folder = tmp_path_factory.mktemp(f"nvcc_{name}")
+        flags = ["-std=c++17", "-O3", "-fmad=false", "-gencode", "arch=compute_90,code=sm_90", "-Xptxas", "-v"]
+        flags += ["--keep", "--keep-dir", str(folder), f"-DSNNFAST_CUDA_PART={part}"]
+        flags += [
+            '-DSNNFAST_CUDA_ARCH_LIST="sm_90"',
+            "-c",
+            str(ROOT / "csrc" / "cuda.cu"),
+            "-o",
+            str(folder / "cuda.o"),
+        ]
+        process = subprocess.Popen([NVCC, *flags], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        running[name] = (folder, process)
+    results = {}
+    for name, (folder, process) in running.items():
+        log = process.communicate()[0]
+        assert process.returncode == 0, log
+        results[name] = (folder, log)
+    return results
+
+
+@pytest.fixture(scope="session")
+def instructions(compiled):
+    """The machine code of each kernel as (pass, neuron, dtype, T, W) -> list of instructions."""
+    tool = cuobjdump()
+    if tool is None:
+        pytest.skip("there is no cuobjdump here, neither the CUDA toolkit's nor Triton's")
+    kernels = {}
+    for folder, _ in compiled.values():
+        (cubin,) = folder.glob("*.cubin")
+        text = subprocess.run([tool, "-sass", str(cubin)], capture_output=True, text=True, check=True).stdout
+        for function in text.split("Function : ")[1:]:
+            match = KERNEL.search(function.split("\n", 1)[0])
+            if match:
+                key = (match["pass"], match["neuron"], match["dtype"], int(match["T"]), int(match["W"]))
+                kernels[key] = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(.*?)\s*;", function)
+    return kernels
+
+
+@pytest.mark.parametrize("name", PARTS)
+def test_no_spills(compiled, name):
+    log = compiled[name][1]
+    frames = re.findall(r"\d+ bytes stack frame, \d+ bytes spill stores, \d+ bytes spill loads", log)
+    assert len(frames) >= 3 * (3 * 6 + 2)  # neurons x (dtypes x buckets)
+    assert set(frames) == {"0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads"}
+    assert "warning" not in log
+
+
+def test_forward_is_not_contracted(compiled):
+    folder, _ = compiled["forward"]
+    (ptx,) = folder.glob("*.ptx")
+    text = ptx.read_text()
+    assert text.count("div.rn.f32") > 0
+    for wrong in ("fma.", "div.full", "div.approx", ".ftz", "rcp.", "ex2."):
+        assert wrong not in text, f"{wrong} in the forward's PTX"
+
+
+@pytest.mark.parametrize("neuron", ["IF", "LIF", "ParametricLIF"])
+@pytest.mark.parametrize(("dtype", "W"), [("f", 4), ("13__nv_bfloat16", 8)], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("name", PARTS)
+def test_wide_accesses_before_the_first_step(instructions, name, dtype, W, neuron):
+    code = instructions[name, neuron, dtype, 4, W]
+    first_store = next(i for i, instruction in enumerate(code) if "STG" in instruction)
+    rows = sum("LDG.E.128" in instruction for instruction in code[:first_store])
+    assert rows >= (4 if name == "forward" else 8), "all rows of x (and of grad_s) are asked for first"
+    assert sum("STG.E.128" in instruction for instruction in code) >= 4
+    narrow = [i for i in code if re.search(r"(LDG|STG)", i) and ".128" not in i and not i.startswith("LDG.E R")]
+    assert name == "backward" or not narrow
