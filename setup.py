@@ -194,7 +194,8 @@ class BuildKernels(build_ext):
             f"{quoted(nvcc)} -ccbin {compiler} {CUDA_FLAGS} {' '.join(codes)} {macro} $flags "
             "-MD -MF $out.d -c $in -o $out",
         )
-        ninja.compile("nvcc", CSRC / "cuda.cu", "cuda.o")
+        for part in (1, 2):  # forward and backward, so that two cores have work
+            ninja.compile("nvcc", CSRC / "cuda.cu", f"cuda_{part}.o", f"-DSNNFAST_CUDA_PART={part}")
 
 
 setup(ext_modules=[Extension("snnfast._C", sources=[])], cmdclass={"build_ext": BuildKernels})

@@ -5,6 +5,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include <new>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -94,8 +95,8 @@ void* pointer(uintptr_t address) { return reinterpret_cast<void*>(address); }
 // ---- one neuron's constants, made once and kept by the caller ----
 struct Config {
   Call call{};
-  Config(int neuron, int surrogate, int flags, int division, double threshold, double v_reset, double tau,
-         double alpha, double v_init) {
+  Config(int neuron, int surrogate, int flags, int division, double threshold, double v_reset, double tau, double alpha,
+         double v_init) {
     call.neuron = neuron;
     call.surrogate = surrogate;
     call.flags = flags;
@@ -158,7 +159,7 @@ double cpu_backward(const Config& config, int threads, int dtype, int64_t T, int
   prepare_cpu_output(call, threads, call.grad_x);
   std::vector<double> partial(call.decay ? backward_blocks(T, N) : 0);
   call.grad_decay_partial = partial.data();
-  kernels->backward(call);
+  if (!kernels->backward(call)) throw std::bad_alloc();
   double sum = 0;
   for (double part : partial) sum += part;
   return sum;

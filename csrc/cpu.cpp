@@ -16,7 +16,7 @@ namespace {
 
 constexpr int64_t kForwardBlock = 2048;
 constexpr int64_t kPrefetchBytes = 4096;  // how far ahead of the backward's short rows
-constexpr int64_t kSerialBelow = 32768;  // elements; a thread team costs more than it brings, and forks stay safe
+constexpr int64_t kSerialBelow = 32768;   // elements; a thread team costs more than it brings, and forks stay safe
 
 int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
@@ -70,7 +70,7 @@ struct ForwardRow {
   const T* x;
   const T* ahead;  // where to prefetch from: the same neurons one step later
   T* ahead_s;
-  T* s;            // null while only the tape or the state is wanted
+  T* s;  // null while only the tape or the state is wanted
   R* state[Neuron::kStates];
   R* tape[Neuron::kTape];  // null entries outside the backward
   R* v_seq;                // may be null
@@ -79,7 +79,8 @@ struct ForwardRow {
   void run(int64_t n, const Params<R> known) const {
     with_known_reset(known, [&](const Params<R> p) __attribute__((always_inline)) {
       if constexpr (Neuron::kDivides)
-        with_known_division(p, [&](const Params<R> q) __attribute__((always_inline)) { loop<stream, with_tape>(n, q); });
+        with_known_division(p,
+                            [&](const Params<R> q) __attribute__((always_inline)) { loop<stream, with_tape>(n, q); });
       else
         loop<stream, with_tape>(n, p);
     });
@@ -165,9 +166,7 @@ class BackwardScratch {
   R* state(int k) const { return base_ + (1 + k) * block_; }
   R* grad_state(int k) const { return base_ + (1 + Neuron::kStates + k) * block_; }
   R* tape(int64_t step, int k) const { return base_ + (1 + 2 * Neuron::kStates + step * Neuron::kTape + k) * block_; }
-  R* checkpoint(int64_t segment, int k) const {
-    return tape(segment_, 0) + (segment * Neuron::kStates + k) * block_;
-  }
+  R* checkpoint(int64_t segment, int k) const { return tape(segment_, 0) + (segment * Neuron::kStates + k) * block_; }
 
  private:
   R* memory_;
@@ -180,12 +179,13 @@ class BackwardScratch {
 template <class R>
 void derivative_row(R* derivative, const R* h, int64_t n, const Params<R> p) {
   switch (p.surrogate) {
-#define SNNFAST_CASE(id, Surrogate)                                                                         \
-  case id:                                                                                                  \
-    for_each_in_row<R, false>(derivative, n, [&](auto tag, int64_t i) __attribute__((always_inline)) {      \
-      using V = decltype(tag);                                                                              \
-      store<false>(derivative + i, Surrogate::template derivative<V>(load(h + i, (V*)nullptr) - p.threshold, p.alpha)); \
-    });                                                                                                     \
+#define SNNFAST_CASE(id, Surrogate)                                                                     \
+  case id:                                                                                              \
+    for_each_in_row<R, false>(derivative, n, [&](auto tag, int64_t i) __attribute__((always_inline)) {  \
+      using V = decltype(tag);                                                                          \
+      store<false>(derivative + i,                                                                      \
+                   Surrogate::template derivative<V>(load(h + i, (V*)nullptr) - p.threshold, p.alpha)); \
+    });                                                                                                 \
     break;
     SNNFAST_SURROGATES(SNNFAST_CASE)
 #undef SNNFAST_CASE
@@ -194,12 +194,12 @@ void derivative_row(R* derivative, const R* h, int64_t n, const Params<R> p) {
 
 template <class Neuron, class T, class R>
 struct BackwardRow {
-  const T* grad_s;        // may be null
-  const T* ahead;         // where to prefetch from: the same neurons one step earlier
-  const R* grad_v_seq;    // may be null
+  const T* grad_s;      // may be null
+  const T* ahead;       // where to prefetch from: the same neurons one step earlier
+  const R* grad_v_seq;  // may be null
   const R* derivative;
   const R* tape[Neuron::kTape];
-  const R* tape_before[Neuron::kTape];   // of the step before; null at the start of a segment
+  const R* tape_before[Neuron::kTape];     // of the step before; null at the start of a segment
   const R* state_before[Neuron::kStates];  // the state at the start of the segment
   R* grad_state[Neuron::kStates];
   T* grad_x;
@@ -246,7 +246,8 @@ struct BackwardRow {
       if constexpr (!stream) __builtin_prefetch(row.ahead_grad_x + i, 1);
       if (row.grad_v_seq) grad_state[0] += load(row.grad_v_seq + i, (V*)nullptr);
       const V grad_s = row.grad_s ? load(row.grad_s + i, (V*)nullptr) : V{};
-      const V grad_x = Neuron::step_backward(grad_s, grad_state, tape, before, load(row.derivative + i, (V*)nullptr), p, grad_decay);
+      const V grad_x =
+          Neuron::step_backward(grad_s, grad_state, tape, before, load(row.derivative + i, (V*)nullptr), p, grad_decay);
       for (int k = 0; k < Neuron::kStates; ++k) store<false>(row.grad_state[k] + i, grad_state[k]);
       store<stream>(row.grad_x + i, grad_x);
       if constexpr (Neuron::kLearnable) {
@@ -263,7 +264,8 @@ struct BackwardRow {
 };
 
 template <class Neuron, class T, bool stream, class R>
-void backward_block(const Call& c, int64_t index, int64_t begin, int64_t end, const BackwardScratch<Neuron, R>& memory) {
+void backward_block(const Call& c, int64_t index, int64_t begin, int64_t end,
+                    const BackwardScratch<Neuron, R>& memory) {
   const Params<R> p = params_of<R>(c);
   const int64_t n = end - begin, K = memory.segment(), segments = (c.T + K - 1) / K;
   const T* x = static_cast<const T*>(c.x) + begin;
@@ -349,32 +351,34 @@ void forward_all(const Call& c) {
   }
 }
 
+// False where memory ran out, and then nothing that was written counts.
 template <class Neuron, class T, bool stream>
-void backward_all(const Call& c) {
+bool backward_all(const Call& c) {
   using R = typename StateOf<T>::type;
   const int64_t block = backward_block_size(c.T), blocks = backward_blocks(c.T, c.N);
   [[maybe_unused]] const int threads = threads_for(c, blocks);
-#pragma omp parallel num_threads(threads) if (threads > 1)
+  int allocated = 1;
+#pragma omp parallel num_threads(threads) if (threads > 1) reduction(min : allocated)
   {
     const FlushDenormals flush;
     const BackwardScratch<Neuron, R> memory(c.T, block);
-    if (!memory.allocated()) abort();
+    allocated = memory.allocated();
 #pragma omp for schedule(static)
     for (int64_t b = 0; b < blocks; ++b)
-      backward_block<Neuron, T, stream>(c, b, b * block, smaller((b + 1) * block, c.N), memory);
+      if (memory.allocated()) backward_block<Neuron, T, stream>(c, b, b * block, smaller((b + 1) * block, c.N), memory);
   }
+  return allocated;
 }
 
 template <class Neuron, class T>
-void run(const Call& c, bool backward) {
-  if (backward)
-    c.stream_stores ? backward_all<Neuron, T, true>(c) : backward_all<Neuron, T, false>(c);
-  else
-    c.stream_stores ? forward_all<Neuron, T, true>(c) : forward_all<Neuron, T, false>(c);
+bool run(const Call& c, bool backward) {
+  if (backward) return c.stream_stores ? backward_all<Neuron, T, true>(c) : backward_all<Neuron, T, false>(c);
+  c.stream_stores ? forward_all<Neuron, T, true>(c) : forward_all<Neuron, T, false>(c);
+  return true;
 }
 
 template <class Neuron>
-void run_dtype(const Call& c, bool backward) {
+bool run_dtype(const Call& c, bool backward) {
   switch (c.dtype) {
     case kFloat32:
       return run<Neuron, float>(c, backward);
@@ -385,9 +389,10 @@ void run_dtype(const Call& c, bool backward) {
     case kFloat16:
       return run<Neuron, Float16>(c, backward);
   }
+  return true;
 }
 
-void run_neuron(const Call& c, bool backward) {
+bool run_neuron(const Call& c, bool backward) {
   switch (c.neuron) {
 #define SNNFAST_CASE(id, Neuron) \
   case id:                       \
@@ -395,6 +400,7 @@ void run_neuron(const Call& c, bool backward) {
     SNNFAST_NEURONS(SNNFAST_CASE)
 #undef SNNFAST_CASE
   }
+  return true;
 }
 
 // tau and a scale separately, so one binade of a, over all mantissas, stands for all of the usable range.
@@ -425,7 +431,7 @@ bool corrected_division_is_exact(float tau) {
 extern const CpuKernels SNNFAST_NAME(SNNFAST_CPU_SET) = {
     SNNFAST_STRING(SNNFAST_CPU_SET),
     [](const Call& c) { run_neuron(c, false); },
-    [](const Call& c) { run_neuron(c, true); },
+    [](const Call& c) { return run_neuron(c, true); },
     corrected_division_is_exact,
 };
 

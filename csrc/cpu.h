@@ -8,7 +8,7 @@ namespace snnfast {
 struct CpuKernels {
   const char* name;
   void (*forward)(const Call&);
-  void (*backward)(const Call&);
+  bool (*backward)(const Call&);  // false: out of memory
   // Whether the corrected reciprocal gives the bits of a / tau for every float a in its range.
   bool (*corrected_division_is_exact)(float tau);
 };
@@ -26,6 +26,8 @@ inline int64_t backward_block_size(int64_t T) {
   const int64_t block = 8192 / steps / 64 * 64;
   return block < 256 ? 256 : block;
 }
-inline int64_t backward_blocks(int64_t T, int64_t N) { return (N + backward_block_size(T) - 1) / backward_block_size(T); }
+inline int64_t backward_blocks(int64_t T, int64_t N) {
+  return (N + backward_block_size(T) - 1) / backward_block_size(T);
+}
 
 }  // namespace snnfast

@@ -37,8 +37,8 @@ struct Call {
   void* grad_state[kMaxStates];  // may be null
   void* grad_decay_partial;      // [decay_partials()] float64, summed in order by the caller; null without a decay
 
-  void* workspace;  // backward_workspace() bytes, CUDA only
-  int threads;      // CPU only
+  void* workspace;    // backward_workspace() bytes, CUDA only
+  int threads;        // CPU only
   int stream_stores;  // CPU only: 1 writes past the caches, 0 does not
 };
 

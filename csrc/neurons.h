@@ -6,8 +6,8 @@
 //   after(tape, state, p)                                     -> the state after the step, from its tape alone
 //   step_backward(grad_s, grad_state, tape, before, derivative, p, grad_decay)
 //                                                             -> grad_x; grad_state goes from after to before
-// with tape[0] the potential that is compared with the threshold, and derivative the surrogate's at tape[0] - threshold;
-// V is a scalar or a vector of lanes. The forward is the plain PyTorch loop's arithmetic, operation for
+// with tape[0] the potential that is compared with the threshold, and derivative the surrogate's at tape[0] -
+// threshold; V is a scalar or a vector of lanes. The forward is the plain PyTorch loop's arithmetic, operation for
 // operation, and is compiled without contraction into fused multiply-adds; see docs/numerics.md.
 //
 // To add a neuron: a struct and a row of SNNFAST_NEURONS here, a step helper in snnfast/backends/triton_kernels.py, an

@@ -9,8 +9,8 @@
 namespace snnfast {
 namespace {
 
-// e^a for a <= 0, written out because the compiler does not vectorise exp(). A gradient needs no last bits: the relative
-// error is below 3e-7 in float32 (minimax polynomial of degree 5) and 1e-15 in float64 (Taylor to degree 13).
+// e^a for a <= 0, written out because the compiler does not vectorise exp(). A gradient needs no last bits: the
+// relative error is below 3e-7 in float32 (minimax polynomial of degree 5) and 1e-15 in float64 (Taylor to degree 13).
 template <class V>
 SNNFAST_FN V polynomial_exp(V r, float) {
   V p = broadcast<V>(8.297647326e-3f);

@@ -99,5 +99,12 @@ def test_wide_accesses_before_the_first_step(instructions, name, dtype, W, neuro
     rows = sum("LDG.E.128" in instruction for instruction in code[:first_store])
     assert rows >= (4 if name == "forward" else 8), "all rows of x (and of grad_s) are asked for first"
     assert sum("STG.E.128" in instruction for instruction in code) >= 4
-    narrow = [i for i in code if re.search(r"(LDG|STG)", i) and ".128" not in i and not i.startswith("LDG.E R")]
-    assert name == "backward" or not narrow
+
+
+def test_no_narrow_accesses(instructions):
+    wide = {key: code for key, code in instructions.items() if key[4] > 1}
+    assert len(wide) >= 3 * 4 * 6
+    for key, code in wide.items():
+        narrow = [i for i in code if re.search(r"(LDG|STG)\.E", i) and not re.search(r"\.(64|128)\b", i)]
+        assert len(narrow) <= (key[1] == "ParametricLIF"), f"{key}: {narrow}"  # the decay
+        assert not any(re.search(r"\b(LDL|STL)", i) for i in code), f"{key} uses local memory"

@@ -103,7 +103,7 @@ def _plan(c: Constants, T: int, dtype: torch.dtype) -> tuple[tuple[Any, ...], di
     """For both kernels the numbers, for each its compile-time arguments, and the number of chunks."""
     state = torch.float64 if dtype == torch.float64 else torch.float32
     chunks, chunk, rest = split_time(T)
-    numbers = (c.threshold, c.v_reset, c.tau, 1.0 / c.tau, c.v_init, c.alpha)
+    numbers = (c.threshold, c.v_reset, c.tau, 1.0 / c.tau, c.v_init, c.alpha, 0.5 / c.alpha)
     shared = {
         "NEURON": c.neuron,
         "MULTIPLY": math.frexp(c.tau)[0] == 0.5,
@@ -141,7 +141,7 @@ def forward(
     numbers, compile_time, _, chunks = _plan(constants, T, x.dtype)
     with _on(x.device):
         kernels.forward_kernel[(triton.cdiv(N, compile_time["BLOCK"]),)](
-            x, v0, decay, s, v, v_seq if v_seq.numel() else None, N, chunks, *numbers[:-1], **compile_time
+            x, v0, decay, s, v, v_seq if v_seq.numel() else None, N, chunks, *numbers[:5], **compile_time
         )
 
 

@@ -69,12 +69,21 @@ def charge_lif_backward(grad_h, rate, FLAGS: tl.constexpr):
 
 
 @triton.jit
-def parametric_lif_grad_decay(grad_h, h, v, v_reset, rate, FLAGS: tl.constexpr):
+def parametric_lif_backward_decay(grad_h, h, v, v_reset, FLAGS: tl.constexpr):
     if FLAGS & DECAY_INPUT:
-        # x - (v - v_reset) is (h - v) / decay; x is gone. A decay of 0 has no gradient through sigmoid.
-        return tl.where(rate == 0.0, 0.0, grad_h * ((h - v) / rate))
+        # x - (v - v_reset) is (h - v) / decay, and x is gone; ``finish_grad_decay`` divides the sum.
+        return grad_h * (h - v)
     else:
         return -(grad_h * (v - v_reset))
+
+
+@triton.jit
+def finish_grad_decay(total, decay, FLAGS: tl.constexpr):
+    if FLAGS & DECAY_INPUT:
+        # A decay of 0 has no gradient through the sigmoid that it comes from.
+        return tl.where(decay == 0.0, 0.0, total / decay)
+    else:
+        return total
 
 
 @triton.jit
@@ -99,7 +108,7 @@ def charge_backward(grad_h, h, v, v_reset, rate, NEURON: tl.constexpr, FLAGS: tl
     else:
         grad_x, grad_v = charge_lif_backward(grad_h, rate, FLAGS)
     if NEURON == PARAMETRIC_LIF:
-        grad_decay = parametric_lif_grad_decay(grad_h, h, v, v_reset, rate, FLAGS)
+        grad_decay = parametric_lif_backward_decay(grad_h, h, v, v_reset, FLAGS)
     return grad_x, grad_v, grad_decay
 
 
@@ -133,8 +142,8 @@ def fire_and_reset_backward(grad_s, grad_v, h, s, derivative, threshold, v_reset
 
 # ---- surrogates ----
 @triton.jit
-def surrogate_derivative(u, alpha, SURROGATE: tl.constexpr):
-    """The derivative of a spike by u = h - threshold; exponentials of what is not positive only."""
+def surrogate_derivative(u, alpha, half_width, SURROGATE: tl.constexpr):
+    """The derivative of a spike by u = h - threshold; half_width is 0.5 / alpha. No exponential of a positive number."""
     tl.static_assert(SURROGATE < 8, "a surrogate without a Triton kernel")
     if SURROGATE == 0:  # Sigmoid
         e = tl.exp(-tl.abs(u * alpha))
@@ -148,17 +157,16 @@ def surrogate_derivative(u, alpha, SURROGATE: tl.constexpr):
     elif SURROGATE == 3:  # PiecewiseExp
         g = tl.exp(-tl.abs(u * alpha)) * (0.5 * alpha)
     elif SURROGATE == 4:  # SoftSign
-        d = tl.abs(u) + 1.0 / alpha
-        g = 0.5 / alpha / (d * d)
+        d = tl.abs(u) + 2.0 * half_width
+        g = half_width / (d * d)
     elif SURROGATE == 5:  # SuperSpike
         d = tl.abs(u) + 1.0
         g = alpha / (d * d)
     elif SURROGATE == 6:  # Erf
         scaled = u * alpha
         g = tl.exp(-(scaled * scaled)) * (0.56418958354775628695 * alpha)
-    elif SURROGATE == 7:  # Rect; the edge must be where the plain loop has it
-        edge = divide(tl.zeros_like(u) + 0.5, alpha)
-        g = tl.where(tl.abs(u) < edge, alpha, 0.0)
+    elif SURROGATE == 7:  # Rect
+        g = tl.where(tl.abs(u) < half_width, alpha, 0.0)
     return g.to(u.dtype)
 
 
@@ -287,6 +295,7 @@ def backward_chunk(
     tau,
     rate,
     alpha,
+    half_width,
     NEURON: tl.constexpr,
     SURROGATE: tl.constexpr,
     FLAGS: tl.constexpr,
@@ -325,10 +334,8 @@ def backward_chunk(
             grad_s = grads_s[k].to(v.dtype)
         if grad_v_seq_ptr is not None:
             grad_v += tl.load(grad_v_seq_ptr + here + lane, mask=mask, other=0.0)
-        derivative = surrogate_derivative(u, alpha, SURROGATE)
-        grad_h = fire_and_reset_backward(
-            grad_s, grad_v, h, fire(u, 0.0), derivative, threshold, v_reset, FLAGS
-        )
+        derivative = surrogate_derivative(u, alpha, half_width, SURROGATE)
+        grad_h = fire_and_reset_backward(grad_s, grad_v, h, fire(u, 0.0), derivative, threshold, v_reset, FLAGS)
         grad_x, grad_v, step_grad_decay = charge_backward(grad_h, h, before, v_reset, rate, NEURON, FLAGS)
         grad_decay += step_grad_decay
         tl.store(grad_x_at, grad_x.to(grad_x_ptr.dtype.element_ty), mask=mask)
@@ -336,7 +343,7 @@ def backward_chunk(
     return grad_v, grad_decay
 
 
-@triton.jit(do_not_specialize=["chunks", "threshold", "v_reset", "tau", "rate", "v_init", "alpha"])
+@triton.jit(do_not_specialize=["chunks", "threshold", "v_reset", "tau", "rate", "v_init", "alpha", "half_width"])
 def backward_kernel(
     grad_s_ptr,
     grad_v_ptr,
@@ -358,6 +365,7 @@ def backward_kernel(
     rate,
     v_init,
     alpha,
+    half_width,
     NEURON: tl.constexpr,
     SURROGATE: tl.constexpr,
     FLAGS: tl.constexpr,
@@ -369,7 +377,7 @@ def backward_kernel(
     """Gradients of the inputs; one partial sum of the decay's gradient per program."""
     DTYPE: tl.constexpr = tl.float64 if x_ptr.dtype.element_ty == tl.float64 else tl.float32
     threshold, v_reset, tau = number(threshold, DTYPE), number(v_reset, DTYPE), number(tau, DTYPE)
-    alpha = number(alpha, DTYPE)
+    alpha, half_width = number(alpha, DTYPE), number(half_width, DTYPE)
     rate = number(rate, DTYPE) if decay_ptr is None else tl.load(decay_ptr)
     N = tl.cast(N, tl.int64)  # T * N may pass 2^31
     lane = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
@@ -390,7 +398,7 @@ def backward_kernel(
         grad_v = tl.load(grad_v_ptr + lane, mask=mask, other=0.0)
     grad_v, grad_decay = backward_chunk(
         grad_s_ptr, grad_v_seq_ptr, x_ptr, grad_x_ptr, v, grad_v, grad_decay, row, lane, mask, N,
-        threshold, v_reset, tau, rate, alpha, NEURON, SURROGATE, FLAGS, MULTIPLY, REST,
+        threshold, v_reset, tau, rate, alpha, half_width, NEURON, SURROGATE, FLAGS, MULTIPLY, REST,
     )  # fmt: skip
     if CHUNK:
         for c in range(chunks):
@@ -398,10 +406,10 @@ def backward_kernel(
             v = tl.load(states_ptr + (chunks - 1 - c) * N + lane, mask=mask, other=0.0)
             grad_v, grad_decay = backward_chunk(
                 grad_s_ptr, grad_v_seq_ptr, x_ptr, grad_x_ptr, v, grad_v, grad_decay, row, lane, mask, N,
-                threshold, v_reset, tau, rate, alpha, NEURON, SURROGATE, FLAGS, MULTIPLY, CHUNK,
+                threshold, v_reset, tau, rate, alpha, half_width, NEURON, SURROGATE, FLAGS, MULTIPLY, CHUNK,
             )  # fmt: skip
     if grad_v0_ptr is not None:
         tl.store(grad_v0_ptr + lane, grad_v, mask=mask)
     if partial_ptr is not None:
         total = tl.sum(tl.where(mask, grad_decay, 0.0).to(tl.float64), axis=0)
-        tl.store(partial_ptr + tl.program_id(0), total)
+        tl.store(partial_ptr + tl.program_id(0), finish_grad_decay(total, rate.to(tl.float64), FLAGS))

@@ -37,6 +37,11 @@ extern dim3 threadIdx, blockIdx, blockDim, gridDim;
 inline void __syncthreads() { host_shim::wait_for_block(); }
 inline double __shfl_down_sync(unsigned, double value, int offset) { return host_shim::exchange_down(value, offset); }
 
+template <class T>
+void __stwb(T* to, T value) {
+  *to = value;
+}
+
 enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidConfiguration = 9, cudaErrorInvalidDevice = 101 };
 typedef struct CUstream_st* cudaStream_t;
 struct cudaFuncAttributes {
