@@ -16,7 +16,9 @@ namespace {
 
 constexpr int64_t kForwardBlock = 2048;
 constexpr int64_t kPrefetchBytes = 4096;  // how far ahead of the backward's short rows
-constexpr int64_t kSerialBelow = 32768;   // elements; a thread team costs more than it brings, and forks stay safe
+constexpr int64_t kFewSteps = 8;          // so few rows fit the first-level cache side by side, in tiles
+constexpr int64_t kTile = 256;
+constexpr int64_t kSerialBelow = 32768;  // elements; a thread team costs more than it brings, and forks stay safe
 
 int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
@@ -68,9 +70,9 @@ SNNFAST_FN void with_known_division(Params<R> p, F f) {
 template <class Neuron, class T, class R>
 struct ForwardRow {
   const T* x;
-  const T* ahead;  // where to prefetch from: the same neurons one step later
-  T* ahead_s;
-  T* s;  // null while only the tape or the state is wanted
+  const T* ahead;  // where to prefetch from: what will be read a block later
+  T* ahead_s;      // what will be written a block later
+  T* s;            // null while only the tape or the state is wanted
   R* state[Neuron::kStates];
   R* tape[Neuron::kTape];  // null entries outside the backward
   R* v_seq;                // may be null
@@ -195,7 +197,7 @@ void derivative_row(R* derivative, const R* h, int64_t n, const Params<R> p) {
 template <class Neuron, class T, class R>
 struct BackwardRow {
   const T* grad_s;      // may be null
-  const T* ahead;       // where to prefetch from: the same neurons one step earlier
+  const T* ahead;       // where to prefetch from
   const R* grad_v_seq;  // may be null
   const R* derivative;
   const R* tape[Neuron::kTape];
@@ -204,6 +206,7 @@ struct BackwardRow {
   R* grad_state[Neuron::kStates];
   T* grad_x;
   T* ahead_grad_x;
+
   template <bool stream>
   double run(int64_t n, const Params<R> known) const {
     double grad_decay = 0;
@@ -263,13 +266,16 @@ struct BackwardRow {
   }
 };
 
+// One tile of neurons from its first step to its last and back. Returns the gradient of the decay.
 template <class Neuron, class T, bool stream, class R>
-void backward_block(const Call& c, int64_t index, int64_t begin, int64_t end,
-                    const BackwardScratch<Neuron, R>& memory) {
+double backward_tile(const Call& c, int64_t begin, int64_t end, const BackwardScratch<Neuron, R>& memory) {
   const Params<R> p = params_of<R>(c);
   const int64_t n = end - begin, K = memory.segment(), segments = (c.T + K - 1) / K;
   const T* x = static_cast<const T*>(c.x) + begin;
-  // Rows are short and far apart, which the processor does not foresee: ask for them this many rows early.
+  // Rows are short and far apart, which the processor does not foresee: ask for them early. Few rows: each one's
+  // continuation in the next tiles. Many rows: the rows of the same tile that come so many steps later.
+  const bool along_row = c.T <= kFewSteps;
+  constexpr int64_t further = kPrefetchBytes / 2 / int64_t(sizeof(T));
   const int64_t ahead = smaller(c.T, kPrefetchBytes / (n * int64_t(sizeof(T))) + 1);
 
   auto record = [&](int64_t segment, bool with_tape) {
@@ -279,7 +285,9 @@ void backward_block(const Call& c, int64_t index, int64_t begin, int64_t end,
     for (int64_t t = first; t < last; ++t) {
       row.x = x + t * c.N;
       const int64_t next = t + ahead;
-      if (next < c.T || !c.grad_s)
+      if (along_row)
+        row.ahead = row.x + further;
+      else if (next < c.T || !c.grad_s)
         row.ahead = x + next * c.N;
       else
         row.ahead = static_cast<const T*>(c.grad_s) + (2 * c.T - 1 - next) * c.N + begin;
@@ -310,7 +318,10 @@ void backward_block(const Call& c, int64_t index, int64_t begin, int64_t end,
       const int64_t offset = t * c.N + begin;
       BackwardRow<Neuron, T, R> row{};
       row.grad_s = c.grad_s ? static_cast<const T*>(c.grad_s) + offset : nullptr;
-      row.ahead = t >= ahead && row.grad_s ? row.grad_s - ahead * c.N : x + n + (ahead - 1 - t) * c.N;
+      if (along_row)
+        row.ahead = (row.grad_s ? row.grad_s : x) + further;
+      else
+        row.ahead = t >= ahead && row.grad_s ? row.grad_s - ahead * c.N : x + n + (ahead - 1 - t) * c.N;
       row.grad_v_seq = c.grad_v_seq ? static_cast<const R*>(c.grad_v_seq) + offset : nullptr;
       for (int k = 0; k < Neuron::kTape; ++k) {
         row.tape[k] = memory.tape(t - first, k);
@@ -321,7 +332,7 @@ void backward_block(const Call& c, int64_t index, int64_t begin, int64_t end,
         row.grad_state[k] = memory.grad_state(k);
       }
       row.grad_x = static_cast<T*>(c.grad_x) + offset;
-      row.ahead_grad_x = t >= ahead ? row.grad_x - ahead * c.N : row.grad_x;
+      row.ahead_grad_x = along_row ? row.grad_x + further : t >= ahead ? row.grad_x - ahead * c.N : row.grad_x;
       derivative_row(memory.derivative(), row.tape[0], n, p);
       row.derivative = memory.derivative();
       grad_decay += row.template run<stream>(n, p);
@@ -329,6 +340,16 @@ void backward_block(const Call& c, int64_t index, int64_t begin, int64_t end,
   }
   for (int k = 0; k < Neuron::kStates; ++k)
     if (c.grad_state[k]) memcpy(static_cast<R*>(c.grad_state[k]) + begin, memory.grad_state(k), n * sizeof(R));
+  return grad_decay;
+}
+
+template <class Neuron, class T, bool stream, class R>
+void backward_block(const Call& c, int64_t index, int64_t begin, int64_t end,
+                    const BackwardScratch<Neuron, R>& memory) {
+  double grad_decay = 0;
+  const int64_t tile = c.T <= kFewSteps ? kTile : end - begin;
+  for (int64_t b = begin; b < end; b += tile)
+    grad_decay += backward_tile<Neuron, T, stream>(c, b, smaller(b + tile, end), memory);
   if (Neuron::kLearnable) static_cast<double*>(c.grad_decay_partial)[index] = grad_decay;
   if (stream) store_fence();
 }

@@ -51,7 +51,8 @@ struct BackwardShape {
   static constexpr int kAhead = Bucket::kT == kOpen ? 4 : Bucket::kT;
   static constexpr int bytes_per_neuron = kAhead * int(Neuron::kTape * sizeof(typename StateOf<T>::type) + sizeof(T));
   static constexpr int most = Bucket::kT <= 4 && Bucket::kT != kOpen ? kWidest<T> : smaller(kWidest<T>, 4);
-  static constexpr int W = !Bucket::kWide ? 1 : most > 2 && most * bytes_per_neuron > 384 ? most / 2 : most;
+  static constexpr bool kFits = most * bytes_per_neuron <= 384;
+  static constexpr int W = !Bucket::kWide ? 1 : kFits || most <= 2 ? most : most / 2;
 };
 
 template <class Neuron_, class T_>
@@ -100,8 +101,8 @@ bool wide_accesses(const Call& c, int W) {
   for (const void* pointer : {c.grad_v_seq, (const void*)c.v_seq, (const void*)c.workspace})
     aligned = aligned && whole(pointer, sizeof(R));
   for (int k = 0; k < kMaxStates; ++k)
-    for (const void* pointer : {c.state[k], c.grad_final_state[k], (const void*)c.final_state[k],
-                                (const void*)c.grad_state[k]})
+    for (const void* pointer :
+         {c.state[k], c.grad_final_state[k], (const void*)c.final_state[k], (const void*)c.grad_state[k]})
       aligned = aligned && whole(pointer, sizeof(R));
   return aligned;
 }

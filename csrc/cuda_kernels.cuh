@@ -197,11 +197,10 @@ SNNFAST_DEVICE void walk(Rows<T, W, kAhead, kExact>& x, int64_t count, R (&state
 template <class R, int W, int entries>
 SNNFAST_DEVICE void surrogate_derivatives(const R (&tape)[W][entries], R (&derivative)[W], const Params<R>& p) {
   switch (p.surrogate) {
-#define SNNFAST_CASE(id, Surrogate)                                             \
-  case id:                                                                      \
-    SNNFAST_UNROLL                                                              \
-    for (int w = 0; w < W; ++w)                                                 \
-      derivative[w] = Surrogate::derivative(tape[w][0] - p.threshold, p.alpha); \
+#define SNNFAST_CASE(id, Surrogate)                                                                       \
+  case id:                                                                                                \
+    SNNFAST_UNROLL                                                                                        \
+    for (int w = 0; w < W; ++w) derivative[w] = Surrogate::derivative(tape[w][0] - p.threshold, p.alpha); \
     return;
     SNNFAST_SURROGATES(SNNFAST_CASE)
 #undef SNNFAST_CASE
@@ -270,8 +269,8 @@ struct Backward {
   }
 };
 template <class Neuron, class T, int W>
-SNNFAST_DEVICE Backward<Neuron, T, W> start_backward(const Call& c,
-                                                     const Params<typename StateOf<T>::type>& p, int64_t n) {
+SNNFAST_DEVICE Backward<Neuron, T, W> start_backward(const Call& c, const Params<typename StateOf<T>::type>& p,
+                                                     int64_t n) {
   using R = typename StateOf<T>::type;
   const int64_t last = (c.T - 1) * c.N + n;
   Backward<Neuron, T, W> back{p, c.N, static_cast<const R*>(c.grad_v_seq), static_cast<T*>(c.grad_x) + last, {}, R(0)};
@@ -283,8 +282,7 @@ template <class Neuron, class T, int W>
 SNNFAST_DEVICE void end_backward(const Call& c, const Backward<Neuron, T, W>& back, int64_t n) {
   SNNFAST_UNROLL
   for (int k = 0; k < Neuron::kStates; ++k)
-    if (c.grad_state[k])
-      store_state(static_cast<typename StateOf<T>::type*>(c.grad_state[k]) + n, k, back.grad_state);
+    if (c.grad_state[k]) store_state(static_cast<typename StateOf<T>::type*>(c.grad_state[k]) + n, k, back.grad_state);
 }
 
 // Lets the compiler not see where the tape comes from, or it would keep the states of all steps in registers as well
@@ -292,12 +290,15 @@ SNNFAST_DEVICE void end_backward(const Call& c, const Backward<Neuron, T, W>& ba
 template <class R, int kT, int W, int kTape>
 SNNFAST_DEVICE void forget([[maybe_unused]] R (&tape)[kT][W][kTape]) {
 #ifdef __CUDA_ARCH__
+  static_assert(sizeof(R) == sizeof(float), "the constraint below is that of a float");
   SNNFAST_UNROLL
-  for (int t = 0; t < kT; ++t)
+  for (int t = 0; t < kT; ++t) {
     SNNFAST_UNROLL
-    for (int w = 0; w < W; ++w)
+    for (int w = 0; w < W; ++w) {
       SNNFAST_UNROLL
       for (int k = 0; k < kTape; ++k) asm volatile("" : "+f"(tape[t][w][k]));
+    }
+  }
 #endif
 }
 

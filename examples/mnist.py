@@ -117,7 +117,7 @@ def train(initial: nn.Sequential, train_data: Batch, test_data: Batch, args: Any
         for epoch in range(args.epochs):
             initial.train()
             sums = torch.zeros(2, device=train_data[0].device)  # of losses and of the shares of right answers
-            for batch in mnist_data.batches(train_data, args.batch_size, generator):
+            for batch in mnist_data.batches(train_data, args.batch_size, generator, shift=1):
                 sums += torch.stack(training.step(*batch))
                 progress.advance(bar)
             figures = (*(sums / per_epoch).tolist(), evaluate(initial, test_data)[0])

@@ -67,10 +67,12 @@ def tensors(seed: int, device: torch.device, limit: int | None = None) -> tuple[
     return (x[train], y[train]), (x[test], y[test])
 
 
-def batches(data: Batch, size: int, generator: torch.Generator) -> Iterator[Batch]:
-    """Shuffled batches of ``size``; what remains waits for the next epoch."""
+def batches(data: Batch, size: int, generator: torch.Generator, shift: int = 0) -> Iterator[Batch]:
+    """Shuffled batches of ``size``, each moved by at most ``shift`` pixels; what remains waits for the next epoch."""
     images, digits = data
     order = torch.randperm(len(images), generator=generator).to(images.device)
     for start in range(0, len(order) - size + 1, size):
         chosen = order[start : start + size]
-        yield images[chosen], digits[chosen]
+        # The margins of the images are black: what rolls over an edge is as good as empty.
+        dy, dx = torch.randint(-shift, shift + 1, (2,), generator=generator).tolist()
+        yield images[chosen].roll((dy, dx), (2, 3)), digits[chosen]

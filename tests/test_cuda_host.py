@@ -77,6 +77,15 @@ def kernels(tmp_path_factory):
     return open_library(build(tmp_path_factory.mktemp("cuda_host")))
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """The loops' tensors are tiny; threads would only wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 class Guarded:
     """A tensor of NaN with room around it that must stay NaN; `shift` elements off a 16-byte boundary."""
 

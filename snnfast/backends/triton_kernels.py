@@ -53,7 +53,7 @@ def over_tau(a, tau, rate, MULTIPLY: tl.constexpr):
 
 @triton.jit
 def charge_lif(x, v, v_reset, tau, rate, FLAGS: tl.constexpr, MULTIPLY: tl.constexpr):
-    if FLAGS & DECAY_INPUT:
+    if DECAY_INPUT & FLAGS:
         return v + over_tau(x - (v - v_reset), tau, rate, MULTIPLY)
     else:
         return v - over_tau(v - v_reset, tau, rate, MULTIPLY) + x
@@ -62,7 +62,7 @@ def charge_lif(x, v, v_reset, tau, rate, FLAGS: tl.constexpr, MULTIPLY: tl.const
 @triton.jit
 def charge_lif_backward(grad_h, rate, FLAGS: tl.constexpr):
     grad_v = grad_h - grad_h * rate
-    if FLAGS & DECAY_INPUT:
+    if DECAY_INPUT & FLAGS:
         return grad_h * rate, grad_v
     else:
         return grad_h, grad_v
@@ -70,7 +70,7 @@ def charge_lif_backward(grad_h, rate, FLAGS: tl.constexpr):
 
 @triton.jit
 def parametric_lif_backward_decay(grad_h, h, v, v_reset, FLAGS: tl.constexpr):
-    if FLAGS & DECAY_INPUT:
+    if DECAY_INPUT & FLAGS:
         # x - (v - v_reset) is (h - v) / decay, and x is gone; ``finish_grad_decay`` divides the sum.
         return grad_h * (h - v)
     else:
@@ -79,7 +79,7 @@ def parametric_lif_backward_decay(grad_h, h, v, v_reset, FLAGS: tl.constexpr):
 
 @triton.jit
 def finish_grad_decay(total, decay, FLAGS: tl.constexpr):
-    if FLAGS & DECAY_INPUT:
+    if DECAY_INPUT & FLAGS:
         # A decay of 0 has no gradient through the sigmoid that it comes from.
         return tl.where(decay == 0.0, 0.0, total / decay)
     else:
@@ -120,7 +120,7 @@ def fire(h, threshold):
 @triton.jit
 def reset(h, s, threshold, v_reset, FLAGS: tl.constexpr):
     """The reset as it is written, not as a select: 0 * Inf must give the loop's NaN."""
-    if FLAGS & SOFT_RESET:
+    if SOFT_RESET & FLAGS:
         return h - s * threshold
     else:
         return s * v_reset + (1.0 - s) * h
@@ -129,12 +129,12 @@ def reset(h, s, threshold, v_reset, FLAGS: tl.constexpr):
 @triton.jit
 def fire_and_reset_backward(grad_s, grad_v, h, s, derivative, threshold, v_reset, FLAGS: tl.constexpr):
     """The gradient of h from those of the spike and of the state after the reset."""
-    if FLAGS & SOFT_RESET:
-        if not (FLAGS & DETACH_RESET):
+    if SOFT_RESET & FLAGS:
+        if not (DETACH_RESET & FLAGS):
             grad_s = grad_s - grad_v * threshold
         through_reset = grad_v
     else:
-        if not (FLAGS & DETACH_RESET):
+        if not (DETACH_RESET & FLAGS):
             grad_s = grad_s + grad_v * (v_reset - h)
         through_reset = grad_v * (1.0 - s)
     return grad_s * derivative + through_reset
