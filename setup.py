@@ -34,7 +34,7 @@ X86_SETS = {  # best first
     "avx2": "-mavx2 -mfma -mf16c",
     "baseline": "",
 }
-CUDA_FLAGS = "-std=c++17 -O3 -fmad=false -Xcompiler -fPIC,-fvisibility=hidden"
+CUDA_FLAGS = "-std=c++17 -O3 -fmad=false -Xfatbin=-compress-all -Xcompiler -fPIC,-fvisibility=hidden"
 
 
 def say(message: str) -> None:

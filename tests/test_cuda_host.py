@@ -478,7 +478,7 @@ def test_sanitizers(tmp_path):
         capture_output=True,
         text=True,
         env=environment,
-        timeout=120,
+        timeout=600,
     )
     assert process.returncode == 0, process.stdout + process.stderr[-4000:]
     assert "clean" in process.stdout

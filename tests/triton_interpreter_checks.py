@@ -1,5 +1,7 @@
-"""The Triton kernels in Triton's interpreter, against the plain loop: run by ``test_triton_interpreter.py``, in a process
-of its own, because TRITON_INTERPRET=1 has to be set before the kernels are imported.
+"""The Triton kernels in Triton's interpreter, against the plain loop.
+
+``test_triton_interpreter.py`` runs these in a process of their own, because TRITON_INTERPRET=1 has to be set before the
+kernels are imported.
 """
 
 from __future__ import annotations
@@ -37,7 +39,7 @@ VARIANTS = [
 class Run(NamedTuple):
     s: Tensor
     v: Tensor
-    v_seq: Tensor
+    v_seq: Tensor | None
 
 
 def as_float32(number: float) -> float:
@@ -57,7 +59,9 @@ def poisoned(*shape: int, dtype: torch.dtype) -> Tensor:
     return torch.full((size + GUARD,), float("nan"), dtype=dtype)[:size].view(shape)
 
 
-def check_guard(t: Tensor) -> None:
+def check_guard(t: Tensor | None) -> None:
+    if t is None:
+        return
     around = t.as_strided((t.numel() + GUARD,), (1,))
     assert around[t.numel() :].isnan().all(), "written behind the end"
 
@@ -75,9 +79,9 @@ def inputs(
 def run(c: Constants, x: Tensor, v0: Tensor | None, decay: Tensor | None) -> Run:
     state = dynamics.state_dtype(x.dtype)
     s, v = poisoned(*x.shape, dtype=x.dtype), poisoned(*x.shape[1:], dtype=state)
-    v_seq = poisoned(*x.shape, dtype=state) if c.flags & STORE_V_SEQ else torch.empty(0, dtype=state)
+    v_seq = poisoned(*x.shape, dtype=state) if c.flags & STORE_V_SEQ else None
     backend.forward(c, x, v0, decay, s, v, v_seq)
-    for t in (s, v) + ((v_seq,) if v_seq.numel() else ()):
+    for t in (s, v, v_seq):
         check_guard(t)
     return Run(s, v, v_seq)
 
@@ -124,10 +128,10 @@ def test_special_values(neuron: Neuron, flags: int, dtype: torch.dtype) -> None:
         check_forward(constants_for(neuron, flags | STORE_V_SEQ, tau=tau), x, v0, decay)
 
 
-@pytest.mark.parametrize("N", [1, 16, 1023, 1025, 2560])
+@pytest.mark.parametrize("N", [1, 16, 1025, 2048])
 def test_sizes_around_the_block(N: int) -> None:
     c = constants_for(dynamics.LIF, DECAY_INPUT)
-    for T in (3, 50):
+    for T in (3, 34):
         check_forward(c, *inputs(dynamics.LIF, T, N, torch.float32, True))
         check_backward(dynamics.LIF, DECAY_INPUT, 1, T, N, torch.float32, (True, True, False), True)
 
@@ -154,10 +158,11 @@ def check_backward(
     grads = [torch.randn(s[:-1]).to(s[-1]) if g else None for s, g in zip(shapes, given, strict=True)]
 
     grad_x = poisoned(T, N, dtype=dtype)
-    grad_v0 = poisoned(N, dtype=state) if with_v0 else torch.empty(0, dtype=state)
-    grad_decay = torch.zeros_like(decay) if decay is not None else torch.empty(0, dtype=state)
+    grad_v0 = poisoned(N, dtype=state) if with_v0 else None
+    grad_decay = poisoned(1, dtype=state)[0] if decay is not None else None
     backend.backward(c, *grads, x, v0, decay, grad_x, grad_v0, grad_decay)
-    check_guard(grad_x)
+    for t in (grad_x, grad_v0, grad_decay):
+        check_guard(t)
 
     leaves = [None if t is None else t.double().requires_grad_() for t in (x, v0, decay)]
     outputs = ops._reference(*leaves, c)
@@ -167,34 +172,40 @@ def check_backward(
     )
     for name, got, leaf in zip(("x", "v0", "decay"), (grad_x, grad_v0, grad_decay), leaves, strict=True):
         if leaf is not None:
-            truth = leaf.grad if leaf.grad is not None else torch.zeros_like(leaf)
+            truth = leaf.grad
             rtol = TOLERANCE[dtype] if name == "x" else TOLERANCE[state]
-            atol = rtol * truth.abs().max().item()
-            torch.testing.assert_close(got.double(), truth, rtol=rtol, atol=atol, msg=lambda m, n=name: f"grad_{n}: {m}")
+            # The decay's is a sum in which terms of the size of grad_x cancel.
+            scale = leaves[0].grad.abs().sum() if name == "decay" else truth.abs().max()
+            atol = rtol * scale.item()
+            torch.testing.assert_close(
+                got.double(), truth, rtol=rtol, atol=atol, msg=lambda m, n=name: f"grad_{n}: {m}"
+            )
 
 
 @pytest.mark.parametrize(("neuron", "flags"), VARIANTS)
 def test_gradients(neuron: Neuron, flags: int) -> None:
-    """Every surrogate and number of steps; the subsets of incoming gradients and the initial states take turns."""
-    turn = itertools.count(flags)
-    for T, surrogate in itertools.product(STEPS, range(len(SURROGATES))):
-        i = next(turn)
-        check_backward(neuron, flags, surrogate, T, ODD, torch.float32, SUBSETS[i % 7], bool(i // 7 % 2))
+    """Every surrogate with every short T and one with each long; incoming gradients and initial states take turns."""
+    turn = itertools.count(3 * flags + neuron.id)
+    for T in STEPS:
+        for surrogate in range(8) if T < 8 else (next(turn) % 8,):
+            i = next(turn)
+            check_backward(neuron, flags, surrogate, T, ODD, torch.float32, SUBSETS[i % 7], bool(i // 7 % 2))
 
 
 @pytest.mark.parametrize("given", SUBSETS, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_gradients_in_every_dtype(dtype: torch.dtype, given: tuple[bool, bool, bool]) -> None:
-    for surrogate, neuron in itertools.product(range(len(SURROGATES)), NEURONS):
-        flags = (0, DECAY_INPUT | SOFT_RESET, DETACH_RESET | DECAY_INPUT)[(surrogate + neuron.id) % 3]
-        check_backward(neuron, flags, surrogate, (4, 18)[surrogate % 2], ODD, dtype, given, True)
+    for surrogate in range(len(SURROGATES)):
+        neuron = NEURONS[(surrogate + sum(given)) % len(NEURONS)]
+        flags = (0, DECAY_INPUT | SOFT_RESET, DETACH_RESET | DECAY_INPUT)[surrogate % 3]
+        check_backward(neuron, flags, surrogate, 3, ODD, dtype, given, True)
 
 
 def test_decay_of_zero_has_no_gradient() -> None:
     x, _, _ = inputs(dynamics.PARAMETRIC_LIF, 4, ODD, torch.float32, False)
     decay, grad_decay = torch.zeros(()), torch.full((), float("nan"))
     c = constants_for(dynamics.PARAMETRIC_LIF, DECAY_INPUT)
-    backend.backward(c, x, None, None, x, None, decay, torch.empty_like(x), torch.empty(0), grad_decay)
+    backend.backward(c, x, None, None, x, None, decay, torch.empty_like(x), None, grad_decay)
     assert grad_decay == 0
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..dynamics import DECAY_INPUT, DETACH_RESET, SOFT_RESET, Constants
+from ..dynamics import DECAY_INPUT, DETACH_RESET, SOFT_RESET, Constants, state_dtype
 
 try:
     import triton
@@ -101,7 +101,7 @@ def _bits(number: float) -> int:
 @functools.lru_cache(maxsize=4096)
 def _plan(c: Constants, T: int, dtype: torch.dtype) -> tuple[tuple[Any, ...], dict[str, Any], dict[str, Any], int]:
     """For both kernels the numbers, for each its compile-time arguments, and the number of chunks."""
-    state = torch.float64 if dtype == torch.float64 else torch.float32
+    state = state_dtype(dtype)
     chunks, chunk, rest = split_time(T)
     numbers = (c.threshold, c.v_reset, c.tau, 1.0 / c.tau, c.v_init, c.alpha, 0.5 / c.alpha)
     shared = {
@@ -133,15 +133,15 @@ def forward(
     # outputs
     s: Tensor,
     v: Tensor,
-    v_seq: Tensor,
+    v_seq: Tensor | None,
 ) -> None:
-    """Spikes ``s`` and final state ``v`` of input ``x``, and the potentials ``v_seq`` unless it is empty."""
+    """Spikes ``s`` and final state ``v`` of input ``x``, and the potentials ``v_seq`` if wanted."""
     T = x.shape[0]
     N = x.numel() // T
     numbers, compile_time, _, chunks = _plan(constants, T, x.dtype)
     with _on(x.device):
         kernels.forward_kernel[(triton.cdiv(N, compile_time["BLOCK"]),)](
-            x, v0, decay, s, v, v_seq if v_seq.numel() else None, N, chunks, *numbers[:5], **compile_time
+            x, v0, decay, s, v, v_seq, N, chunks, *numbers[:5], **compile_time
         )
 
 
@@ -155,16 +155,16 @@ def backward(
     decay: Tensor | None,
     # outputs
     grad_x: Tensor,
-    grad_v0: Tensor,
-    grad_decay: Tensor,
+    grad_v0: Tensor | None,
+    grad_decay: Tensor | None,
 ) -> None:
     """Gradients of the inputs from any subset of the outputs' gradients."""
     T = x.shape[0]
     N = x.numel() // T
     numbers, _, compile_time, chunks = _plan(constants, T, x.dtype)
     programs = triton.cdiv(N, compile_time["BLOCK"])
-    partial = None if decay is None else torch.empty(programs, dtype=torch.float64, device=x.device)
-    states = torch.empty((chunks, N), dtype=grad_v0.dtype, device=x.device) if chunks else None
+    partial = None if grad_decay is None else torch.empty(programs, dtype=torch.float64, device=x.device)
+    states = torch.empty((chunks, N), dtype=state_dtype(x.dtype), device=x.device) if chunks else None
     with _on(x.device):
         kernels.backward_kernel[(programs,)](
             grad_s,
@@ -174,7 +174,7 @@ def backward(
             v0,
             decay,
             grad_x,
-            grad_v0 if grad_v0.numel() else None,
+            grad_v0,
             partial,
             states,
             N,
@@ -182,5 +182,5 @@ def backward(
             *numbers,
             **compile_time,
         )
-    if partial is not None:
+    if grad_decay is not None and partial is not None:
         grad_decay.copy_(partial.sum())

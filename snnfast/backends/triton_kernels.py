@@ -26,10 +26,10 @@ SOFT_RESET = tl.constexpr(dynamics.SOFT_RESET)
 DETACH_RESET = tl.constexpr(dynamics.DETACH_RESET)
 IF = tl.constexpr(dynamics.IF.id)
 LIF = tl.constexpr(dynamics.LIF.id)
-import os
-
-AHEAD = tl.constexpr(int(os.environ.get("AHEAD", "4")))
 PARAMETRIC_LIF = tl.constexpr(dynamics.PARAMETRIC_LIF.id)
+
+# How many steps ahead of its use grad_s is loaded: enough bytes in flight, and few registers.
+AHEAD = tl.constexpr(4)
 
 
 # ---- neurons ----
@@ -89,12 +89,12 @@ def finish_grad_decay(total, decay, FLAGS: tl.constexpr):
 @triton.jit
 def charge(x, v, v_reset, tau, rate, NEURON: tl.constexpr, FLAGS: tl.constexpr, MULTIPLY: tl.constexpr):
     """The potential before the spike. ``rate`` is 1 / tau, or the learnable decay."""
-    tl.static_assert(NEURON == IF or NEURON == LIF or NEURON == PARAMETRIC_LIF, "a neuron without a Triton kernel")
     if NEURON == IF:
         h = v + x
     elif NEURON == LIF:
         h = charge_lif(x, v, v_reset, tau, rate, FLAGS, MULTIPLY)
-    elif NEURON == PARAMETRIC_LIF:
+    else:
+        tl.static_assert(NEURON == PARAMETRIC_LIF, "this neuron has no Triton kernel")
         h = charge_lif(x, v, v_reset, tau, rate, FLAGS, True)
     return h
 
@@ -143,8 +143,7 @@ def fire_and_reset_backward(grad_s, grad_v, h, s, derivative, threshold, v_reset
 # ---- surrogates ----
 @triton.jit
 def surrogate_derivative(u, alpha, half_width, SURROGATE: tl.constexpr):
-    """The derivative of a spike by u = h - threshold; half_width is 0.5 / alpha. No exponential of a positive number."""
-    tl.static_assert(SURROGATE < 8, "a surrogate without a Triton kernel")
+    """The derivative of a spike by u = h - threshold; half_width is 0.5 / alpha. No exponential can overflow."""
     if SURROGATE == 0:  # Sigmoid
         e = tl.exp(-tl.abs(u * alpha))
         g = e * alpha / ((e + 1.0) * (e + 1.0))
@@ -165,7 +164,8 @@ def surrogate_derivative(u, alpha, half_width, SURROGATE: tl.constexpr):
     elif SURROGATE == 6:  # Erf
         scaled = u * alpha
         g = tl.exp(-(scaled * scaled)) * (0.56418958354775628695 * alpha)
-    elif SURROGATE == 7:  # Rect
+    else:
+        tl.static_assert(SURROGATE == 7, "this surrogate has no Triton kernel")  # Rect
         g = tl.where(tl.abs(u) < half_width, alpha, 0.0)
     return g.to(u.dtype)
 
@@ -181,14 +181,13 @@ def number(value, DTYPE: tl.constexpr):
 
 
 @triton.jit
-def load_rows(pointer, row, lane, mask, N, STEPS: tl.constexpr):
-    """STEPS rows from offset ``row``, as a tuple of what is still unconverted: half the registers in bf16."""
-    rows = ()
-    pointers = pointer + row + lane
-    for _ in tl.static_range(STEPS):
-        rows = rows + (tl.load(pointers, mask=mask, other=0.0),)
-        pointers += N
-    return rows
+def load_row(pointer, row, lane, mask):
+    return tl.load(pointer + row + lane, mask=mask, other=0.0)
+
+
+@triton.jit
+def store_row(pointer, row, lane, mask, values):
+    tl.store(pointer + row + lane, values.to(pointer.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -219,15 +218,17 @@ def forward_chunk(
     STEPS: tl.constexpr,
 ):
     """STEPS steps from state ``v``; returns the state after them. Without ``s_ptr`` nothing is stored."""
-    xs = load_rows(x_ptr, row, lane, mask, N, STEPS)
+    xs = ()  # as they are: conversion can wait, and half-precision numbers take less room
+    for t in tl.static_range(STEPS):
+        xs = xs + (load_row(x_ptr, row + t * N, lane, mask),)
     for t in tl.static_range(STEPS):
         h = charge(xs[t].to(v.dtype), v, v_reset, tau, rate, NEURON, FLAGS, MULTIPLY)
         s = fire(h, threshold)
         v = reset(h, s, threshold, v_reset, FLAGS)
         if s_ptr is not None:
-            tl.store(s_ptr + (row + t * N) + lane, s.to(s_ptr.dtype.element_ty), mask=mask)
+            store_row(s_ptr, row + t * N, lane, mask, s)
         if v_seq_ptr is not None:
-            tl.store(v_seq_ptr + (row + t * N) + lane, v, mask=mask)
+            store_row(v_seq_ptr, row + t * N, lane, mask, v)
     return v
 
 
@@ -303,15 +304,13 @@ def backward_chunk(
     STEPS: tl.constexpr,
 ):
     """STEPS steps back to state ``v``; returns the gradient of ``v`` and the sum for the decay."""
-    xs = load_rows(x_ptr, row, lane, mask, N, STEPS)
-    last = row + (STEPS - 1) * N
-    grad_x_at = grad_x_ptr + last + lane
-    grads_s = ()
+    xs = ()  # as they are: conversion can wait, and half-precision numbers take less room
+    for t in tl.static_range(STEPS):
+        xs = xs + (load_row(x_ptr, row + t * N, lane, mask),)
+    grads_s = ()  # the last step's first
     if grad_s_ptr is not None:
-        grad_s_at = grad_s_ptr + last + lane
-        for k in tl.static_range(AHEAD if AHEAD < STEPS else STEPS):
-            grads_s = grads_s + (tl.load(grad_s_at, mask=mask, other=0.0),)
-            grad_s_at -= N
+        for k in tl.static_range(STEPS if STEPS < AHEAD else AHEAD):
+            grads_s = grads_s + (load_row(grad_s_ptr, row + (STEPS - 1 - k) * N, lane, mask),)
     hs = ()
     state = v
     for t in tl.static_range(STEPS):
@@ -319,6 +318,8 @@ def backward_chunk(
         state = reset(h, fire(h, threshold), threshold, v_reset, FLAGS)
         hs = hs + (h,)
     for k in tl.static_range(STEPS):
+        # The spike is u >= 0 here and h >= threshold above: the same (a difference is 0 only of equals), but the
+        # compiler must not know, or it keeps spikes and states next to the charges and runs out of registers.
         h = hs[STEPS - 1 - k]
         u = h - threshold
         before = v
@@ -329,17 +330,15 @@ def backward_chunk(
         grad_s = tl.zeros_like(h)
         if grad_s_ptr is not None:
             if k + AHEAD < STEPS:
-                grads_s = grads_s + (tl.load(grad_s_at, mask=mask, other=0.0),)
-                grad_s_at -= N
+                grads_s = grads_s + (load_row(grad_s_ptr, here - AHEAD * N, lane, mask),)
             grad_s = grads_s[k].to(v.dtype)
         if grad_v_seq_ptr is not None:
-            grad_v += tl.load(grad_v_seq_ptr + here + lane, mask=mask, other=0.0)
+            grad_v += load_row(grad_v_seq_ptr, here, lane, mask)
         derivative = surrogate_derivative(u, alpha, half_width, SURROGATE)
         grad_h = fire_and_reset_backward(grad_s, grad_v, h, fire(u, 0.0), derivative, threshold, v_reset, FLAGS)
         grad_x, grad_v, step_grad_decay = charge_backward(grad_h, h, before, v_reset, rate, NEURON, FLAGS)
         grad_decay += step_grad_decay
-        tl.store(grad_x_at, grad_x.to(grad_x_ptr.dtype.element_ty), mask=mask)
-        grad_x_at -= N
+        store_row(grad_x_ptr, here, lane, mask, grad_x)
     return grad_v, grad_decay
 
 

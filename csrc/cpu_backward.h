@@ -1,0 +1,222 @@
+// The backward on the CPU: forward again through a tile of neurons with the tape kept in the caches, then back along
+// it.
+#pragma once
+
+#include <stdlib.h>
+
+#include "cpu_rows.h"
+
+namespace snnfast {
+namespace {
+
+constexpr int64_t kFewSteps = 8;  // so few rows fit the first-level cache side by side, in tiles
+constexpr int64_t kTile = 256;
+
+// The memory one thread needs for the backward of one block.
+template <class Neuron, class R>
+class BackwardScratch {
+ public:
+  BackwardScratch(int64_t T, int64_t block) : block_(block), segment_(smaller(T, kMaxSegment)) {
+    const int64_t segments = (T + segment_ - 1) / segment_;
+    const int64_t rows = 1 + Neuron::kStates * (2 + segments) + Neuron::kTape * segment_;
+    memory_ = static_cast<R*>(malloc(rows * block * sizeof(R) + 64));
+    base_ = reinterpret_cast<R*>((uintptr_t(memory_) + 63) / 64 * 64);
+  }
+  ~BackwardScratch() { free(memory_); }
+  BackwardScratch(const BackwardScratch&) = delete;
+  BackwardScratch& operator=(const BackwardScratch&) = delete;
+
+  bool allocated() const { return memory_; }
+  int64_t segment() const { return segment_; }
+  R* derivative() const { return base_; }
+  R* state(int k) const { return base_ + (1 + k) * block_; }
+  R* grad_state(int k) const { return base_ + (1 + Neuron::kStates + k) * block_; }
+  R* tape(int64_t step, int k) const { return base_ + (1 + 2 * Neuron::kStates + step * Neuron::kTape + k) * block_; }
+  R* checkpoint(int64_t segment, int k) const { return tape(segment_, 0) + (segment * Neuron::kStates + k) * block_; }
+
+ private:
+  R* memory_;
+  R* base_;
+  int64_t block_, segment_;
+};
+
+// The surrogate's derivative for a row, in a loop of its own: eight surrogates beside every neuron and dtype would
+// multiply the code, and a branch inside the loop would hold the arithmetic back.
+template <class R>
+void derivative_row(R* derivative, const R* h, int64_t n, const Params<R> p) {
+  switch (p.surrogate) {
+#define SNNFAST_CASE(id, Surrogate)                                                                     \
+  case id:                                                                                              \
+    for_each_in_row<R, false>(derivative, n, [&](auto tag, int64_t i) __attribute__((always_inline)) {  \
+      using V = decltype(tag);                                                                          \
+      store<false>(derivative + i,                                                                      \
+                   Surrogate::template derivative<V>(load(h + i, (V*)nullptr) - p.threshold, p.alpha)); \
+    });                                                                                                 \
+    break;
+    SNNFAST_SURROGATES(SNNFAST_CASE)
+#undef SNNFAST_CASE
+  }
+}
+
+template <class Neuron, class T, class R>
+struct BackwardRow {
+  const T* grad_s;      // may be null
+  const T* ahead;       // where to prefetch from
+  const R* grad_v_seq;  // may be null
+  const R* derivative;
+  const R* tape[Neuron::kTape];
+  const R* tape_before[Neuron::kTape];     // of the step before; null at the start of a segment
+  const R* state_before[Neuron::kStates];  // the state at the start of the segment
+  R* grad_state[Neuron::kStates];
+  T* grad_x;
+  T* ahead_grad_x;
+
+  template <bool stream>
+  double run(int64_t n, const Params<R> known) const {
+    double grad_decay = 0;
+    with_known_reset(known, [&](Params<R> p) __attribute__((always_inline)) {
+      if (p.detach_reset) {
+        p.detach_reset = true;
+        grad_decay = loop<stream>(n, p);
+      } else {
+        p.detach_reset = false;
+        grad_decay = loop<stream>(n, p);
+      }
+    });
+    return grad_decay;
+  }
+
+ private:
+  template <bool stream>
+  SNNFAST_FN double loop(int64_t n, const Params<R> p) const {
+    using Vector = typename VectorOf<R>::type;
+    const BackwardRow row = *this;
+    Vector decay_lanes{};
+    R decay_rest{};
+    for_each_in_row<R, stream>(row.grad_x, n, [&](auto tag, int64_t i) __attribute__((always_inline)) {
+      using V = decltype(tag);
+      V grad_state[Neuron::kStates], tape[Neuron::kTape], before[Neuron::kStates], grad_decay{};
+      for (int k = 0; k < Neuron::kStates; ++k) grad_state[k] = load(row.grad_state[k] + i, &grad_state[k]);
+      for (int k = 0; k < Neuron::kTape; ++k) tape[k] = load(row.tape[k] + i, &tape[k]);
+      if constexpr (Neuron::kLearnable) {
+        if (row.tape_before[0]) {
+          V tape_before[Neuron::kTape];
+          for (int k = 0; k < Neuron::kTape; ++k) tape_before[k] = load(row.tape_before[k] + i, &tape_before[k]);
+          Neuron::after(tape_before, before, p);
+        } else {
+          for (int k = 0; k < Neuron::kStates; ++k) before[k] = load(row.state_before[k] + i, &before[k]);
+        }
+      } else {
+        for (int k = 0; k < Neuron::kStates; ++k) before[k] = V{};
+      }
+      __builtin_prefetch(row.ahead + i);
+      if constexpr (!stream) __builtin_prefetch(row.ahead_grad_x + i, 1);
+      if (row.grad_v_seq) grad_state[0] += load(row.grad_v_seq + i, (V*)nullptr);
+      const V grad_s = row.grad_s ? load(row.grad_s + i, (V*)nullptr) : V{};
+      const V grad_x =
+          Neuron::step_backward(grad_s, grad_state, tape, before, load(row.derivative + i, (V*)nullptr), p, grad_decay);
+      for (int k = 0; k < Neuron::kStates; ++k) store<false>(row.grad_state[k] + i, grad_state[k]);
+      store<stream>(row.grad_x + i, grad_x);
+      if constexpr (Neuron::kLearnable) {
+        if constexpr (sizeof(V) == sizeof(R))
+          decay_rest += grad_decay;
+        else
+          decay_lanes += grad_decay;
+      }
+    });
+    double sum = decay_rest;
+    for (int i = 0; i < int(sizeof(Vector) / sizeof(R)); ++i) sum += decay_lanes[i];
+    return sum;
+  }
+};
+
+// One tile of neurons from its first step to its last and back. Returns the gradient of the decay.
+template <class Neuron, class T, bool stream, class R>
+double backward_tile(const Call& c, int64_t begin, int64_t end, const BackwardScratch<Neuron, R>& memory) {
+  const Params<R> p = params_of<R>(c);
+  const int64_t n = end - begin, K = memory.segment(), segments = (c.T + K - 1) / K;
+  const T* x = static_cast<const T*>(c.x) + begin;
+  // Rows are short and far apart, which the processor does not foresee: ask for them early. Few rows: each one's
+  // continuation in the next tiles. Many rows: the rows of the same tile that come so many steps later.
+  const bool along_row = c.T <= kFewSteps;
+  constexpr int64_t further = kPrefetchBytes / 2 / int64_t(sizeof(T));
+  const int64_t ahead = smaller(c.T, kPrefetchBytes / (n * int64_t(sizeof(T))) + 1);
+
+  auto record = [&](int64_t segment, bool with_tape) {
+    const int64_t first = segment * K, last = smaller(first + K, c.T);
+    ForwardRow<Neuron, T, R> row{};
+    for (int k = 0; k < Neuron::kStates; ++k) row.state[k] = memory.state(k);
+    for (int64_t t = first; t < last; ++t) {
+      row.x = x + t * c.N;
+      const int64_t next = t + ahead;
+      if (along_row)
+        row.ahead = row.x + further;
+      else if (next < c.T || !c.grad_s)
+        row.ahead = x + next * c.N;
+      else
+        row.ahead = static_cast<const T*>(c.grad_s) + (2 * c.T - 1 - next) * c.N + begin;
+      for (int k = 0; k < Neuron::kTape; ++k) row.tape[k] = memory.tape(with_tape ? t - first : 0, k);
+      row.template run<false, true>(n, p);
+    }
+  };
+  auto copy_states = [&](auto to, auto from) {
+    for (int k = 0; k < Neuron::kStates; ++k) memcpy(to(k), from(k), n * sizeof(R));
+  };
+
+  for (int k = 0; k < Neuron::kStates; ++k) {
+    fill_state(memory.state(k), c.state[k], begin, n, c.v_init);
+    fill_state(memory.grad_state(k), c.grad_final_state[k], begin, n, 0.0);
+  }
+  const auto state = [&](int k) { return memory.state(k); };
+  for (int64_t segment = 0; segment < segments; ++segment) {
+    copy_states([&](int k) { return memory.checkpoint(segment, k); }, state);
+    if (segment + 1 < segments) record(segment, false);
+  }
+
+  double grad_decay = 0;
+  for (int64_t segment = segments - 1; segment >= 0; --segment) {
+    const int64_t first = segment * K, last = smaller(first + K, c.T);
+    copy_states(state, [&](int k) { return memory.checkpoint(segment, k); });
+    record(segment, true);
+    for (int64_t t = last - 1; t >= first; --t) {
+      const int64_t offset = t * c.N + begin;
+      BackwardRow<Neuron, T, R> row{};
+      row.grad_s = c.grad_s ? static_cast<const T*>(c.grad_s) + offset : nullptr;
+      if (along_row)
+        row.ahead = (row.grad_s ? row.grad_s : x) + further;
+      else
+        row.ahead = t >= ahead && row.grad_s ? row.grad_s - ahead * c.N : x + n + (ahead - 1 - t) * c.N;
+      row.grad_v_seq = c.grad_v_seq ? static_cast<const R*>(c.grad_v_seq) + offset : nullptr;
+      for (int k = 0; k < Neuron::kTape; ++k) {
+        row.tape[k] = memory.tape(t - first, k);
+        row.tape_before[k] = t > first ? memory.tape(t - first - 1, k) : nullptr;
+      }
+      for (int k = 0; k < Neuron::kStates; ++k) {
+        row.state_before[k] = memory.checkpoint(segment, k);
+        row.grad_state[k] = memory.grad_state(k);
+      }
+      row.grad_x = static_cast<T*>(c.grad_x) + offset;
+      row.ahead_grad_x = along_row ? row.grad_x + further : t >= ahead ? row.grad_x - ahead * c.N : row.grad_x;
+      derivative_row(memory.derivative(), row.tape[0], n, p);
+      row.derivative = memory.derivative();
+      grad_decay += row.template run<stream>(n, p);
+    }
+  }
+  for (int k = 0; k < Neuron::kStates; ++k)
+    if (c.grad_state[k]) memcpy(static_cast<R*>(c.grad_state[k]) + begin, memory.grad_state(k), n * sizeof(R));
+  return grad_decay;
+}
+
+template <class Neuron, class T, bool stream, class R>
+void backward_block(const Call& c, int64_t index, int64_t begin, int64_t end,
+                    const BackwardScratch<Neuron, R>& memory) {
+  double grad_decay = 0;
+  const int64_t tile = c.T <= kFewSteps ? kTile : end - begin;
+  for (int64_t b = begin; b < end; b += tile)
+    grad_decay += backward_tile<Neuron, T, stream>(c, b, smaller(b + tile, end), memory);
+  if (Neuron::kLearnable) static_cast<double*>(c.grad_decay_partial)[index] = grad_decay;
+  if (stream) store_fence();
+}
+
+}  // namespace
+}  // namespace snnfast

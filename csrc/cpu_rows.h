@@ -1,0 +1,113 @@
+// One time step of a row of neurons on the CPU: the vector loop, and the forward's arithmetic in it.
+#pragma once
+
+// First: the templates of the other headers must see the vectors' functions.
+#include "vector.h"
+
+#include "cpu.h"
+
+namespace snnfast {
+namespace {
+
+constexpr int64_t kPrefetchBytes = 4096;  // how far ahead short rows are asked for
+
+int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+
+template <class T>
+bool aligned_to(const T* pointer, int64_t lanes) {
+  return uintptr_t(pointer) % (lanes * sizeof(T)) == 0;
+}
+
+// Runs element<V>(i) for a row, V being a vector where a whole one fits and, for streaming stores, is aligned.
+template <class R, bool stream, class T, class Element>
+SNNFAST_FN void for_each_in_row(const T* stored, int64_t n, Element element) {
+  using V = typename VectorOf<R>::type;
+  constexpr int64_t lanes = sizeof(V) / sizeof(R);
+  int64_t i = 0;
+  if constexpr (stream)
+    for (; i < n && !aligned_to(stored + i, lanes); ++i) element(R(), i);
+  for (; i + lanes <= n; i += lanes) element(V(), i);
+  for (; i < n; ++i) element(R(), i);
+}
+
+// Calls f with a copy of p in which what the dynamics branch on is known to the compiler, so that a row's loop has no
+// branches.
+template <class R, class F>
+SNNFAST_FN void with_known_reset(Params<R> p, F f) {
+  if (p.soft_reset) {
+    p.soft_reset = true;
+    f(p);
+  } else {
+    p.soft_reset = false;
+    f(p);
+  }
+}
+template <class R, class F>
+SNNFAST_FN void with_known_division(Params<R> p, F f) {
+  if (p.division == kMultiply) {
+    p.division = kMultiply;
+    return f(p);
+  }
+  if constexpr (kHasFusedMultiplyAdd && sizeof(R) == sizeof(float)) {
+    if (p.division == kCorrected) {
+      p.division = kCorrected;
+      return f(p);
+    }
+  }
+  p.division = kDivide;
+  f(p);
+}
+
+template <class Neuron, class T, class R>
+struct ForwardRow {
+  const T* x;
+  const T* ahead;  // where to prefetch from: what will be read a block later
+  T* ahead_s;      // what will be written a block later
+  T* s;            // null while only the tape or the state is wanted
+  R* state[Neuron::kStates];
+  R* tape[Neuron::kTape];  // null entries outside the backward
+  R* v_seq;                // may be null
+
+  template <bool stream, bool with_tape>
+  void run(int64_t n, const Params<R> known) const {
+    with_known_reset(known, [&](const Params<R> p) __attribute__((always_inline)) {
+      if constexpr (Neuron::kDivides)
+        with_known_division(p,
+                            [&](const Params<R> q) __attribute__((always_inline)) { loop<stream, with_tape>(n, q); });
+      else
+        loop<stream, with_tape>(n, p);
+    });
+  }
+
+ private:
+  template <bool stream, bool with_tape>
+  SNNFAST_FN void loop(int64_t n, const Params<R> p) const {
+    const ForwardRow row = *this;
+    for_each_in_row<R, stream>(row.s, n, [&](auto tag, int64_t i) __attribute__((always_inline)) {
+      using V = decltype(tag);
+      V state[Neuron::kStates], tape[Neuron::kTape];
+      for (int k = 0; k < Neuron::kStates; ++k) state[k] = load(row.state[k] + i, &state[k]);
+      __builtin_prefetch(row.ahead + i);
+      if constexpr (!stream && !with_tape) __builtin_prefetch(row.ahead_s + i, 1);
+      const V s = Neuron::step(load(row.x + i, (V*)nullptr), state, tape, p);
+      for (int k = 0; k < Neuron::kStates; ++k) store<false>(row.state[k] + i, state[k]);
+      if constexpr (with_tape) {
+        for (int k = 0; k < Neuron::kTape; ++k) store<false>(row.tape[k] + i, tape[k]);
+      } else {
+        store<stream>(row.s + i, s);
+        if (row.v_seq) store<false>(row.v_seq + i, state[0]);
+      }
+    });
+  }
+};
+
+template <class R>
+void fill_state(R* to, const void* from, int64_t begin, int64_t n, double initial) {
+  if (from)
+    memcpy(to, static_cast<const R*>(from) + begin, n * sizeof(R));
+  else
+    for (int64_t i = 0; i < n; ++i) to[i] = R(initial);
+}
+
+}  // namespace
+}  // namespace snnfast
