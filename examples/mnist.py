@@ -38,7 +38,7 @@ try:
 except ImportError as error:
     sys.exit(f"the demo also needs matplotlib and rich ({error}): pip install matplotlib rich")
 
-NETWORK = "3 x (conv 3 x 3, batch norm, LIF): 16 channels at 28 x 28, 32 at 14 x 14, 32 at 7 x 7; linear to 10"
+NETWORK = "3 x (conv 3 x 3, batch norm, LIF): 32 channels at 28 x 28, 16 at 14 x 14, 32 at 7 x 7; linear to 10"
 LOSS_TOLERANCE = 1e-4  # relative: gradients agree to float rounding, which a few optimiser steps amplify a little
 BACKENDS = {"plain loop": "reference", "snnfast": "auto"}
 
@@ -61,9 +61,9 @@ def network(timesteps: int) -> nn.Sequential:
         return snnfast.LIFNode(surrogate_function=surrogate.ATan(), detach_reset=True, timesteps=timesteps)
 
     return nn.Sequential(
-        *(nn.Conv2d(1, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16), Repeat(timesteps), spiking()),  # 28 x 28
-        *(nn.Conv2d(16, 32, 3, padding=1, stride=2, bias=False), nn.BatchNorm2d(32), spiking()),  # 14 x 14
-        *(nn.Conv2d(32, 32, 3, padding=1, stride=2, bias=False), nn.BatchNorm2d(32), spiking()),  # 7 x 7
+        *(nn.Conv2d(1, 32, 3, padding=1, bias=False), nn.BatchNorm2d(32), Repeat(timesteps), spiking()),  # 28 x 28
+        *(nn.Conv2d(32, 16, 3, padding=1, stride=2, bias=False), nn.BatchNorm2d(16), spiking()),  # 14 x 14
+        *(nn.Conv2d(16, 32, 3, padding=1, stride=2, bias=False), nn.BatchNorm2d(32), spiking()),  # 7 x 7
         nn.Flatten(),
         nn.Linear(32 * 7 * 7, 10),
     )
