@@ -26,7 +26,7 @@ $(VENV)/snnfast.stamp: $(VENV)/torch.stamp $(SOURCES)
 
 # The peers' own requirements would replace torch by another build: they come without them, then what they import.
 $(VENV)/test.stamp: $(VENV)/snnfast.stamp
-	$(PIP) --editable ".[triton,test]"
+	$(PIP) pytest pytest-benchmark hypothesis
 	-$(PIP) --no-deps spikingjelly && $(PIP) loguru h5py scipy tqdm requests
 	touch $@
 

@@ -79,9 +79,9 @@ def served() -> str:
 
 
 # ---- launch ----
-def block_size(steps: int, state: torch.dtype) -> int:
-    """Neurons per program: a program holds ``steps`` charges of each in registers, where they must not spill."""
-    block = 1024 if steps <= 4 else 512 if steps <= 16 else 256
+def block_size(T: int, state: torch.dtype) -> int:
+    """Neurons per program: backward holds up to 32 charges of each in registers, which must not spill."""
+    block = 1024 if T <= 4 else 512 if T <= 16 else 256
     return block // 2 if state == torch.float64 else block
 
 
@@ -109,7 +109,7 @@ def _plan(c: Constants, T: int, dtype: torch.dtype) -> tuple[tuple[Any, ...], di
         "MULTIPLY": math.frexp(c.tau)[0] == 0.5,
         "CHUNK": chunk,
         "REST": rest,
-        "BLOCK": block_size(max(chunk, rest), state),
+        "BLOCK": block_size(T, state),
         **_OPTIONS,
     }
     return (
