@@ -2,6 +2,7 @@
 // arguments come from snnfast/backends/native.py alone, which has checked them.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -11,7 +12,6 @@
 #include <vector>
 #ifdef __linux__
 #include <sys/mman.h>
-#include <unistd.h>
 #endif
 
 #include "cpu.h"
@@ -68,11 +68,17 @@ void set_cpu_set(const std::string& name) {
 
 // ---- memory of large outputs ----
 int64_t last_level_cache() {
-#if defined(__linux__) && defined(_SC_LEVEL3_CACHE_SIZE)
-  const int64_t size = sysconf(_SC_LEVEL3_CACHE_SIZE);
-  if (size > 0) return size;
+  constexpr int64_t usual = int64_t(32) << 20;
+#ifdef __linux__
+  // Not sysconf: on AMD processors glibc reports the sum over the socket, of which a core uses one part.
+  if (FILE* file = fopen("/sys/devices/system/cpu/cpu0/cache/index3/size", "r")) {
+    long kibibytes = 0;
+    const int found = fscanf(file, "%ldK", &kibibytes);
+    fclose(file);
+    if (found == 1 && kibibytes > 0) return int64_t(kibibytes) << 10;
+  }
 #endif
-  return int64_t(32) << 20;
+  return usual;
 }
 
 // Whoever reads the spikes next finds them in the cache unless they would not fit beside their input anyway.
