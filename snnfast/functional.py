@@ -381,9 +381,9 @@ def plif_multi_step(
 
     Example:
         >>> w = torch.tensor(0.0, requires_grad=True)
-        >>> s, v, _ = plif_multi_step(torch.full((2, 1), 0.4), 0.0, w)
+        >>> s, v, _ = plif_multi_step(torch.full((2, 1), 0.4), 0.0, w, detach_reset=True)
         >>> v.sum().backward(); w.grad
-        tensor(0.1500)
+        tensor(0.1000)
     """
     check_input("x_seq", x_seq, 1)
     if not isinstance(w, Tensor) or w.numel() != 1 or not w.is_floating_point():
