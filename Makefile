@@ -27,7 +27,10 @@ $(VENV)/snnfast.stamp: $(VENV)/torch.stamp $(SOURCES)
 # The peers' own requirements would replace torch by another build: they come without them, then what they import.
 $(VENV)/test.stamp: $(VENV)/snnfast.stamp
 	$(PIP) pytest pytest-benchmark hypothesis
-	-$(PIP) --no-deps spikingjelly && $(PIP) loguru h5py scipy tqdm requests
+	$(PIP) --no-deps lightning-fabric lightning-utilities
+	$(PIP) safetensors tensorboard pooch pyyaml fsspec packaging typing_extensions
+	-$(PIP) --no-deps spikingjelly snntorch norse sinabs nir nirtorch neurobench
+	-$(PIP) loguru h5py scipy tqdm requests SciencePlots pandas scikit-learn pbr
 	touch $@
 
 $(VENV)/dev.stamp: $(VENV)/test.stamp

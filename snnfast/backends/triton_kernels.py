@@ -142,13 +142,19 @@ def fire_and_reset_backward(grad_s, grad_v, h, s, derivative, threshold, v_reset
 
 # ---- surrogates ----
 @triton.jit
+def literal(value: tl.constexpr, DTYPE: tl.constexpr):
+    """A number of the source in full precision: Triton up to 3.3 makes it a float32."""
+    return tl.full((), value, DTYPE)
+
+
+@triton.jit
 def surrogate_derivative(u, alpha, half_width, SURROGATE: tl.constexpr):
     """The derivative of a spike by u = h - threshold; half_width is 0.5 / alpha. No exponential can overflow."""
     if SURROGATE == 0:  # Sigmoid
         e = tl.exp(-tl.abs(u * alpha))
         g = e * alpha / ((e + 1.0) * (e + 1.0))
     elif SURROGATE == 1:  # ATan
-        scaled = u * (1.57079632679489661923 * alpha)
+        scaled = u * (literal(1.57079632679489661923, u.dtype) * alpha)
         g = 0.5 * alpha / (scaled * scaled + 1.0)
     elif SURROGATE == 2:  # PiecewiseQuadratic
         slope = alpha - tl.abs(u) * (alpha * alpha)
@@ -163,7 +169,7 @@ def surrogate_derivative(u, alpha, half_width, SURROGATE: tl.constexpr):
         g = alpha / (d * d)
     elif SURROGATE == 6:  # Erf
         scaled = u * alpha
-        g = tl.exp(-(scaled * scaled)) * (0.56418958354775628695 * alpha)
+        g = tl.exp(-(scaled * scaled)) * (literal(0.56418958354775628695, u.dtype) * alpha)
     else:
         tl.static_assert(SURROGATE == 7, "this surrogate has no Triton kernel")  # Rect
         g = tl.where(tl.abs(u) < half_width, alpha, 0.0)
