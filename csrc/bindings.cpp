@@ -102,7 +102,7 @@ void* pointer(uintptr_t address) { return reinterpret_cast<void*>(address); }
 struct Config {
   Call call{};
   Config(int neuron, int surrogate, int flags, int division, double threshold, double v_reset, double tau, double alpha,
-         double v_init) {
+         double gain, double v_leak, double v_init) {
     call.neuron = neuron;
     call.surrogate = surrogate;
     call.flags = flags;
@@ -111,33 +111,58 @@ struct Config {
     call.v_reset = v_reset;
     call.tau = tau;
     call.alpha = alpha;
+    call.gain = gain;
+    call.v_leak = v_leak;
     call.v_init = v_init;
   }
 };
 
-Call forward_call(const Config& config, int dtype, int64_t T, int64_t N, uintptr_t x, uintptr_t v0, uintptr_t decay,
-                  uintptr_t s, uintptr_t v, uintptr_t v_seq) {
+// The arguments of every call, in native.py's order: sizes, inputs (dynamics.Inputs), and then the outputs, or the
+// outputs' gradients and the inputs'.
+#define SNNFAST_INPUTS                                                                                            \
+  int dtype, int64_t T, int64_t N, uintptr_t x, uintptr_t v0, uintptr_t i0, uintptr_t decay, uintptr_t threshold, \
+      uintptr_t beta, uintptr_t current_decay, int own_each
+#define SNNFAST_INPUT_NAMES dtype, T, N, x, v0, i0, decay, threshold, beta, current_decay, own_each
+#define SNNFAST_OUTPUTS uintptr_t s, uintptr_t v, uintptr_t i, uintptr_t v_seq
+#define SNNFAST_OUTPUT_NAMES s, v, i, v_seq
+#define SNNFAST_GRADIENTS                                                                                          \
+  uintptr_t grad_s, uintptr_t grad_v, uintptr_t grad_i, uintptr_t grad_v_seq, uintptr_t grad_x, uintptr_t grad_v0, \
+      uintptr_t grad_i0, uintptr_t grad_threshold, uintptr_t grad_beta, uintptr_t grad_current_decay
+#define SNNFAST_GRADIENT_NAMES \
+  grad_s, grad_v, grad_i, grad_v_seq, grad_x, grad_v0, grad_i0, grad_threshold, grad_beta, grad_current_decay
+
+Call forward_call(const Config& config, SNNFAST_INPUTS, SNNFAST_OUTPUTS) {
   Call call = config.call;
   call.dtype = dtype;
   call.T = T;
   call.N = N;
   call.x = pointer(x);
   call.state[0] = pointer(v0);
+  call.state[1] = pointer(i0);
   call.decay = pointer(decay);
+  call.own[kThreshold] = pointer(threshold);
+  call.own[kBeta] = pointer(beta);
+  call.own[kCurrentDecay] = pointer(current_decay);
+  call.own_each = own_each;
   call.s = pointer(s);
   call.final_state[0] = pointer(v);
+  call.final_state[1] = pointer(i);
   call.v_seq = pointer(v_seq);
   return call;
 }
 
-Call backward_call(const Config& config, int dtype, int64_t T, int64_t N, uintptr_t x, uintptr_t v0, uintptr_t decay,
-                   uintptr_t grad_s, uintptr_t grad_v, uintptr_t grad_v_seq, uintptr_t grad_x, uintptr_t grad_v0) {
-  Call call = forward_call(config, dtype, T, N, x, v0, decay, 0, 0, 0);
+Call backward_call(const Config& config, SNNFAST_INPUTS, SNNFAST_GRADIENTS) {
+  Call call = forward_call(config, SNNFAST_INPUT_NAMES, 0, 0, 0, 0);
   call.grad_s = pointer(grad_s);
   call.grad_final_state[0] = pointer(grad_v);
+  call.grad_final_state[1] = pointer(grad_i);
   call.grad_v_seq = pointer(grad_v_seq);
   call.grad_x = pointer(grad_x);
   call.grad_state[0] = pointer(grad_v0);
+  call.grad_state[1] = pointer(grad_i0);
+  call.grad_own[kThreshold] = pointer(grad_threshold);
+  call.grad_own[kBeta] = pointer(grad_beta);
+  call.grad_own[kCurrentDecay] = pointer(grad_current_decay);
   return call;
 }
 
@@ -148,20 +173,17 @@ void prepare_cpu_output(Call& call, int threads, void* output) {
   if (bytes >= int64_t(4) << 20) advise_huge_pages(output, bytes);
 }
 
-void cpu_forward(const Config& config, int threads, int dtype, int64_t T, int64_t N, uintptr_t x, uintptr_t v0,
-                 uintptr_t decay, uintptr_t s, uintptr_t v, uintptr_t v_seq) {
+void cpu_forward(const Config& config, int threads, SNNFAST_INPUTS, SNNFAST_OUTPUTS) {
   py::gil_scoped_release release;
-  Call call = forward_call(config, dtype, T, N, x, v0, decay, s, v, v_seq);
+  Call call = forward_call(config, SNNFAST_INPUT_NAMES, SNNFAST_OUTPUT_NAMES);
   prepare_cpu_output(call, threads, call.s);
   kernels->forward(call);
 }
 
 // Returns the gradient of the decay, 0 for a neuron without one.
-double cpu_backward(const Config& config, int threads, int dtype, int64_t T, int64_t N, uintptr_t x, uintptr_t v0,
-                    uintptr_t decay, uintptr_t grad_s, uintptr_t grad_v, uintptr_t grad_v_seq, uintptr_t grad_x,
-                    uintptr_t grad_v0) {
+double cpu_backward(const Config& config, int threads, SNNFAST_INPUTS, SNNFAST_GRADIENTS) {
   py::gil_scoped_release release;
-  Call call = backward_call(config, dtype, T, N, x, v0, decay, grad_s, grad_v, grad_v_seq, grad_x, grad_v0);
+  Call call = backward_call(config, SNNFAST_INPUT_NAMES, SNNFAST_GRADIENT_NAMES);
   prepare_cpu_output(call, threads, call.grad_x);
   std::vector<double> partial(call.decay ? backward_blocks(T, N) : 0);
   call.grad_decay_partial = partial.data();
@@ -176,15 +198,13 @@ void throw_if(const std::string& error) {
   if (!error.empty()) throw std::runtime_error("snnfast: CUDA: " + error);
 }
 
-void cuda_forward_(const Config& config, int device, uintptr_t stream, int dtype, int64_t T, int64_t N, uintptr_t x,
-                   uintptr_t v0, uintptr_t decay, uintptr_t s, uintptr_t v, uintptr_t v_seq) {
-  throw_if(cuda_forward(forward_call(config, dtype, T, N, x, v0, decay, s, v, v_seq), device, pointer(stream)));
+void cuda_forward_(const Config& config, int device, uintptr_t stream, SNNFAST_INPUTS, SNNFAST_OUTPUTS) {
+  throw_if(cuda_forward(forward_call(config, SNNFAST_INPUT_NAMES, SNNFAST_OUTPUT_NAMES), device, pointer(stream)));
 }
 
-void cuda_backward_(const Config& config, int device, uintptr_t stream, int dtype, int64_t T, int64_t N, uintptr_t x,
-                    uintptr_t v0, uintptr_t decay, uintptr_t grad_s, uintptr_t grad_v, uintptr_t grad_v_seq,
-                    uintptr_t grad_x, uintptr_t grad_v0, uintptr_t grad_decay_partial, uintptr_t workspace) {
-  Call call = backward_call(config, dtype, T, N, x, v0, decay, grad_s, grad_v, grad_v_seq, grad_x, grad_v0);
+void cuda_backward_(const Config& config, int device, uintptr_t stream, SNNFAST_INPUTS, SNNFAST_GRADIENTS,
+                    uintptr_t grad_decay_partial, uintptr_t workspace) {
+  Call call = backward_call(config, SNNFAST_INPUT_NAMES, SNNFAST_GRADIENT_NAMES);
   call.grad_decay_partial = pointer(grad_decay_partial);
   call.workspace = pointer(workspace);
   throw_if(cuda_backward(call, device, pointer(stream)));
@@ -192,7 +212,10 @@ void cuda_backward_(const Config& config, int device, uintptr_t stream, int dtyp
 
 // (bytes of workspace, number of partial sums of the decay's gradient)
 py::tuple cuda_backward_needs(const Config& config, int dtype, int64_t T, int64_t N) {
-  const Call call = forward_call(config, dtype, T, N, 0, 0, 0, 0, 0, 0);
+  Call call = config.call;
+  call.dtype = dtype;
+  call.T = T;
+  call.N = N;
   return py::make_tuple(cuda_backward_workspace(call), cuda_decay_partials(call));
 }
 #endif
@@ -201,7 +224,8 @@ py::tuple cuda_backward_needs(const Config& config, int dtype, int64_t T, int64_
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "snnfast's compiled kernels. Internal: use snnfast.functional or the modules.";
-  py::class_<Config>(m, "Config").def(py::init<int, int, int, int, double, double, double, double, double>());
+  py::class_<Config>(m, "Config")
+      .def(py::init<int, int, int, int, double, double, double, double, double, double, double>());
   m.def("cpu_forward", &cpu_forward);
   m.def("cpu_backward", &cpu_backward);
   m.def("corrected_division_is_exact", [](float tau) { return kernels->corrected_division_is_exact(tau); });

@@ -20,9 +20,11 @@ void forward_block(const Call& c, int64_t begin, int64_t end) {
   const T* x = static_cast<const T*>(c.x);
   ForwardRow<Neuron, T, R> row{};
   R running[stream ? Neuron::kStates : 1][stream ? kForwardBlock : 1];  // streamed states go to memory once, at the end
+  R own[Neuron::kOwn ? Neuron::kOwn : 1][Neuron::kOwn ? kForwardBlock : 1];
+  for (int k = 0; k < Neuron::kOwn; ++k) row.own[k] = own_row(c, k, own[k], begin, end - begin);
   for (int k = 0; k < Neuron::kStates; ++k) {
     row.state[k] = stream ? running[k] : static_cast<R*>(c.final_state[k]) + begin;
-    fill_state(row.state[k], c.state[k], begin, end - begin, c.v_init);
+    fill_state(row.state[k], c.state[k], begin, end - begin, initial_state(c, k));
   }
   for (int64_t t = 0; t < c.T; ++t) {
     row.x = x + t * c.N + begin;
@@ -80,8 +82,14 @@ bool backward_all(const Call& c) {
   return allocated;
 }
 
+// Streaming stores double the code; the neurons with parameters of their own, which load more, do without.
 template <class Neuron, class T>
 bool run(const Call& c, bool backward) {
+  if constexpr (Neuron::kOwn > 0) {
+    if (backward) return backward_all<Neuron, T, false>(c);
+    forward_all<Neuron, T, false>(c);
+    return true;
+  }
   if (backward) return c.stream_stores ? backward_all<Neuron, T, true>(c) : backward_all<Neuron, T, false>(c);
   c.stream_stores ? forward_all<Neuron, T, true>(c) : forward_all<Neuron, T, false>(c);
   return true;

@@ -18,7 +18,7 @@ class BackwardScratch {
  public:
   BackwardScratch(int64_t T, int64_t block) : block_(block), segment_(smaller(T, kMaxSegment)) {
     const int64_t segments = (T + segment_ - 1) / segment_;
-    const int64_t rows = 1 + Neuron::kStates * (2 + segments) + Neuron::kTape * segment_;
+    const int64_t rows = 1 + 2 * Neuron::kOwn + Neuron::kStates * (2 + segments) + Neuron::kTape * segment_;
     memory_ = static_cast<R*>(malloc(rows * block * sizeof(R) + 64));
     base_ = reinterpret_cast<R*>((uintptr_t(memory_) + 63) / 64 * 64);
   }
@@ -29,9 +29,11 @@ class BackwardScratch {
   bool allocated() const { return memory_; }
   int64_t segment() const { return segment_; }
   R* derivative() const { return base_; }
-  R* state(int k) const { return base_ + (1 + k) * block_; }
-  R* grad_state(int k) const { return base_ + (1 + Neuron::kStates + k) * block_; }
-  R* tape(int64_t step, int k) const { return base_ + (1 + 2 * Neuron::kStates + step * Neuron::kTape + k) * block_; }
+  R* own(int k) const { return base_ + (1 + k) * block_; }
+  R* grad_own(int k) const { return base_ + (1 + Neuron::kOwn + k) * block_; }
+  R* state(int k) const { return base_ + (1 + 2 * Neuron::kOwn + k) * block_; }
+  R* grad_state(int k) const { return state(Neuron::kStates + k); }
+  R* tape(int64_t step, int k) const { return state(2 * Neuron::kStates) + (step * Neuron::kTape + k) * block_; }
   R* checkpoint(int64_t segment, int k) const { return tape(segment_, 0) + (segment * Neuron::kStates + k) * block_; }
 
  private:
@@ -42,20 +44,28 @@ class BackwardScratch {
 
 // The surrogate's derivative for a row, in a loop of its own: eight surrogates beside every neuron and dtype would
 // multiply the code, and a branch inside the loop would hold the arithmetic back.
-template <class R>
-void derivative_row(R* derivative, const R* h, int64_t n, const Params<R> p) {
+template <class R, class Threshold>
+void derivative_row(R* derivative, const R* h, Threshold threshold, int64_t n, const Params<R> p) {
   switch (p.surrogate) {
-#define SNNFAST_CASE(id, Surrogate)                                                                     \
-  case id:                                                                                              \
-    for_each_in_row<R, false>(derivative, n, [&](auto tag, int64_t i) __attribute__((always_inline)) {  \
-      using V = decltype(tag);                                                                          \
-      store<false>(derivative + i,                                                                      \
-                   Surrogate::template derivative<V>(load(h + i, (V*)nullptr) - p.threshold, p.alpha)); \
-    });                                                                                                 \
+#define SNNFAST_CASE(id, Surrogate)                                                                    \
+  case id:                                                                                             \
+    for_each_in_row<R, false>(derivative, n, [&](auto tag, int64_t i) __attribute__((always_inline)) { \
+      using V = decltype(tag);                                                                         \
+      const V u = load(h + i, (V*)nullptr) - threshold(tag, i);                                        \
+      store<false>(derivative + i, p.gain * Surrogate::template derivative<V>(u, p.alpha));            \
+    });                                                                                                \
     break;
     SNNFAST_SURROGATES(SNNFAST_CASE)
 #undef SNNFAST_CASE
   }
+}
+
+template <class Neuron, class R>
+void derivatives(R* derivative, const R* h, const R* own_threshold, int64_t n, const Params<R> p) {
+  if constexpr (Neuron::kOwn > 0)
+    derivative_row(derivative, h, [=](auto tag, int64_t i) { return load(own_threshold + i, &tag); }, n, p);
+  else
+    derivative_row(derivative, h, [=](auto, int64_t) { return p.threshold; }, n, p);
 }
 
 template <class Neuron, class T, class R>
@@ -67,27 +77,29 @@ struct BackwardRow {
   const R* tape[Neuron::kTape];
   const R* tape_before[Neuron::kTape];     // of the step before; null at the start of a segment
   const R* state_before[Neuron::kStates];  // the state at the start of the segment
+  const R* own[kMaxOwn];
   R* grad_state[Neuron::kStates];
+  R* grad_own[kMaxOwn];
   T* grad_x;
   T* ahead_grad_x;
 
-  template <bool stream>
+  template <bool stream, bool own_gradients>
   double run(int64_t n, const Params<R> known) const {
     double grad_decay = 0;
     with_known_reset(known, [&](Params<R> p) __attribute__((always_inline)) {
       if (p.detach_reset) {
         p.detach_reset = true;
-        grad_decay = loop<stream>(n, p);
+        grad_decay = loop<stream, own_gradients>(n, p);
       } else {
         p.detach_reset = false;
-        grad_decay = loop<stream>(n, p);
+        grad_decay = loop<stream, own_gradients>(n, p);
       }
     });
     return grad_decay;
   }
 
  private:
-  template <bool stream>
+  template <bool stream, bool own_gradients>
   SNNFAST_FN double loop(int64_t n, const Params<R> p) const {
     using Vector = typename VectorOf<R>::type;
     const BackwardRow row = *this;
@@ -95,14 +107,16 @@ struct BackwardRow {
     R decay_rest{};
     for_each_in_row<R, stream>(row.grad_x, n, [&](auto tag, int64_t i) __attribute__((always_inline)) {
       using V = decltype(tag);
-      V grad_state[Neuron::kStates], tape[Neuron::kTape], before[Neuron::kStates], grad_decay{};
+      V grad_state[Neuron::kStates], tape[Neuron::kTape], before[Neuron::kStates], own[kMaxOwn] = {};
+      ParameterGradients<V> grads{};
       for (int k = 0; k < Neuron::kStates; ++k) grad_state[k] = load(row.grad_state[k] + i, &grad_state[k]);
       for (int k = 0; k < Neuron::kTape; ++k) tape[k] = load(row.tape[k] + i, &tape[k]);
-      if constexpr (Neuron::kLearnable) {
+      for (int k = 0; k < Neuron::kOwn; ++k) own[k] = load(row.own[k] + i, &own[k]);
+      if constexpr (Neuron::kNeedsBefore) {
         if (row.tape_before[0]) {
           V tape_before[Neuron::kTape];
           for (int k = 0; k < Neuron::kTape; ++k) tape_before[k] = load(row.tape_before[k] + i, &tape_before[k]);
-          Neuron::after(tape_before, before, p);
+          Neuron::after(tape_before, before, own, p);
         } else {
           for (int k = 0; k < Neuron::kStates; ++k) before[k] = load(row.state_before[k] + i, &before[k]);
         }
@@ -113,15 +127,18 @@ struct BackwardRow {
       if constexpr (!stream) __builtin_prefetch(row.ahead_grad_x + i, 1);
       if (row.grad_v_seq) grad_state[0] += load(row.grad_v_seq + i, (V*)nullptr);
       const V grad_s = row.grad_s ? load(row.grad_s + i, (V*)nullptr) : V{};
-      const V grad_x =
-          Neuron::step_backward(grad_s, grad_state, tape, before, load(row.derivative + i, (V*)nullptr), p, grad_decay);
+      const V derivative = load(row.derivative + i, (V*)nullptr);
+      const V grad_x = Neuron::step_backward(grad_s, grad_state, tape, before, derivative, own, p, grads);
       for (int k = 0; k < Neuron::kStates; ++k) store<false>(row.grad_state[k] + i, grad_state[k]);
       store<stream>(row.grad_x + i, grad_x);
+      if constexpr (own_gradients)
+        for (int k = 0; k < Neuron::kOwn; ++k)
+          store<false>(row.grad_own[k] + i, load(row.grad_own[k] + i, (V*)nullptr) + grads.own[k]);
       if constexpr (Neuron::kLearnable) {
         if constexpr (sizeof(V) == sizeof(R))
-          decay_rest += grad_decay;
+          decay_rest += grads.decay;
         else
-          decay_lanes += grad_decay;
+          decay_lanes += grads.decay;
       }
     });
     double sum = decay_rest;
@@ -142,10 +159,18 @@ double backward_tile(const Call& c, int64_t begin, int64_t end, const BackwardSc
   constexpr int64_t further = kPrefetchBytes / 2 / int64_t(sizeof(T));
   const int64_t ahead = smaller(c.T, kPrefetchBytes / (n * int64_t(sizeof(T))) + 1);
 
+  const R* own[kMaxOwn] = {};
+  bool own_gradients = false;
+  for (int k = 0; k < Neuron::kOwn; ++k) {
+    own[k] = own_row(c, k, memory.own(k), begin, n);
+    own_gradients = own_gradients || c.grad_own[k];
+    fill_state(memory.grad_own(k), nullptr, 0, n, 0.0);
+  }
   auto record = [&](int64_t segment, bool with_tape) {
     const int64_t first = segment * K, last = smaller(first + K, c.T);
     ForwardRow<Neuron, T, R> row{};
     for (int k = 0; k < Neuron::kStates; ++k) row.state[k] = memory.state(k);
+    for (int k = 0; k < Neuron::kOwn; ++k) row.own[k] = own[k];
     for (int64_t t = first; t < last; ++t) {
       row.x = x + t * c.N;
       const int64_t next = t + ahead;
@@ -164,7 +189,7 @@ double backward_tile(const Call& c, int64_t begin, int64_t end, const BackwardSc
   };
 
   for (int k = 0; k < Neuron::kStates; ++k) {
-    fill_state(memory.state(k), c.state[k], begin, n, c.v_init);
+    fill_state(memory.state(k), c.state[k], begin, n, initial_state(c, k));
     fill_state(memory.grad_state(k), c.grad_final_state[k], begin, n, 0.0);
   }
   const auto state = [&](int k) { return memory.state(k); };
@@ -195,15 +220,28 @@ double backward_tile(const Call& c, int64_t begin, int64_t end, const BackwardSc
         row.state_before[k] = memory.checkpoint(segment, k);
         row.grad_state[k] = memory.grad_state(k);
       }
+      for (int k = 0; k < Neuron::kOwn; ++k) {
+        row.own[k] = own[k];
+        row.grad_own[k] = memory.grad_own(k);
+      }
       row.grad_x = static_cast<T*>(c.grad_x) + offset;
       row.ahead_grad_x = along_row ? row.grad_x + further : t >= ahead ? row.grad_x - ahead * c.N : row.grad_x;
-      derivative_row(memory.derivative(), row.tape[0], n, p);
+      derivatives<Neuron>(memory.derivative(), row.tape[0], own[kThreshold], n, p);
       row.derivative = memory.derivative();
-      grad_decay += row.template run<stream>(n, p);
+      if constexpr (Neuron::kOwn > 0) {
+        if (own_gradients)
+          row.template run<stream, true>(n, p);
+        else
+          row.template run<stream, false>(n, p);
+      } else {
+        grad_decay += row.template run<stream, false>(n, p);
+      }
     }
   }
   for (int k = 0; k < Neuron::kStates; ++k)
     if (c.grad_state[k]) memcpy(static_cast<R*>(c.grad_state[k]) + begin, memory.grad_state(k), n * sizeof(R));
+  for (int k = 0; k < Neuron::kOwn; ++k)
+    if (c.grad_own[k]) memcpy(static_cast<R*>(c.grad_own[k]) + begin, memory.grad_own(k), n * sizeof(R));
   return grad_decay;
 }
 

@@ -65,6 +65,7 @@ struct ForwardRow {
   T* ahead_s;      // what will be written a block later
   T* s;            // null while only the tape or the state is wanted
   R* state[Neuron::kStates];
+  const R* own[kMaxOwn];
   R* tape[Neuron::kTape];  // null entries outside the backward
   R* v_seq;                // may be null
 
@@ -85,11 +86,12 @@ struct ForwardRow {
     const ForwardRow row = *this;
     for_each_in_row<R, stream>(row.s, n, [&](auto tag, int64_t i) __attribute__((always_inline)) {
       using V = decltype(tag);
-      V state[Neuron::kStates], tape[Neuron::kTape];
+      V state[Neuron::kStates], tape[Neuron::kTape], own[kMaxOwn] = {};
       for (int k = 0; k < Neuron::kStates; ++k) state[k] = load(row.state[k] + i, &state[k]);
+      for (int k = 0; k < Neuron::kOwn; ++k) own[k] = load(row.own[k] + i, &own[k]);
       __builtin_prefetch(row.ahead + i);
       if constexpr (!stream && !with_tape) __builtin_prefetch(row.ahead_s + i, 1);
-      const V s = Neuron::step(load(row.x + i, (V*)nullptr), state, tape, p);
+      const V s = Neuron::step(load(row.x + i, (V*)nullptr), state, tape, own, p);
       for (int k = 0; k < Neuron::kStates; ++k) store<false>(row.state[k] + i, state[k]);
       if constexpr (with_tape) {
         for (int k = 0; k < Neuron::kTape; ++k) store<false>(row.tape[k] + i, tape[k]);
@@ -107,6 +109,15 @@ void fill_state(R* to, const void* from, int64_t begin, int64_t n, double initia
     memcpy(to, static_cast<const R*>(from) + begin, n * sizeof(R));
   else
     for (int64_t i = 0; i < n; ++i) to[i] = R(initial);
+}
+
+// Where a row of a parameter of neurons `begin` on lies: in the caller's memory, or in `filled`, if all have the same.
+template <class R>
+const R* own_row(const Call& c, int k, R* filled, int64_t begin, int64_t n) {
+  const R* own = static_cast<const R*>(c.own[k]);
+  if (c.own_each >> k & 1) return own + begin;
+  for (int64_t i = 0; i < n; ++i) filled[i] = *own;
+  return filled;
 }
 
 }  // namespace

@@ -16,11 +16,13 @@ enum DType : int { kFloat32 = 0, kFloat64 = 1, kBFloat16 = 2, kFloat16 = 3 };
 struct Call {
   int64_t T, N;
   int neuron, surrogate, flags, dtype, division;
-  double threshold, v_reset, tau, alpha, v_init;
+  double threshold, v_reset, tau, alpha, gain, v_leak, v_init;
 
   const void* x;
-  const void* state[kMaxStates];  // before the first step; null: v_init
+  const void* state[kMaxStates];  // before the first step; null: v_init for the first, 0 for the others
   const void* decay;              // 0-d, the state's type; null for neurons without one
+  const void* own[kMaxOwn];       // one value, or one for each neuron where own_each has the bit; the state's type
+  int own_each;
 
   // outputs of the forward
   void* s;
@@ -35,6 +37,7 @@ struct Call {
   // outputs of the backward
   void* grad_x;
   void* grad_state[kMaxStates];  // may be null
+  void* grad_own[kMaxOwn];       // [N] each; null for all or for none that the neuron has
   void* grad_decay_partial;      // [decay_partials()] float64, summed in order by the caller; null without a decay
 
   void* workspace;    // backward_workspace() bytes, CUDA only
@@ -44,20 +47,30 @@ struct Call {
 
 namespace {
 
+inline double initial_state(const Call& c, int k) { return k == 0 ? c.v_init : 0.0; }
+
+inline float above(float a) { return nextafterf(a, INFINITY); }
+inline double above(double a) { return nextafter(a, double(INFINITY)); }
+
 template <class R>
-SNNFAST_FN Params<R> params_of(const Call& c) {
+inline Params<R> params_of(const Call& c) {
   Params<R> p;
   p.threshold = R(c.threshold);
+  p.fire_at = c.flags & kStrict ? above(p.threshold) : p.threshold;
   p.v_reset = R(c.v_reset);
+  p.v_leak = R(c.v_leak);
   p.tau = R(c.tau);
   p.inv_tau = R(1) / R(c.tau);
   p.decay = c.decay ? *static_cast<const R*>(c.decay) : R(0);
   p.alpha = R(c.alpha);
+  p.gain = R(c.gain);
   p.surrogate = c.surrogate;
   p.division = c.division;
   p.decay_input = c.flags & kDecayInput;
   p.soft_reset = c.flags & kSoftReset;
   p.detach_reset = c.flags & kDetachReset;
+  p.multi_spike = c.flags & kMultiSpike;
+  p.resets = !(c.flags & kNoReset);
   return p;
 }
 

@@ -1,14 +1,16 @@
 // The dynamics of every neuron, written once for C++ and CUDA: one small struct per neuron.
 //
-// A neuron has kStates state variables and leaves kTape values per step on a tape, from which the backward pass can
-// tell the spike, the surrogate derivative and the state after the step. Each struct provides
-//   step(x, state, tape, p)                                   -> spike; state is updated in place
-//   after(tape, state, p)                                     -> the state after the step, from its tape alone
-//   step_backward(grad_s, grad_state, tape, before, derivative, p, grad_decay)
+// A neuron has kStates state variables, the potential first, and leaves kTape values per step on a tape, from which the
+// backward pass can tell the spike, the surrogate derivative and the state after the step. kOwn parameters may differ
+// from neuron to neuron (see Own). Each struct provides
+//   step(x, state, tape, own, p)                              -> spike; state is updated in place
+//   after(tape, state, own, p)                                -> the state after the step, from its tape alone
+//   step_backward(grad_s, grad_state, tape, before, derivative, own, p, grads)
 //                                                             -> grad_x; grad_state goes from after to before
 // with tape[0] the potential that is compared with the threshold, and derivative the surrogate's at tape[0] -
-// threshold; V is a scalar or a vector of lanes. The forward is the plain PyTorch loop's arithmetic, operation for
-// operation, and is compiled without contraction into fused multiply-adds; see docs/numerics.md.
+// threshold; V is a scalar or a vector of lanes. `before`, the state before the step, is filled in only where
+// kNeedsBefore says so. The forward is the plain PyTorch loop's arithmetic, operation for operation, and is compiled
+// without contraction into fused multiply-adds; see docs/numerics.md.
 //
 // To add a neuron: a struct and a row of SNNFAST_NEURONS here, a step helper in snnfast/backends/triton_kernels.py, an
 // entry in snnfast/dynamics.py, and its module in snnfast/neuron.py. The row's number is the entry's `id`.
@@ -19,7 +21,19 @@
 namespace snnfast {
 namespace {
 
-enum Flag : int { kDecayInput = 1, kSoftReset = 2, kDetachReset = 4 };
+enum Flag : int {
+  kDecayInput = 1,
+  kSoftReset = 2,
+  kDetachReset = 4,
+  kStoreVSeq = 8,
+  kStrict = 16,
+  kMultiSpike = 32,
+  kNoReset = 64
+};
+
+// The parameters that may differ from neuron to neuron, and have gradients.
+enum Own : int { kThreshold = 0, kBeta = 1, kCurrentDecay = 2 };
+constexpr int kMaxOwn = 3;
 
 // How a forward division by tau is carried out; each gives the bits of an IEEE division.
 enum Division : int {
@@ -32,16 +46,28 @@ enum Division : int {
 template <class R>
 struct Params {
   R threshold;
+  R fire_at;  // the threshold, or the next number above it where a spike needs more than the threshold
   R v_reset;  // 0 for soft reset
+  R v_leak;
   R tau;
   R inv_tau;
   R decay;  // learnable 1 / tau
   R alpha;  // of the surrogate
+  R gain;   // a factor on its derivative
   int surrogate;
   int division;
   bool decay_input;
   bool soft_reset;
   bool detach_reset;
+  bool multi_spike;
+  bool resets;
+};
+
+// Where a backward step adds the gradients of parameters.
+template <class V>
+struct ParameterGradients {
+  V decay;
+  V own[kMaxOwn];
 };
 
 // a / tau to the last bit, tau being a float from 1 up that corrected_division_is_exact() has passed. The correction
@@ -67,113 +93,300 @@ SNNFAST_FN V divide_by_tau(V a, const Params<double>& p) {
   return p.division == kMultiply ? a * p.inv_tau : a / p.tau;
 }
 
-template <class V, class R>
-SNNFAST_FN V fire(V h, const Params<R>& p) {
-  return select(h >= p.threshold, broadcast<V>(R(1)), V{});
-}
 // The reset as it is written, not as a select: 0 * Inf must give the loop's NaN.
 template <class V, class R>
-SNNFAST_FN V reset(V h, V s, const Params<R>& p) {
-  if (p.soft_reset) return h - s * p.threshold;
+SNNFAST_FN V reset(V h, V s, V threshold, const Params<R>& p) {
+  if (p.soft_reset) return h - s * threshold;
   return s * p.v_reset + (R(1) - s) * h;
 }
-// The gradient of h from the gradients of the spike and of the state after the reset, and the surrogate derivative.
-template <class V, class R>
-SNNFAST_FN V fire_and_reset_backward(V grad_s, V grad_v, V h, V derivative, const Params<R>& p) {
-  const V s = fire(h, p);
-  if (!p.detach_reset) grad_s += grad_v * (p.soft_reset ? broadcast<V>(-p.threshold) : p.v_reset - h);
-  const V through_reset = p.soft_reset ? grad_v : grad_v * (R(1) - s);
-  return grad_s * derivative + through_reset;
-}
 
-// One state v and one tape entry h, which is all that neurons with an instantaneous reset need.
+// What a charge can be built from. Most have the threshold of the call and keep nothing but h.
+struct SimpleCharge {
+  static constexpr bool kLearnable = false;
+  static constexpr bool kDivides = false;
+  static constexpr bool kKeepsInput = false;  // whether its backward reads x
+  static constexpr int kOwn = 0;
+};
+struct OwnCharge : SimpleCharge {
+  static constexpr bool kKeepsInput = true;
+  static constexpr bool kStrict = false;
+  static constexpr int kOwn = 2;
+};
+
+// Charge, fire, reset at once: one state v and one tape entry h, and x for a charge that needs it.
 template <class Charge>
 struct ChargeFireReset {
   static constexpr int kStates = 1;
-  static constexpr int kTape = 1;
+  static constexpr int kTape = Charge::kKeepsInput ? 2 : 1;
+  static constexpr int kOwn = Charge::kOwn;
   static constexpr bool kLearnable = Charge::kLearnable;
   static constexpr bool kDivides = Charge::kDivides;
+  static constexpr bool kNeedsBefore = kLearnable || kOwn > 0;
 
   template <class V, class R>
-  static SNNFAST_FN V step(V x, V (&state)[1], V (&tape)[1], const Params<R>& p) {
-    tape[0] = Charge::charge(x, state[0], p);
-    const V s = fire(tape[0], p);
-    state[0] = reset(tape[0], s, p);
+  static SNNFAST_FN V threshold(const V (&own)[kMaxOwn], const Params<R>& p) {
+    if constexpr (kOwn > 0) return own[kThreshold];
+    return broadcast<V>(p.threshold);
+  }
+  template <class V, class R>
+  static SNNFAST_FN V fire(V h, const V (&own)[kMaxOwn], const Params<R>& p) {
+    const V one = broadcast<V>(R(1));
+    if constexpr (kOwn > 0) {
+      if constexpr (Charge::kStrict) return select(h > own[kThreshold], one, V{});
+      if (p.multi_spike) return select(h > R(0), one, V{}) * truncate(h / own[kThreshold]);
+      return select(h >= own[kThreshold], one, V{});
+    }
+    return select(h >= p.fire_at, one, V{});
+  }
+  template <class V, class R>
+  static SNNFAST_FN V step(V x, V (&state)[1], V (&tape)[kTape], const V (&own)[kMaxOwn], const Params<R>& p) {
+    tape[0] = Charge::charge(x, state[0], own, p);
+    if constexpr (Charge::kKeepsInput) tape[1] = x;
+    const V s = fire(tape[0], own, p);
+    state[0] = reset(tape[0], s, threshold(own, p), p);
     return s;
   }
   template <class V, class R>
-  static SNNFAST_FN void after(const V (&tape)[1], V (&state)[1], const Params<R>& p) {
-    state[0] = reset(tape[0], fire(tape[0], p), p);
+  static SNNFAST_FN void after(const V (&tape)[kTape], V (&state)[1], const V (&own)[kMaxOwn], const Params<R>& p) {
+    state[0] = reset(tape[0], fire(tape[0], own, p), threshold(own, p), p);
   }
   template <class V, class R>
-  static SNNFAST_FN V step_backward(V grad_s, V (&grad_state)[1], const V (&tape)[1], const V (&before)[1],
-                                    V derivative, const Params<R>& p, V& grad_decay) {
-    const V grad_h = fire_and_reset_backward(grad_s, grad_state[0], tape[0], derivative, p);
-    return Charge::backward(grad_h, tape[0], before[0], p, grad_state[0], grad_decay);
+  static SNNFAST_FN V step_backward(V grad_s, V (&grad_state)[1], const V (&tape)[kTape], const V (&before)[1],
+                                    V derivative, const V (&own)[kMaxOwn], const Params<R>& p,
+                                    ParameterGradients<V>& grads) {
+    const V grad_h = fire_and_reset_backward(grad_s, grad_state[0], tape[0], derivative, own, p, grads);
+    const V x = Charge::kKeepsInput ? tape[kTape - 1] : V{};
+    return Charge::backward(grad_h, tape[0], before[0], x, own, p, grad_state[0], grads);
+  }
+  // The gradient of h from those of the spike and of the state after the reset, and the surrogate derivative.
+  template <class V, class R>
+  static SNNFAST_FN V fire_and_reset_backward(V grad_s, V grad_v, V h, V derivative, const V (&own)[kMaxOwn],
+                                              const Params<R>& p, ParameterGradients<V>& grads) {
+    const V s = fire(h, own, p);
+    if (!p.detach_reset) grad_s += grad_v * (p.soft_reset ? -threshold(own, p) : p.v_reset - h);
+    const V through_reset = p.soft_reset ? grad_v : grad_v * (R(1) - s);
+    const V through_fire = grad_s * derivative;
+    if constexpr (kOwn > 0) grads.own[kThreshold] -= p.soft_reset ? through_fire + grad_v * s : through_fire;
+    return through_fire + through_reset;
   }
 };
 
 // h = v + x
-struct IFCharge {
-  static constexpr bool kLearnable = false;
-  static constexpr bool kDivides = false;
+struct IFCharge : SimpleCharge {
   template <class V, class R>
-  static SNNFAST_FN V charge(V x, V v, const Params<R>&) {
+  static SNNFAST_FN V charge(V x, V v, const V (&)[kMaxOwn], const Params<R>&) {
     return v + x;
   }
   template <class V, class R>
-  static SNNFAST_FN V backward(V grad_h, V, V, const Params<R>&, V& grad_v, V&) {
+  static SNNFAST_FN V backward(V grad_h, V, V, V, const V (&)[kMaxOwn], const Params<R>&, V& grad_v,
+                               ParameterGradients<V>&) {
     grad_v = grad_h;
     return grad_h;
   }
 };
 
 // decay_input: h = v + (x - (v - v_reset)) / tau; else h = v - (v - v_reset) / tau + x
-struct LIFCharge {
-  static constexpr bool kLearnable = false;
+struct LIFCharge : SimpleCharge {
   static constexpr bool kDivides = true;
   template <class V, class R>
-  static SNNFAST_FN V charge(V x, V v, const Params<R>& p) {
+  static SNNFAST_FN V charge(V x, V v, const V (&)[kMaxOwn], const Params<R>& p) {
     if (p.decay_input) return v + divide_by_tau(x - (v - p.v_reset), p);
     return v - divide_by_tau(v - p.v_reset, p) + x;
   }
   template <class V, class R>
-  static SNNFAST_FN V backward(V grad_h, V, V, const Params<R>& p, V& grad_v, V&) {
+  static SNNFAST_FN V backward(V grad_h, V, V, V, const V (&)[kMaxOwn], const Params<R>& p, V& grad_v,
+                               ParameterGradients<V>&) {
     grad_v = grad_h - grad_h * p.inv_tau;
     return p.decay_input ? grad_h * p.inv_tau : grad_h;
   }
 };
 
 // The same with a learnable decay k = sigmoid(w) in place of 1 / tau (Fang et al., ICCV 2021).
-struct ParametricLIFCharge {
+struct ParametricLIFCharge : SimpleCharge {
   static constexpr bool kLearnable = true;
-  static constexpr bool kDivides = false;
   template <class V, class R>
-  static SNNFAST_FN V charge(V x, V v, const Params<R>& p) {
+  static SNNFAST_FN V charge(V x, V v, const V (&)[kMaxOwn], const Params<R>& p) {
     if (p.decay_input) return v + (x - (v - p.v_reset)) * p.decay;
     return v - (v - p.v_reset) * p.decay + x;
   }
   template <class V, class R>
-  static SNNFAST_FN V backward(V grad_h, V h, V v, const Params<R>& p, V& grad_v, V& grad_decay) {
+  static SNNFAST_FN V backward(V grad_h, V h, V v, V, const V (&)[kMaxOwn], const Params<R>& p, V& grad_v,
+                               ParameterGradients<V>& grads) {
     grad_v = grad_h - grad_h * p.decay;
     if (!p.decay_input) {
-      grad_decay -= grad_h * (v - p.v_reset);
+      grads.decay -= grad_h * (v - p.v_reset);
       return grad_h;
     }
     // x - (v - v_reset) is (h - v) / decay; x itself is not read again. A decay of 0 has no gradient through sigmoid.
-    if (p.decay != R(0)) grad_decay += grad_h * quotient(h - v, broadcast<V>(p.decay));
+    if (p.decay != R(0)) grads.decay += grad_h * quotient(h - v, broadcast<V>(p.decay));
     return grad_h * p.decay;
+  }
+};
+
+// sinabs' LIF: h = beta v + (1 - beta) x with decay_input, else beta v + x; its IAF with beta = 1.
+struct ExponentialLIFCharge : OwnCharge {
+  template <class V, class R>
+  static SNNFAST_FN V charge(V x, V v, const V (&own)[kMaxOwn], const Params<R>& p) {
+    return own[kBeta] * v + (p.decay_input ? (R(1) - own[kBeta]) * x : x);
+  }
+  template <class V, class R>
+  static SNNFAST_FN V backward(V grad_h, V, V v, V x, const V (&own)[kMaxOwn], const Params<R>& p, V& grad_v,
+                               ParameterGradients<V>& grads) {
+    grad_v = grad_h * own[kBeta];
+    grads.own[kBeta] += grad_h * (p.decay_input ? v - x : v);
+    return p.decay_input ? grad_h - grad_v : grad_h;
+  }
+};
+
+// Norse's LIFBox: h = v + beta ((x + v_leak) - v)
+struct BoxLIFCharge : OwnCharge {
+  static constexpr bool kStrict = true;
+  template <class V, class R>
+  static SNNFAST_FN V charge(V x, V v, const V (&own)[kMaxOwn], const Params<R>& p) {
+    return v + own[kBeta] * ((x + p.v_leak) - v);
+  }
+  template <class V, class R>
+  static SNNFAST_FN V backward(V grad_h, V, V v, V x, const V (&own)[kMaxOwn], const Params<R>& p, V& grad_v,
+                               ParameterGradients<V>& grads) {
+    const V grad_x = grad_h * own[kBeta];
+    grad_v = grad_h - grad_x;
+    grads.own[kBeta] += grad_h * ((x + p.v_leak) - v);
+    return grad_x;
   }
 };
 
 using IF = ChargeFireReset<IFCharge>;
 using LIF = ChargeFireReset<LIFCharge>;
 using ParametricLIF = ChargeFireReset<ParametricLIFCharge>;
+using ExponentialLIF = ChargeFireReset<ExponentialLIFCharge>;
+using BoxLIF = ChargeFireReset<BoxLIFCharge>;
+
+// Norse's LIF: i += x; h = v + beta ((v_leak - v) + i); fire; reset; i -= current_decay i. The tape has h and the
+// current before its decay.
+struct CurrentLIF {
+  static constexpr int kStates = 2;
+  static constexpr int kTape = 2;
+  static constexpr int kOwn = 3;
+  static constexpr bool kLearnable = false;
+  static constexpr bool kDivides = false;
+  static constexpr bool kNeedsBefore = true;
+  using Box = BoxLIF;  // the same firing and reset
+
+  template <class V, class R>
+  static SNNFAST_FN V step(V x, V (&state)[2], V (&tape)[2], const V (&own)[kMaxOwn], const Params<R>& p) {
+    tape[1] = state[1] + x;
+    tape[0] = state[0] + own[kBeta] * ((p.v_leak - state[0]) + tape[1]);
+    after(tape, state, own, p);
+    return Box::fire(tape[0], own, p);
+  }
+  template <class V, class R>
+  static SNNFAST_FN void after(const V (&tape)[2], V (&state)[2], const V (&own)[kMaxOwn], const Params<R>& p) {
+    state[0] = reset(tape[0], Box::fire(tape[0], own, p), own[kThreshold], p);
+    state[1] = tape[1] - own[kCurrentDecay] * tape[1];
+  }
+  template <class V, class R>
+  static SNNFAST_FN V step_backward(V grad_s, V (&grad_state)[2], const V (&tape)[2], const V (&before)[2],
+                                    V derivative, const V (&own)[kMaxOwn], const Params<R>& p,
+                                    ParameterGradients<V>& grads) {
+    const V grad_h = Box::fire_and_reset_backward(grad_s, grad_state[0], tape[0], derivative, own, p, grads);
+    grads.own[kBeta] += grad_h * ((p.v_leak - before[0]) + tape[1]);
+    grads.own[kCurrentDecay] -= grad_state[1] * tape[1];
+    const V into_h = grad_h * own[kBeta];
+    grad_state[0] = grad_h - into_h;
+    grad_state[1] = grad_state[1] - grad_state[1] * own[kCurrentDecay] + into_h;
+    return grad_state[1];
+  }
+};
+
+// snnTorch's neurons: r = [v > threshold] of the potential that the last step left, without a gradient;
+//   soft: h = beta v + in - r threshold; hard: Leaky beta ((1 - r) v) + in, Synaptic (beta v + in) (1 - r);
+// fire where h exceeds the threshold. The potential stays h, so the next step resets it; or, with kAtOnce (snnTorch's
+// reset_delay=False), becomes h - (s - r) threshold or h - (s - r) h. `in` is x, or the current decay * i + x.
+template <bool kCurrent, bool kAtOnce>
+struct DelayedReset {
+  static constexpr int kStates = kCurrent ? 2 : 1;
+  static constexpr int kTape = 1 + kCurrent + kAtOnce;  // h, the current, the potential after the step
+  static constexpr int kOwn = kCurrent ? 3 : 2;
+  static constexpr bool kLearnable = false;
+  static constexpr bool kDivides = false;
+  static constexpr bool kNeedsBefore = true;
+
+  template <class V, class R>
+  static SNNFAST_FN V exceeds(V v, V threshold, const Params<R>&) {
+    return select(v > threshold, broadcast<V>(R(1)), V{});
+  }
+  template <class V, class R>
+  static SNNFAST_FN V step(V x, V (&state)[kStates], V (&tape)[kTape], const V (&own)[kMaxOwn], const Params<R>& p) {
+    const V r = exceeds(state[0], own[kThreshold], p);
+    V v = state[0];
+    if constexpr (kCurrent) x = tape[1] = own[kCurrentDecay] * state[1] + x;
+    if (!kCurrent && p.resets && !p.soft_reset) v = (R(1) - r) * v;
+    V h = own[kBeta] * v + x;
+    if (kCurrent && p.resets && !p.soft_reset) h = h - h * r;
+    if (p.resets && p.soft_reset) h = h - r * own[kThreshold];
+    const V s = exceeds(h, own[kThreshold], p);
+    tape[0] = h;
+    if constexpr (kAtOnce) {
+      if (p.resets) h = h - (s - r) * (p.soft_reset ? own[kThreshold] : h);
+      tape[kTape - 1] = h;
+    }
+    after(tape, state, own, p);
+    return s;
+  }
+  template <class V, class R>
+  static SNNFAST_FN void after(const V (&tape)[kTape], V (&state)[kStates], const V (&)[kMaxOwn], const Params<R>&) {
+    state[0] = tape[kAtOnce ? kTape - 1 : 0];
+    if constexpr (kCurrent) state[1] = tape[1];
+  }
+  template <class V, class R>
+  static SNNFAST_FN V step_backward(V grad_s, V (&grad_state)[kStates], const V (&tape)[kTape],
+                                    const V (&before)[kStates], V derivative, const V (&own)[kMaxOwn],
+                                    const Params<R>& p, ParameterGradients<V>& grads) {
+    const V h = tape[0], r = exceeds(before[0], own[kThreshold], p);
+    V grad_h = grad_state[0];
+    if (kAtOnce && p.resets) {
+      const V late = exceeds(h, own[kThreshold], p) - r;
+      grad_s -= grad_h * (p.soft_reset ? own[kThreshold] : h);
+      if (p.soft_reset)
+        grads.own[kThreshold] -= grad_h * late;
+      else
+        grad_h -= grad_h * late;
+    }
+    const V through_fire = grad_s * derivative;
+    grads.own[kThreshold] -= through_fire;
+    grad_h += through_fire;
+    if (p.resets && p.soft_reset) grads.own[kThreshold] -= grad_h * r;
+    const bool zeroes = p.resets && !p.soft_reset;
+    if (kCurrent && zeroes) grad_h -= grad_h * r;
+    V grad_in = grad_h, grad_v = grad_h;
+    if (!kCurrent && zeroes) grad_v -= grad_v * r;
+    grads.own[kBeta] += grad_v * before[0];
+    grad_state[0] = grad_v * own[kBeta];
+    if constexpr (kCurrent) {
+      grad_in += grad_state[1];
+      grads.own[kCurrentDecay] += grad_in * before[1];
+      grad_state[1] = grad_in * own[kCurrentDecay];
+    }
+    return grad_in;
+  }
+};
+
+using Leaky = DelayedReset<false, false>;
+using LeakyAtOnce = DelayedReset<false, true>;
+using Synaptic = DelayedReset<true, false>;
+using SynapticAtOnce = DelayedReset<true, true>;
 
 #define SNNFAST_NEURONS(X) \
   X(0, IF)                 \
   X(1, LIF)                \
-  X(2, ParametricLIF)
+  X(2, ParametricLIF)      \
+  X(3, ExponentialLIF)     \
+  X(4, BoxLIF)             \
+  X(5, CurrentLIF)         \
+  X(6, Leaky)              \
+  X(7, LeakyAtOnce)        \
+  X(8, Synaptic)           \
+  X(9, SynapticAtOnce)
 
 }  // namespace
 }  // namespace snnfast

@@ -106,6 +106,16 @@ SNNFAST_FN Float64Vector multiply_add(Float64Vector a, Float64Vector b, Float64V
 #endif
 }
 
+// What is large is whole already, and Inf and NaN stay.
+SNNFAST_FN Float32Vector truncate(Float32Vector a) {
+  const auto whole = __builtin_convertvector(__builtin_convertvector(a, Int32Vector), Float32Vector);
+  return select(absolute(a) < 8388608.0f, whole, a);
+}
+SNNFAST_FN Float64Vector truncate(Float64Vector a) {
+  const auto whole = __builtin_convertvector(__builtin_convertvector(a, Int64Vector), Float64Vector);
+  return select(absolute(a) < 4503599627370496.0, whole, a);
+}
+
 SNNFAST_FN Float32Vector scale_by_exponent(Float32Vector p, Float32Vector n, [[maybe_unused]] Float32Vector shifted) {
 #if defined(__AVX512F__)
   return (Float32Vector)_mm512_scalef_ps((__m512)p, (__m512)n);

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from . import backends, dynamics, ops
 from ._notices import say_once
-from .dynamics import Constants, Neuron, Parameters
+from .dynamics import Constants, Inputs, Neuron, Parameters
 from .surrogate import Sigmoid, SurrogateLike, is_fused
 
 __all__ = [
@@ -168,28 +168,24 @@ def _constants(
     neuron: int,
     surrogate: int,
     alpha: float,
-    tau: float,
-    decay_input: bool,
+    gain: float,
+    flags: int,
     v_threshold: float,
     v_reset: float | None,
-    detach_reset: bool,
-    store_v_seq: bool,
+    tau: float,
+    v_leak: float,
     v_init: float,
 ) -> Constants:
-    flags = (
-        (dynamics.DECAY_INPUT if decay_input else 0)
-        | (dynamics.SOFT_RESET if v_reset is None else 0)
-        | (dynamics.DETACH_RESET if detach_reset else 0)
-        | (dynamics.STORE_V_SEQ if store_v_seq else 0)
-    )
     return Constants(
         neuron,
         surrogate,
-        flags,
+        flags | (dynamics.SOFT_RESET if v_reset is None else 0),
         check_number("v_threshold", v_threshold),
         0.0 if v_reset is None else check_number("v_reset", v_reset),
         check_tau("tau", tau) if neuron == dynamics.LIF.id else 1.0,
         alpha,
+        gain,
+        check_number("v_leak", v_leak),
         v_init,
     )
 
@@ -200,40 +196,66 @@ _cached_constants = functools.lru_cache(maxsize=4096)(_constants)
 def multi_step(
     neuron: Neuron,
     x_seq: Tensor,
-    v: float | Tensor,
+    state: float | Tensor | tuple[float | Tensor, float | Tensor],
     decay: Tensor | None = None,
+    own: tuple[Tensor, ...] = (),
     *,
     tau: float = 2.0,
     decay_input: bool = True,
     v_threshold: float = 1.0,
     v_reset: float | None = 0.0,
+    v_leak: float = 0.0,
     surrogate_function: SurrogateLike = _DEFAULT_SURROGATE,
     detach_reset: bool = False,
+    strict: bool = False,
+    multi_spike: bool = False,
+    resets: bool = True,
     store_v_seq: bool = False,
     backend: str = "auto",
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Any neuron of the registry over all time steps of a checked input; what the modules and functions below call."""
-    dtype = torch.float64 if x_seq.dtype == torch.float64 else torch.float32
+) -> tuple[Tensor, Any, Tensor | None]:
+    """Any neuron of the registry over all time steps of a checked input; what the modules and functions below call.
+
+    ``state`` is the potential before the first step, or the pair of potential and current for a neuron that has both
+    (a number other than 0 can start potentials only); it comes back in the same form. ``own`` are the tensors that the
+    registry's entry names, each of one element or broadcastable to one time step.
+    """
+    dtype = dynamics.state_dtype(x_seq.dtype)
     if decay is not None and decay.dtype != dtype:
         decay = decay.to(dtype)
+    own = tuple(t if t.dtype == dtype else t.to(dtype) for t in own)
     chosen = backends.choose(backend, x_seq.device)
+    if chosen != backends.REFERENCE and neuron.id not in backends.KERNELS[chosen].NEURONS_SERVED:
+        if backend not in ("auto", "reference"):
+            raise ValueError(f"backend={backend!r} has no kernel for the neuron {neuron.name}; use backend='auto'")
+        chosen = backends.REFERENCE
     if chosen != backends.REFERENCE:
         if is_fused(surrogate_function):
+            v, i = state if isinstance(state, tuple) else (state, None)
             v0, v_init = (v, 0.0) if isinstance(v, Tensor) else (None, v)
             make = _constants if torch.compiler.is_compiling() else _cached_constants
+            flags = (
+                (dynamics.DECAY_INPUT if decay_input else 0)
+                | (dynamics.DETACH_RESET if detach_reset else 0)
+                | (dynamics.STORE_V_SEQ if store_v_seq else 0)
+                | (dynamics.STRICT if strict else 0)
+                | (dynamics.MULTI_SPIKE if multi_spike else 0)
+                | (0 if resets else dynamics.NO_RESET)
+            )
             constants = make(
                 neuron.id,
                 surrogate_function.id,  # type: ignore[union-attr,arg-type]
                 surrogate_function.alpha,  # type: ignore[union-attr]
-                tau,
-                decay_input,
+                surrogate_function.gain,  # type: ignore[union-attr]
+                flags,
                 v_threshold,
                 v_reset,
-                detach_reset,
-                store_v_seq,
+                tau,
+                v_leak,
                 v_init,
             )
-            return ops.multi_step(ops.time_major(x_seq), v0, decay, constants, chosen)
+            inputs = Inputs(ops.time_major(x_seq), v0, i if isinstance(i, Tensor) else None, decay, *own)
+            s, v, i, v_seq = ops.multi_step(inputs, constants, chosen)
+            return s, (v, i) if isinstance(state, tuple) else v, v_seq
         if backend not in ("auto", "reference"):
             raise ValueError(
                 f"backend={backend!r} has no kernel for the surrogate {_name(surrogate_function)}; use backend='auto', "
@@ -245,15 +267,21 @@ def multi_step(
                 "PyTorch loop, many times slower."
             )
     parameters = Parameters(
-        threshold=check_number("v_threshold", v_threshold),
+        threshold=own[0] if own else check_number("v_threshold", v_threshold),
         v_reset=None if v_reset is None else check_number("v_reset", v_reset),
         surrogate=surrogate_function,
         tau=check_tau("tau", tau) if neuron is dynamics.LIF else 1.0,
         decay=decay,
         decay_input=decay_input,
         detach_reset=detach_reset,
+        beta=own[1] if own else 1.0,
+        current_decay=own[2] if len(own) > 2 else 0.0,
+        v_leak=check_number("v_leak", v_leak),
+        strict=strict,
+        multi_spike=multi_spike,
+        resets=resets,
     )
-    return ops.guard(dynamics.multi_step(neuron, x_seq, v, parameters, store_v_seq))
+    return ops.guard(*dynamics.multi_step(neuron, x_seq, state, parameters, store_v_seq))
 
 
 def _name(surrogate: SurrogateLike) -> str:

@@ -176,7 +176,7 @@ class BaseNode(MemoryModule):
             spikes.append(self._step(x))
             potentials.append(self.v)
         v_seq = torch.stack(potentials) if self._store_v_seq else None
-        s, self.v, v_seq = ops.guard((torch.stack(spikes).to(x_seq.dtype), self.v, v_seq))
+        s, self.v, v_seq = ops.guard(torch.stack(spikes).to(x_seq.dtype), self.v, v_seq)
         return s, v_seq
 
     def _decay(self, x_seq: Tensor) -> Tensor | None:

@@ -13,21 +13,23 @@ import torch
 from torch import Tensor
 
 from . import backends, dynamics
-from .dynamics import NEURONS, STORE_V_SEQ, Constants
-from .surrogate import SURROGATES
+from .dynamics import NEURONS, STORE_V_SEQ, Constants, Inputs
+from .surrogate import SURROGATES, Scaled
 
-_CONSTANTS = (
-    "int neuron, int surrogate, int flags, float threshold, float v_reset, float tau, float alpha, float v_init, "
-    "int backend"
+_INPUTS = (
+    "Tensor x, Tensor? v0, Tensor? i0, Tensor? decay, Tensor? threshold, Tensor? beta, Tensor? current_decay, "
+    "int neuron, int surrogate, int flags, float v_threshold, float v_reset, float tau, float alpha, float gain, "
+    "float v_leak, float v_init, int backend"
 )
 _library = torch.library.Library("snnfast", "DEF")
+_library.define(f"multi_step({_INPUTS}) -> (Tensor s, Tensor v, Tensor i, Tensor v_seq)")
 _library.define(
-    f"multi_step(Tensor x, Tensor? v0, Tensor? decay, {_CONSTANTS}) -> (Tensor s, Tensor v, Tensor v_seq)",
+    f"multi_step_backward(Tensor? grad_s, Tensor? grad_v, Tensor? grad_i, Tensor? grad_v_seq, {_INPUTS}, "
+    "bool own_gradients) -> (Tensor grad_x, Tensor grad_v0, Tensor grad_i0, Tensor grad_decay, "
+    "Tensor grad_threshold, Tensor grad_beta, Tensor grad_current_decay)",
 )
-_library.define(
-    "multi_step_backward(Tensor? grad_s, Tensor? grad_v, Tensor? grad_v_seq, Tensor x, Tensor? v0, Tensor? decay, "
-    f"{_CONSTANTS}) -> (Tensor grad_x, Tensor grad_v0, Tensor grad_decay)",
-)
+_OUTPUTS, _GIVEN = 4, len(Inputs._fields)
+_FIRST_OWN = 4  # index in Inputs: before it x, v0, i0, decay
 
 
 # ---- layout ----
@@ -70,41 +72,56 @@ def _laid_out_as(t: Tensor | None, like: Tensor, dtype: torch.dtype) -> Tensor |
 
 
 # ---- the ops ----
-def _run_forward(
-    x: Tensor, v0: Tensor | None, decay: Tensor | None, constants: Constants, backend: int
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    x = time_major(x)
+Outputs = tuple[Tensor, Tensor, "Tensor | None", "Tensor | None"]
+
+
+def _prepared(inputs: Inputs) -> Inputs:
+    """The inputs as kernels walk through them: everything in the layout of ``x`` and the state's dtype."""
+    x = time_major(inputs.x)
+    dtype = dynamics.state_dtype(x.dtype)
+    if inputs[1:] == (None,) * (_GIVEN - 1):
+        return inputs if x is inputs.x else Inputs(x)
+    step = x[0]
+    states = (_laid_out_as(t, step, dtype) for t in inputs[1:3])
+    own = (t if t is None or t.numel() == 1 else _laid_out_as(t.expand_as(step), step, dtype) for t in inputs[4:])
+    return Inputs._make((x, *states, inputs.decay, *own))
+
+
+def _run_forward(inputs: Inputs, constants: Constants, backend: int) -> Outputs:
+    inputs = _prepared(inputs)
+    x = inputs.x
     s = torch.empty_like(x)
     v = _empty_state(x)
+    i = _empty_state(x) if len(NEURONS[constants.neuron].states) > 1 else None
     v_seq = _empty_sequence(x) if constants.flags & STORE_V_SEQ else None
     if x.numel():
-        if v0 is not None:
-            v0 = _laid_out_as(v0, v, v.dtype)
-        backends.KERNELS[backend].forward(constants, x, v0, decay, s, v, v_seq)
-    return s, v, v_seq
+        backends.KERNELS[backend].forward(constants, inputs, s, v, i, v_seq)
+    return s, v, i, v_seq
 
 
 def _run_backward(
-    grads: Sequence[Tensor | None], saved: Sequence[Tensor | None], constants: Constants, backend: int
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    grad_s, grad_v, grad_v_seq = grads
-    x, v0, decay = saved
-    assert x is not None
-    x = time_major(x)
+    grads: Sequence[Tensor | None], given: Inputs, constants: Constants, backend: int, own_gradients: bool
+) -> tuple[Tensor | None, ...]:
+    inputs = _prepared(given)
+    x = inputs.x
+    states = tuple(None if t is None else _empty_state(x) for t in inputs[1:3])
     grad_x = torch.empty_like(x)
-    grad_v0 = None if v0 is None else _empty_state(x)
-    grad_decay = None if decay is None else torch.zeros_like(decay)
+    grad_decay = None if inputs.decay is None else torch.zeros_like(inputs.decay)
+    own = tuple(_empty_state(x) if own_gradients and t is not None else None for t in inputs[_FIRST_OWN:])
     if x.numel():
         dtype = dynamics.state_dtype(x.dtype)
-        grad_s = _laid_out_as(grad_s, x, x.dtype)
-        if grad_v is not None:
-            grad_v = _laid_out_as(grad_v, x[0], dtype)
-        if v0 is not None:
-            v0 = _laid_out_as(v0, x[0], dtype)
-        grad_v_seq = _laid_out_as(grad_v_seq, x, dtype)
-        kernels = backends.KERNELS[backend]
-        kernels.backward(constants, grad_s, grad_v, grad_v_seq, x, v0, decay, grad_x, grad_v0, grad_decay)
-    return grad_x, grad_v0, grad_decay
+        grad_s, grad_v, grad_i, grad_v_seq = grads
+        grads = (
+            _laid_out_as(grad_s, x, x.dtype),
+            None if grad_v is None else _laid_out_as(grad_v, x[0], dtype),
+            None if grad_i is None else _laid_out_as(grad_i, x[0], dtype),
+            _laid_out_as(grad_v_seq, x, dtype),
+        )
+        backends.KERNELS[backend].backward(constants, grads, inputs, grad_x, *states, grad_decay, *own)
+    summed = (
+        None if g is None or t is None else g.sum_to_size(t.shape) for g, t in zip(own, given[_FIRST_OWN:], strict=True)
+    )
+    return grad_x, *states, grad_decay, *summed
 
 
 def _or_nothing(x: Tensor, *results: Tensor | None) -> tuple[Tensor, ...]:
@@ -112,12 +129,17 @@ def _or_nothing(x: Tensor, *results: Tensor | None) -> tuple[Tensor, ...]:
     return tuple(_nothing(x) if r is None else r for r in results)
 
 
-def _multi_step(x: Tensor, v0: Tensor | None, decay: Tensor | None, *numbers: Any) -> tuple[Tensor, ...]:
-    return _or_nothing(x, *_run_forward(x, v0, decay, Constants._make(numbers[:-1]), numbers[-1]))
+def _split(args: Sequence[Any]) -> tuple[Inputs, Constants, int]:
+    return Inputs(*args[:_GIVEN]), Constants._make(args[_GIVEN:-1]), args[-1]
+
+
+def _multi_step(*args: Any) -> tuple[Tensor, ...]:
+    return _or_nothing(args[0], *_run_forward(*_split(args)))
 
 
 def _multi_step_backward(*args: Any) -> tuple[Tensor, ...]:
-    return _or_nothing(args[3], *_run_backward(args[:3], args[3:6], Constants._make(args[6:-1]), args[-1]))
+    grads, rest, own_gradients = args[:_OUTPUTS], args[_OUTPUTS:-1], args[-1]
+    return _or_nothing(rest[0], *_run_backward(grads, *_split(rest), own_gradients))
 
 
 _library.impl("multi_step", _multi_step, "CompositeExplicitAutograd")
@@ -125,29 +147,23 @@ _library.impl("multi_step_backward", _multi_step_backward, "CompositeExplicitAut
 
 
 @torch.library.register_fake("snnfast::multi_step")
-def _multi_step_fake(
-    x: Tensor, v0: Tensor | None, decay: Tensor | None, *numbers: Any
-) -> tuple[Tensor, Tensor, Tensor]:
-    x = time_major(x)
-    v_seq = _empty_sequence(x) if numbers[2] & STORE_V_SEQ else _nothing(x)
-    return torch.empty_like(x), _empty_state(x), v_seq
+def _multi_step_fake(*args: Any) -> tuple[Tensor, ...]:
+    inputs, constants, _ = _split(args)
+    x = time_major(inputs.x)
+    i = _empty_state(x) if len(NEURONS[constants.neuron].states) > 1 else _nothing(x)
+    v_seq = _empty_sequence(x) if constants.flags & STORE_V_SEQ else _nothing(x)
+    return torch.empty_like(x), _empty_state(x), i, v_seq
 
 
 @torch.library.register_fake("snnfast::multi_step_backward")
-def _multi_step_backward_fake(
-    grad_s: Tensor | None,
-    grad_v: Tensor | None,
-    grad_v_seq: Tensor | None,
-    x: Tensor,
-    v0: Tensor | None,
-    decay: Tensor | None,
-    *numbers: Any,
-) -> tuple[Tensor, Tensor, Tensor]:
-    x = time_major(x)
+def _multi_step_backward_fake(*args: Any) -> tuple[Tensor, ...]:
+    inputs, own_gradients = Inputs(*args[_OUTPUTS : _OUTPUTS + _GIVEN]), args[-1]
+    x = time_major(inputs.x)
     return (
         torch.empty_like(x),
-        _nothing(x) if v0 is None else _empty_state(x),
-        _nothing(x) if decay is None else torch.empty_like(decay),
+        *(_nothing(x) if t is None else _empty_state(x) for t in inputs[1:3]),
+        _nothing(x) if inputs.decay is None else torch.empty_like(inputs.decay),
+        *(torch.empty_like(t) if own_gradients and t is not None else _nothing(x) for t in inputs[_FIRST_OWN:]),
     )
 
 
@@ -187,43 +203,59 @@ def _loop_over_batch(function: Any, info: Any, in_dims: tuple[int | None, ...], 
     for i in range(info.batch_size):
         sample = [a if d is None or a is None else a.select(d, i) for a, d in zip(args, in_dims, strict=True)]
         results.append(function.apply(*sample))
-    return tuple(torch.stack(parts) for parts in zip(*results, strict=True)), (0, 0, 0)
+    parts = tuple(zip(*results, strict=True))
+    return tuple(None if p[0] is None else torch.stack(p) for p in parts), tuple(
+        None if p[0] is None else 0 for p in parts
+    )
 
 
 class _MultiStep(torch.autograd.Function):
-    """Saves x, and v0 and decay where they are tensors; nothing else."""
+    """Saves its input tensors and nothing else. The arguments are the forward op's."""
 
     @staticmethod
-    def forward(x: Tensor, v0: Tensor | None, decay: Tensor | None, *numbers: Any) -> tuple[Tensor, Tensor, Tensor]:
-        return _forward_op(x, v0, decay, *numbers)
+    def forward(*args: Any) -> tuple[Tensor, ...]:
+        return _forward_op(*args)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-        ctx.save_for_backward(*inputs[:3])
-        ctx.numbers = inputs[3:]
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.save_for_backward(*inputs[:_GIVEN])
+        ctx.numbers = inputs[_GIVEN:]
         ctx.set_materialize_grads(False)
 
     @staticmethod
-    def backward(ctx: Any, grad_s: Tensor | None, grad_v: Tensor | None, grad_v_seq: Tensor | None) -> tuple[Any, ...]:
-        x, v0, decay = _saved(ctx)
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+        saved = _saved(ctx)
         numbers = ctx.numbers
+        grad_s, grad_v, grad_i, grad_v_seq = grads
+        if len(NEURONS[numbers[0]].states) == 1:
+            grad_i = None
         if not numbers[2] & STORE_V_SEQ:
             grad_v_seq = None
         nones = (None,) * len(numbers)
-        if grad_s is None and grad_v is None and grad_v_seq is None:
-            return None, None, None, *nones
-        args = (grad_s, grad_v, grad_v_seq, x, v0, decay, *numbers)
-        grads = _MultiStepBackward.apply(*args) if torch.is_grad_enabled() else _backward_op(*args)
-        return *(None if t is None else g for g, t in zip(grads, (x, v0, decay), strict=True)), *nones
+        if grad_s is None and grad_v is None and grad_i is None and grad_v_seq is None:
+            return (None,) * _GIVEN + nones
+        own_gradients = any(ctx.needs_input_grad[_FIRST_OWN:_GIVEN])
+        args = (grad_s, grad_v, grad_i, grad_v_seq, *saved, *numbers, own_gradients)
+        found = _MultiStepBackward.apply(*args) if torch.is_grad_enabled() else _backward_op(*args)
+        return *_wanted(found, saved, own_gradients), *nones
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Any, Any]:
-        if in_dims[2] is not None:
+        if any(t is not None for t in args[_FIRST_OWN:_GIVEN]) or in_dims[3] is not None:
             return _loop_over_batch(_MultiStep, info, in_dims, *args)
         x = _batch_at(args[0], in_dims[0], info.batch_size, 1)
-        v0 = _batch_at(args[1], in_dims[1], info.batch_size, 0)
-        outputs = _MultiStep.apply(x, v0, *args[2:])
-        return outputs, (1, 0, 1 if args[5] & STORE_V_SEQ else None)
+        states = (_batch_at(args[k], in_dims[k], info.batch_size, 0) for k in (1, 2))
+        outputs = _MultiStep.apply(x, *states, *args[3:])
+        has_i = len(NEURONS[args[_GIVEN]].states) > 1
+        return outputs, (1, 0, 0 if has_i else None, 1 if args[_GIVEN + 2] & STORE_V_SEQ else None)
+
+
+def _wanted(found: Sequence[Any], given: Sequence[Tensor | None], own_gradients: bool) -> tuple[Any, ...]:
+    """Of the backward op's results those that there are."""
+    return tuple(
+        None if t is None or (k >= _FIRST_OWN and not own_gradients) else g
+        for k, (g, t) in enumerate(zip(found, given, strict=True))
+    )
 
 
 class _EagerMultiStep(torch.autograd.Function):
@@ -231,91 +263,102 @@ class _EagerMultiStep(torch.autograd.Function):
     signature of a Function with setup_context on every call, which alone takes 10 us."""
 
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, v0: Tensor | None, decay: Tensor | None, constants: Constants, backend: int
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
-        ctx.save_for_backward(x, v0, decay)
+    def forward(ctx: Any, constants: Constants, backend: int, *tensors: Tensor | None) -> Outputs:
+        ctx.save_for_backward(*tensors)
         ctx.call = constants, backend
         ctx.set_materialize_grads(False)
-        return _run_forward(x, v0, decay, constants, backend)
+        return _run_forward(Inputs(*tensors), constants, backend)  # type: ignore[arg-type]
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
         saved = _saved(ctx)
         constants, backend = ctx.call
         if all(g is None for g in grads):
-            return None, None, None, None, None
+            return (None,) * (2 + len(saved))
+        own_gradients = any(ctx.needs_input_grad[2 + _FIRST_OWN :])
+        given = Inputs(*saved)
         if torch.is_grad_enabled():  # create_graph: the backward must itself be differentiable
-            found = _MultiStepBackward.apply(*grads, *saved, *constants, backend)
-            found = tuple(None if t is None else g for g, t in zip(found, saved, strict=True))
+            found = _MultiStepBackward.apply(*grads, *given, *constants, backend, own_gradients)
+            found = _wanted(found, given, own_gradients)
         else:
-            found = _run_backward(grads, saved, constants, backend)
-        return *found, None, None
+            found = _run_backward(grads, given, constants, backend, own_gradients)
+        return None, None, *found[: len(saved)]
 
 
 class _MultiStepBackward(torch.autograd.Function):
-    """The backward as a function of its own, so that it can be differentiated again, through the reference loop."""
+    """The backward as a function of its own, so that it can be differentiated again, through the reference loop. The
+    arguments are the backward op's."""
 
     @staticmethod
-    def forward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(*args: Any) -> tuple[Tensor, ...]:
         return _backward_op(*args)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-        ctx.save_for_backward(*inputs[:6])
-        ctx.numbers = inputs[6:]
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.save_for_backward(*inputs[: _OUTPUTS + _GIVEN])
+        ctx.numbers = inputs[_OUTPUTS + _GIVEN :]
         ctx.set_materialize_grads(False)
 
     @staticmethod
     def backward(ctx: Any, *grad_grads: Tensor | None) -> tuple[Any, ...]:
         saved = _saved(ctx)
-        given = [i for i, t in enumerate(saved) if t is not None]
-
-        outputs, inputs = [i for i in given if i < 3], [i for i in given if i >= 3]
+        constants, own_gradients = Constants._make(ctx.numbers[:-2]), ctx.numbers[-1]
+        given = [k for k, t in enumerate(saved) if t is not None]
+        outputs, inputs = [k for k in given if k < _OUTPUTS], [k for k in given if k >= _OUTPUTS]
 
         def backward(*tensors: Tensor) -> tuple[Tensor, ...]:
-            """grad_x (and those of v0 and decay, where given) by differentiating the reference loop."""
+            """The gradients of the inputs by differentiating the reference loop."""
             full = dict(zip(given, tensors, strict=True))
 
             def forward(*values: Tensor) -> tuple[Tensor, ...]:
                 by_index = dict(zip(inputs, values, strict=True))
-                results = _reference(by_index[3], by_index.get(4), by_index.get(5), Constants._make(ctx.numbers[:-1]))
-                return tuple(r for i, r in enumerate(results) if i in outputs and r is not None)
+                arguments = Inputs(*(by_index.get(_OUTPUTS + k) for k in range(_GIVEN)))  # type: ignore[arg-type]
+                results = _reference(arguments, constants)
+                return tuple(r for k, r in enumerate(results) if k in outputs and r is not None)
 
-            results, pull, *_ = torch.func.vjp(forward, *(full[i] for i in inputs))
-            return pull(tuple(full[i].to(r.dtype) for i, r in zip(outputs, results, strict=True)))
+            results, pull, *_ = torch.func.vjp(forward, *(full[k] for k in inputs))
+            return pull(tuple(full[k].to(r.dtype) for k, r in zip(outputs, results, strict=True)))
 
-        first, pull, *_ = torch.func.vjp(backward, *(saved[i] for i in given))
-        wanted = [g for g, i in zip(grad_grads, (3, 4, 5), strict=True) if saved[i] is not None]
+        first, pull, *_ = torch.func.vjp(backward, *(saved[k] for k in given))
+        by_input = _wanted(grad_grads, saved[_OUTPUTS:], own_gradients)
+        wanted = [by_input[k - _OUTPUTS] for k in inputs]
         wanted = [torch.zeros_like(f) if g is None else g.to(f.dtype) for f, g in zip(first, wanted, strict=True)]
         found = dict(zip(given, pull(tuple(wanted)), strict=True))
-        return *(found.get(i) for i in range(6)), *(None for _ in ctx.numbers)
+        return *(found.get(k) for k in range(_OUTPUTS + _GIVEN)), *(None for _ in ctx.numbers)
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Any, Any]:
-        if args[5] is not None:  # the gradient of decay is a sum over each sample alone
+        if any(t is not None for t in args[_OUTPUTS + 3 : _OUTPUTS + _GIVEN]):  # their gradients are sums over a sample
             return _loop_over_batch(_MultiStepBackward, info, in_dims, *args)
-        at = (1, 0, 1, 1, 0)
-        tensors = [_batch_at(a, d, info.batch_size, to) for a, d, to in zip(args[:5], in_dims[:5], at, strict=True)]
-        grads = _MultiStepBackward.apply(*tensors, *args[5:])
-        return grads, (1, None if args[4] is None else 0, None)
+        at = (1, 0, 0, 1, 1, 0, 0)
+        tensors = [_batch_at(a, d, info.batch_size, to) for a, d, to in zip(args[:7], in_dims[:7], at, strict=True)]
+        grads = _MultiStepBackward.apply(*tensors, *args[7:])
+        return grads, (1, *(None if t is None else 0 for t in args[5:7]), *(None,) * 4)
 
 
-def _reference(
-    x: Tensor, v0: Tensor | None, decay: Tensor | None, c: Constants
-) -> tuple[Tensor, Tensor, Tensor | None]:
+def _reference(inputs: Inputs, c: Constants) -> Outputs:
     """The reference loop for the kernels' constants."""
+    neuron = NEURONS[c.neuron]
     parameters = dynamics.Parameters(
-        threshold=c.threshold,
+        threshold=c.threshold if inputs.threshold is None else inputs.threshold,
         v_reset=None if c.flags & dynamics.SOFT_RESET else c.v_reset,
-        surrogate=SURROGATES[c.surrogate](c.alpha),
+        surrogate=Scaled(SURROGATES[c.surrogate](c.alpha), c.gain),
         tau=c.tau,
-        decay=decay,
+        decay=inputs.decay,
         decay_input=bool(c.flags & dynamics.DECAY_INPUT),
         detach_reset=bool(c.flags & dynamics.DETACH_RESET),
+        beta=1.0 if inputs.beta is None else inputs.beta,
+        current_decay=0.0 if inputs.current_decay is None else inputs.current_decay,
+        v_leak=c.v_leak,
+        strict=bool(c.flags & dynamics.STRICT),
+        multi_spike=bool(c.flags & dynamics.MULTI_SPIKE),
+        resets=not c.flags & dynamics.NO_RESET,
     )
-    v = c.v_init if v0 is None else v0
-    return dynamics.multi_step(NEURONS[c.neuron], x, v, parameters, bool(c.flags & STORE_V_SEQ))
+    v: Any = c.v_init if inputs.v0 is None else inputs.v0
+    if len(neuron.states) > 1:
+        v = v, 0.0 if inputs.i0 is None else inputs.i0
+    s, state, v_seq = dynamics.multi_step(neuron, inputs.x, v, parameters, bool(c.flags & STORE_V_SEQ))
+    return (s, *state, v_seq) if isinstance(state, tuple) else (s, state, None, v_seq)
 
 
 def _is_plain(x: Tensor) -> bool:
@@ -329,25 +372,21 @@ def _is_plain(x: Tensor) -> bool:
     )
 
 
-def multi_step(
-    x: Tensor, v0: Tensor | None, decay: Tensor | None, constants: Constants, backend: int
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Run a fused neuron over time: ``(s, v, v_seq)``, with ``v_seq`` ``None`` unless the flags ask for it.
+def multi_step(inputs: Inputs, constants: Constants, backend: int) -> Outputs:
+    """Run a fused neuron over time: ``(s, v, i, v_seq)``, with ``i`` and ``v_seq`` ``None`` where there is none.
 
-    The arguments are as the kernels need them (:mod:`snnfast.functional` checks a user's): ``x`` ``[T, *]``, ``v0``
-    ``[*]`` or ``None`` for ``constants.v_init``, ``decay`` 0-d in the state's dtype or ``None``, ``backend`` an index
-    of :data:`snnfast.backends.KERNELS`.
+    The arguments are as the kernels need them (:mod:`snnfast.functional` checks a user's); ``backend`` is an index of
+    :data:`snnfast.backends.KERNELS`.
     """
-    needs_grad = torch.is_grad_enabled() and (
-        x.requires_grad or (v0 is not None and v0.requires_grad) or (decay is not None and decay.requires_grad)
-    )
-    if _is_plain(x):
+    needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
+    if _is_plain(inputs.x):
         if needs_grad:
-            return _EagerMultiStep.apply(x, v0, decay, constants, backend)
-        return _run_forward(x, v0, decay, constants, backend)
+            return _EagerMultiStep.apply(constants, backend, *inputs)
+        return _run_forward(inputs, constants, backend)
     function = _MultiStep.apply if needs_grad or torch._C._are_functorch_transforms_active() else _forward_op
-    s, v, v_seq = function(x, v0, decay, *constants, backend)
-    return s, v, v_seq if constants.flags & STORE_V_SEQ else None
+    s, v, i, v_seq = function(*inputs, *constants, backend)
+    has_i = len(NEURONS[constants.neuron].states) > 1
+    return s, v, i if has_i else None, v_seq if constants.flags & STORE_V_SEQ else None
 
 
 class _Guard(torch.autograd.Function):
@@ -365,11 +404,10 @@ class _Guard(torch.autograd.Function):
         return grads
 
 
-Outputs = tuple[Tensor, Tensor, "Tensor | None"]
-
-
-def guard(outputs: Outputs) -> Outputs:
-    """``(s, v, v_seq)`` of a reference path, whose backward after a forgotten reset names ``reset_net``."""
-    if outputs[1].requires_grad and _is_plain(outputs[1]):
-        return _Guard.apply(*outputs)
-    return outputs
+def guard(s: Tensor, state: Any, v_seq: Tensor | None) -> tuple[Tensor, Any, Tensor | None]:
+    """``(s, state, v_seq)`` of a reference path, whose backward after a forgotten reset names ``reset_net``."""
+    states = state if isinstance(state, tuple) else (state,)
+    if states[0].requires_grad and _is_plain(states[0]):
+        s, v_seq, *states = _Guard.apply(s, v_seq, *states)
+        return s, tuple(states) if isinstance(state, tuple) else states[0], v_seq
+    return s, state, v_seq

@@ -25,6 +25,7 @@ __all__ = [
     "PiecewiseQuadratic",
     "Rect",
     "Rectangular",
+    "Scaled",
     "Sigmoid",
     "SoftSign",
     "SuperSpike",
@@ -93,6 +94,7 @@ class SurrogateFunction(nn.Module):
     """
 
     id: ClassVar[int | None] = None
+    gain: float = 1.0
 
     def __init__(self, alpha: float = 1.0, spiking: bool = True) -> None:
         super().__init__()
@@ -275,6 +277,44 @@ SURROGATES: tuple[type[SurrogateFunction], ...] = (
 )
 
 
+class Scaled(SurrogateFunction):
+    """Another surrogate with its derivative multiplied by ``gain``; the spikes are the same.
+
+    snnTorch's fast sigmoid of slope k, ``1 / (k |u| + 1)^2``, is ``Scaled(SoftSign(k), 2 / k)``, say.
+
+    Args:
+        surrogate: one of the eight fused surrogates, then it stays fused, or any other with a ``derivative``.
+        gain: a finite number.
+
+    Raises:
+        TypeError: ``surrogate`` has no derivative to scale.
+        ValueError: ``gain`` is not a finite number.
+
+    Example:
+        >>> Scaled(Rect(1.0), 0.5).derivative(torch.tensor(0.2))
+        tensor(0.5000)
+    """
+
+    def __init__(self, surrogate: SurrogateFunction, gain: float) -> None:
+        if not isinstance(surrogate, SurrogateFunction):
+            raise TypeError(f"surrogate must be a snnfast.surrogate.SurrogateFunction, got {type(surrogate).__name__}")
+        if isinstance(gain, bool) or not isinstance(gain, (int, float)) or not math.isfinite(gain):
+            raise ValueError(f"gain must be a finite number, got {gain!r}")
+        super().__init__(surrogate.alpha, surrogate.spiking)
+        self.surrogate = surrogate
+        self.factor = float(gain)
+        self.gain = self.factor * surrogate.gain
+        self.id = surrogate.id  # type: ignore[misc]
+
+    def derivative(self, u: Tensor) -> Tensor:
+        return self.surrogate.derivative(u) * self.factor
+
+    def primitive(self, u: Tensor) -> Tensor:
+        return self.surrogate.primitive(u) * self.factor
+
+
 def is_fused(surrogate: SurrogateLike) -> bool:
-    """Whether the kernels know this surrogate: one of the eight, unchanged and spiking."""
+    """Whether the kernels know this surrogate: one of the eight, unchanged and spiking, or one of those scaled."""
+    if type(surrogate) is Scaled:
+        return is_fused(surrogate.surrogate) and surrogate.spiking
     return type(surrogate) in SURROGATES and surrogate.spiking  # type: ignore[union-attr]

@@ -11,12 +11,13 @@ import functools
 import importlib
 import math
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..dynamics import NEURONS, Constants
+from ..dynamics import NEURONS, Constants, Inputs
 from ..surrogate import SURROGATES
 
 try:
@@ -30,6 +31,7 @@ else:
     assert {s.__name__: s.id for s in SURROGATES} == _C.surrogates, "csrc/surrogates.h and surrogate.py disagree"
     assert {n.name: n.id for n in NEURONS} == _C.neurons, "csrc/neurons.h and dynamics.py disagree"
 
+NEURONS_SERVED = frozenset(n.id for n in NEURONS)
 _DTYPE = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 _DIVIDE, _MULTIPLY, _CORRECTED = 0, 1, 2
 
@@ -76,34 +78,44 @@ def _config(c: Constants) -> Any:
         division = _MULTIPLY
     else:
         division = _CORRECTED if _C.corrected_division_is_exact(c.tau) else _DIVIDE
-    return _C.Config(c.neuron, c.surrogate, c.flags, division, c.threshold, c.v_reset, c.tau, c.alpha, c.v_init)
+    return _C.Config(
+        c.neuron, c.surrogate, c.flags, division, c.threshold, c.v_reset, c.tau, c.alpha, c.gain, c.v_leak, c.v_init
+    )
 
 
 def _address(t: Tensor | None) -> int:
     return 0 if t is None else t.data_ptr()
 
 
+def _addresses(inputs: Inputs) -> tuple[int, ...]:
+    """Where the inputs lie, and which of the neurons' own parameters have one value for each neuron, as bits."""
+    x, v0, i0, decay, *own = inputs
+    if decay is None and own[0] is None:
+        return x.data_ptr(), 0 if v0 is None else v0.data_ptr(), 0, 0, 0, 0, 0, 0
+    each = sum(1 << k for k, t in enumerate(own) if t is not None and t.numel() > 1)
+    return x.data_ptr(), _address(v0), _address(i0), _address(decay), *map(_address, own), each
+
+
 def forward(
     constants: Constants,
-    x: Tensor,
-    v0: Tensor | None,
-    decay: Tensor | None,
+    inputs: Inputs,
     # outputs
     s: Tensor,
     v: Tensor,
+    i: Tensor | None,
     v_seq: Tensor | None,
 ) -> None:
-    """Spikes ``s`` and final state ``v`` of input ``x``, and the potentials ``v_seq`` if wanted."""
+    """Spikes ``s`` and final states of input ``x``, and the potentials ``v_seq`` if wanted."""
+    x = inputs.x
     T = x.shape[0]
     rest = (
         _DTYPE[x.dtype],
         T,
         x.numel() // T,
-        x.data_ptr(),
-        0 if v0 is None else v0.data_ptr(),
-        0 if decay is None else decay.data_ptr(),
+        *_addresses(inputs),
         s.data_ptr(),
         v.data_ptr(),
+        0 if i is None else i.data_ptr(),
         0 if v_seq is None else v_seq.data_ptr(),
     )
     if x.is_cuda:
@@ -114,18 +126,20 @@ def forward(
 
 def backward(
     constants: Constants,
-    grad_s: Tensor | None,
-    grad_v: Tensor | None,
-    grad_v_seq: Tensor | None,
-    x: Tensor,
-    v0: Tensor | None,
-    decay: Tensor | None,
+    grads: Sequence[Tensor | None],
+    inputs: Inputs,
     # outputs
     grad_x: Tensor,
     grad_v0: Tensor | None,
+    grad_i0: Tensor | None,
     grad_decay: Tensor | None,
+    *grad_own: Tensor | None,
 ) -> None:
-    """Gradients of the inputs from any subset of the outputs' gradients."""
+    """Gradients of the inputs from any subset of the outputs' gradients (``s``, ``v``, ``i``, ``v_seq``).
+
+    ``grad_own`` has one value for each neuron, also where the parameter itself has one for all.
+    """
+    x = inputs.x
     T = x.shape[0]
     N = x.numel() // T
     config = _config(constants)
@@ -133,14 +147,12 @@ def backward(
         _DTYPE[x.dtype],
         T,
         N,
-        x.data_ptr(),
-        _address(v0),
-        _address(decay),
-        _address(grad_s),
-        _address(grad_v),
-        _address(grad_v_seq),
+        *_addresses(inputs),
+        *map(_address, grads),
         grad_x.data_ptr(),
         _address(grad_v0),
+        _address(grad_i0),
+        *map(_address, grad_own),
     )
     if not x.is_cuda:
         sum_decay = _C.cpu_backward(config, torch.get_num_threads(), *rest)

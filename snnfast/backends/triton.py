@@ -10,12 +10,13 @@ import contextlib
 import functools
 import math
 import struct
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..dynamics import DECAY_INPUT, DETACH_RESET, SOFT_RESET, Constants, state_dtype
+from ..dynamics import DECAY_INPUT, DETACH_RESET, IF, LIF, PARAMETRIC_LIF, SOFT_RESET, Constants, Inputs, state_dtype
 
 try:
     import triton
@@ -32,6 +33,7 @@ else:
     else:
         from . import triton_kernels as kernels
 
+NEURONS_SERVED = frozenset(n.id for n in (IF, LIF, PARAMETRIC_LIF))
 _DEVICES = ("cuda", "xpu")
 _LONGEST_UNROLLED, _CHUNK = 32, 16
 _WARPS = 4
@@ -127,15 +129,15 @@ def _on(device: torch.device) -> Any:
 
 def forward(
     constants: Constants,
-    x: Tensor,
-    v0: Tensor | None,
-    decay: Tensor | None,
+    inputs: Inputs,
     # outputs
     s: Tensor,
     v: Tensor,
+    i: Tensor | None,
     v_seq: Tensor | None,
 ) -> None:
-    """Spikes ``s`` and final state ``v`` of input ``x``, and the potentials ``v_seq`` if wanted."""
+    """Spikes ``s`` and final states of input ``x``, and the potentials ``v_seq`` if wanted."""
+    x, v0, _, decay, *_ = inputs
     T = x.shape[0]
     N = x.numel() // T
     numbers, compile_time, _, chunks = _plan(constants, T, x.dtype)
@@ -147,18 +149,18 @@ def forward(
 
 def backward(
     constants: Constants,
-    grad_s: Tensor | None,
-    grad_v: Tensor | None,
-    grad_v_seq: Tensor | None,
-    x: Tensor,
-    v0: Tensor | None,
-    decay: Tensor | None,
+    grads: Sequence[Tensor | None],
+    inputs: Inputs,
     # outputs
     grad_x: Tensor,
     grad_v0: Tensor | None,
+    grad_i0: Tensor | None,
     grad_decay: Tensor | None,
+    *own: Tensor | None,
 ) -> None:
     """Gradients of the inputs from any subset of the outputs' gradients."""
+    grad_s, grad_v, _, grad_v_seq = grads
+    x, v0, _, decay, *_ = inputs
     T = x.shape[0]
     N = x.numel() // T
     numbers, _, compile_time, chunks = _plan(constants, T, x.dtype)
