@@ -27,7 +27,8 @@ CSRC = Path(__file__).resolve().parent / "csrc"
 # Vector loops: without -fno-trapping-math gcc leaves SSE2 and AVX2 loops scalar. No contraction: the forward must have
 # the plain loop's bits.
 CPU_FLAGS = (
-    "-std=c++17 -O3 -fPIC -fvisibility=hidden -ffp-contract=off -fno-trapping-math -fno-math-errno -Wall -Wextra"
+    "-std=c++17 -O3 -fPIC -fvisibility=hidden -ffp-contract=off -fno-trapping-math -fno-math-errno "
+    "-fno-unswitch-loops -Wall -Wextra"
 )
 X86_SETS = {  # best first
     "avx512": "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx2 -mfma -mf16c",

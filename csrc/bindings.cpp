@@ -90,7 +90,7 @@ void advise_huge_pages([[maybe_unused]] void* begin, [[maybe_unused]] int64_t by
   constexpr uintptr_t huge = uintptr_t(2) << 20;
   const uintptr_t first = (uintptr_t(begin) + huge - 1) / huge * huge;
   const uintptr_t last = (uintptr_t(begin) + bytes) / huge * huge;
-  if (last > first + huge) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
+  if (last >= first + huge) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
 #endif
 }
 
@@ -177,6 +177,7 @@ void cpu_forward(const Config& config, int threads, SNNFAST_INPUTS, SNNFAST_OUTP
   py::gil_scoped_release release;
   Call call = forward_call(config, SNNFAST_INPUT_NAMES, SNNFAST_OUTPUT_NAMES);
   prepare_cpu_output(call, threads, call.s);
+  advise_huge_pages(call.final_state[0], call.N * (dtype == kFloat64 ? 8 : 4));
   kernels->forward(call);
 }
 

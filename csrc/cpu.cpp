@@ -32,7 +32,10 @@ void forward_block(const Call& c, int64_t begin, int64_t end) {
     row.s = static_cast<T*>(c.s) + t * c.N + begin;
     row.ahead_s = t + 1 < c.T ? row.s + c.N : static_cast<T*>(c.s) + end;
     row.v_seq = c.v_seq ? static_cast<R*>(c.v_seq) + t * c.N + begin : nullptr;
-    row.template run<stream, false>(end - begin, p);
+    if (row.v_seq)
+      row.template run<stream, kPotentialRow>(end - begin, p);
+    else
+      row.template run<stream, kSpikeRow>(end - begin, p);
   }
   if constexpr (stream) {
     for (int k = 0; k < Neuron::kStates; ++k) {

@@ -52,7 +52,7 @@ void derivative_row(R* derivative, const R* h, Threshold threshold, int64_t n, c
     for_each_in_row<R, false>(derivative, n, [&](auto tag, int64_t i) __attribute__((always_inline)) { \
       using V = decltype(tag);                                                                         \
       const V u = load(h + i, (V*)nullptr) - threshold(tag, i);                                        \
-      store<false>(derivative + i, p.gain * Surrogate::template derivative<V>(u, p.alpha));            \
+      store<false>(derivative + i, Surrogate::template derivative<V>(u, p.alpha, p.gain));             \
     });                                                                                                \
     break;
     SNNFAST_SURROGATES(SNNFAST_CASE)
@@ -83,23 +83,25 @@ struct BackwardRow {
   T* grad_x;
   T* ahead_grad_x;
 
+  // The usual call has gradients of the spikes and none of the potentials: that loop is made without branches.
   template <bool stream, bool own_gradients>
   double run(int64_t n, const Params<R> known) const {
+    if (Neuron::kOwn > 0 || !grad_s || grad_v_seq) return loop<stream, own_gradients, false>(n, known);
     double grad_decay = 0;
-    with_known_reset(known, [&](Params<R> p) __attribute__((always_inline)) {
+    with_known_reset<false>(known, [&](Params<R> p) __attribute__((always_inline)) {
       if (p.detach_reset) {
         p.detach_reset = true;
-        grad_decay = loop<stream, own_gradients>(n, p);
+        grad_decay = loop<stream, own_gradients, true>(n, p);
       } else {
         p.detach_reset = false;
-        grad_decay = loop<stream, own_gradients>(n, p);
+        grad_decay = loop<stream, own_gradients, true>(n, p);
       }
     });
     return grad_decay;
   }
 
  private:
-  template <bool stream, bool own_gradients>
+  template <bool stream, bool own_gradients, bool usual>
   SNNFAST_FN double loop(int64_t n, const Params<R> p) const {
     using Vector = typename VectorOf<R>::type;
     const BackwardRow row = *this;
@@ -125,8 +127,8 @@ struct BackwardRow {
       }
       __builtin_prefetch(row.ahead + i);
       if constexpr (!stream) __builtin_prefetch(row.ahead_grad_x + i, 1);
-      if (row.grad_v_seq) grad_state[0] += load(row.grad_v_seq + i, (V*)nullptr);
-      const V grad_s = row.grad_s ? load(row.grad_s + i, (V*)nullptr) : V{};
+      if (!usual && row.grad_v_seq) grad_state[0] += load(row.grad_v_seq + i, (V*)nullptr);
+      const V grad_s = usual || row.grad_s ? load(row.grad_s + i, (V*)nullptr) : V{};
       const V derivative = load(row.derivative + i, (V*)nullptr);
       const V grad_x = Neuron::step_backward(grad_s, grad_state, tape, before, derivative, own, p, grads);
       for (int k = 0; k < Neuron::kStates; ++k) store<false>(row.grad_state[k] + i, grad_state[k]);
@@ -181,7 +183,7 @@ double backward_tile(const Call& c, int64_t begin, int64_t end, const BackwardSc
       else
         row.ahead = static_cast<const T*>(c.grad_s) + (2 * c.T - 1 - next) * c.N + begin;
       for (int k = 0; k < Neuron::kTape; ++k) row.tape[k] = memory.tape(with_tape ? t - first : 0, k);
-      row.template run<false, true>(n, p);
+      row.template run<false, kTapeRow>(n, p);
     }
   };
   auto copy_states = [&](auto to, auto from) {

@@ -32,15 +32,21 @@ SNNFAST_FN void for_each_in_row(const T* stored, int64_t n, Element element) {
 
 // Calls f with a copy of p in which what the dynamics branch on is known to the compiler, so that a row's loop has no
 // branches.
-template <class R, class F>
+template <bool zero_too, class R, class F>
 SNNFAST_FN void with_known_reset(Params<R> p, F f) {
   if (p.soft_reset) {
-    p.soft_reset = true;
-    f(p);
-  } else {
-    p.soft_reset = false;
-    f(p);
+    p.soft_reset = true, p.zero_reset = false;
+    return f(p);
   }
+  p.soft_reset = false;
+  if constexpr (zero_too) {
+    if (p.zero_reset) {
+      p.zero_reset = true;
+      return f(p);
+    }
+    p.zero_reset = false;
+  }
+  f(p);
 }
 template <class R, class F>
 SNNFAST_FN void with_known_division(Params<R> p, F f) {
@@ -58,30 +64,33 @@ SNNFAST_FN void with_known_division(Params<R> p, F f) {
   f(p);
 }
 
+// What a forward row leaves behind: spikes; spikes and potentials; or the tape and nothing else.
+enum RowKind { kSpikeRow, kPotentialRow, kTapeRow };
+
 template <class Neuron, class T, class R>
 struct ForwardRow {
   const T* x;
   const T* ahead;  // where to prefetch from: what will be read a block later
   T* ahead_s;      // what will be written a block later
-  T* s;            // null while only the tape or the state is wanted
+  T* s;            // null while only the tape is wanted
   R* state[Neuron::kStates];
   const R* own[kMaxOwn];
-  R* tape[Neuron::kTape];  // null entries outside the backward
-  R* v_seq;                // may be null
+  R* tape[Neuron::kTape];
+  R* v_seq;
 
-  template <bool stream, bool with_tape>
+  template <bool stream, RowKind kind>
   void run(int64_t n, const Params<R> known) const {
-    with_known_reset(known, [&](const Params<R> p) __attribute__((always_inline)) {
+    if constexpr (Neuron::kOwn > 0 || kind == kPotentialRow) return loop<stream, kind>(n, known);
+    with_known_reset<true>(known, [&](const Params<R> p) __attribute__((always_inline)) {
       if constexpr (Neuron::kDivides)
-        with_known_division(p,
-                            [&](const Params<R> q) __attribute__((always_inline)) { loop<stream, with_tape>(n, q); });
+        with_known_division(p, [&](const Params<R> q) __attribute__((always_inline)) { loop<stream, kind>(n, q); });
       else
-        loop<stream, with_tape>(n, p);
+        loop<stream, kind>(n, p);
     });
   }
 
  private:
-  template <bool stream, bool with_tape>
+  template <bool stream, RowKind kind>
   SNNFAST_FN void loop(int64_t n, const Params<R> p) const {
     const ForwardRow row = *this;
     for_each_in_row<R, stream>(row.s, n, [&](auto tag, int64_t i) __attribute__((always_inline)) {
@@ -90,14 +99,17 @@ struct ForwardRow {
       for (int k = 0; k < Neuron::kStates; ++k) state[k] = load(row.state[k] + i, &state[k]);
       for (int k = 0; k < Neuron::kOwn; ++k) own[k] = load(row.own[k] + i, &own[k]);
       __builtin_prefetch(row.ahead + i);
-      if constexpr (!stream && !with_tape) __builtin_prefetch(row.ahead_s + i, 1);
+      if constexpr (!stream && kind != kTapeRow) __builtin_prefetch(row.ahead_s + i, 1);
       const V s = Neuron::step(load(row.x + i, (V*)nullptr), state, tape, own, p);
       for (int k = 0; k < Neuron::kStates; ++k) store<false>(row.state[k] + i, state[k]);
-      if constexpr (with_tape) {
+      if constexpr (kind == kTapeRow) {
         for (int k = 0; k < Neuron::kTape; ++k) store<false>(row.tape[k] + i, tape[k]);
       } else {
-        store<stream>(row.s + i, s);
-        if (row.v_seq) store<false>(row.v_seq + i, state[0]);
+        if constexpr (Neuron::kOwn > 0)  // may be several at once
+          store<stream>(row.s + i, s);
+        else
+          store_spikes<stream>(row.s + i, s);
+        if constexpr (kind == kPotentialRow) store<false>(row.v_seq + i, state[0]);
       }
     });
   }

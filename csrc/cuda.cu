@@ -17,11 +17,15 @@ struct Bucket {
 };
 
 // The bucket of a call. float64 is there for checks and takes the open one; so does what cannot be read in wide
-// accesses, and the forward of 16 steps, which needs no tape.
-template <class T, bool backward, class F>
+// accesses, the forward of 16 steps, which needs no tape, and every neuron with parameters of its own: there are many,
+// and their calls come from other libraries' models.
+template <class Neuron, class T, bool backward, class F>
 auto with_bucket(const Call& c, bool wide, F f) {
   if (!wide) return f(Bucket<kOpen, false>());
-  if constexpr (sizeof(T) < 8) switch (c.T) {
+  if constexpr (Neuron::kOwn > 0) {
+    return f(Bucket<kOpen, (sizeof(T) < 8)>());
+  } else if constexpr (sizeof(T) < 8) {
+    switch (c.T) {
       case 1:
         return f(Bucket<1, true>());
       case 2:
@@ -33,6 +37,7 @@ auto with_bucket(const Call& c, bool wide, F f) {
       case 16:
         return f(Bucket<(backward ? 16 : kOpen), true>());
     }
+  }
   return f(Bucket<kOpen, true>());
 }
 
@@ -41,16 +46,19 @@ constexpr int smaller(int a, int b) { return a < b ? a : b; }
 template <class T>
 constexpr int kWidest = 16 / int(sizeof(T));
 
-template <class T, class Bucket>
+template <class Neuron, class T, class Bucket>
 struct ForwardShape {
-  static constexpr int kAhead = Bucket::kT == kOpen ? 8 : Bucket::kT;
+  static constexpr int kAhead = Bucket::kT != kOpen ? Bucket::kT : Neuron::kOwn > 0 ? 4 : 8;
   static constexpr int W = !Bucket::kWide ? 1 : kAhead <= 4 ? kWidest<T> : smaller(kWidest<T>, 4);
 };
 template <class Neuron, class T, class Bucket>
 struct BackwardShape {
-  static constexpr int kAhead = Bucket::kT == kOpen ? 4 : Bucket::kT;
+  static constexpr int kAhead = Bucket::kT != kOpen ? Bucket::kT : Neuron::kOwn > 0 ? 2 : 4;
   static constexpr int bytes_per_neuron = kAhead * int(Neuron::kTape * sizeof(typename StateOf<T>::type) + sizeof(T));
-  static constexpr int most = Bucket::kT <= 4 && Bucket::kT != kOpen ? kWidest<T> : smaller(kWidest<T>, 4);
+  // The open backward's tape lies in shared memory, of which a block may have 48 KiB.
+  static constexpr int tape_bytes = Neuron::kTape * int(sizeof(typename StateOf<T>::type));
+  static constexpr int open = smaller(kWidest<T>, tape_bytes > 16 ? 1 : 16 / tape_bytes);
+  static constexpr int most = Bucket::kT == kOpen ? open : Bucket::kT <= 4 ? kWidest<T> : smaller(kWidest<T>, 4);
   static constexpr bool kFits = most * bytes_per_neuron <= 384;
   static constexpr int W = !Bucket::kWide ? 1 : kFits || most <= 2 ? most : most / 2;
 };
@@ -100,6 +108,9 @@ bool wide_accesses(const Call& c, int W) {
     aligned = aligned && whole(pointer, sizeof(T));
   for (const void* pointer : {c.grad_v_seq, (const void*)c.v_seq, (const void*)c.workspace})
     aligned = aligned && whole(pointer, sizeof(R));
+  for (int k = 0; k < kMaxOwn; ++k)
+    for (const void* pointer : {c.own_each >> k & 1 ? c.own[k] : nullptr, (const void*)c.grad_own[k]})
+      aligned = aligned && whole(pointer, sizeof(R));
   for (int k = 0; k < kMaxStates; ++k)
     for (const void* pointer :
          {c.state[k], c.grad_final_state[k], (const void*)c.final_state[k], (const void*)c.grad_state[k]})
@@ -149,8 +160,8 @@ std::string cuda_forward(const Call& call, int device, void* stream) {
     return with_kind(call, [&](auto kind) {
       using Neuron = typename decltype(kind)::Neuron;
       using T = typename decltype(kind)::T;
-      return with_bucket<T, false>(call, wide_accesses<T>(call, kWidest<T>), [&](auto b) {
-        using Shape = ForwardShape<T, decltype(b)>;
+      return with_bucket<Neuron, T, false>(call, wide_accesses<T>(call, kWidest<T>), [&](auto b) {
+        using Shape = ForwardShape<Neuron, T, decltype(b)>;
         return launch(forward_kernel<Neuron, T, b.kT, Shape::kAhead, Shape::W>, call, Shape::W, stream);
       });
     });
@@ -187,7 +198,7 @@ std::string cuda_backward(const Call& call, int device, void* stream) {
     return with_kind(call, [&](auto kind) {
       using Neuron = typename decltype(kind)::Neuron;
       using T = typename decltype(kind)::T;
-      return with_bucket<T, true>(call, wide_accesses<T>(call, kWidest<T>), [&](auto b) {
+      return with_bucket<Neuron, T, true>(call, wide_accesses<T>(call, kWidest<T>), [&](auto b) {
         using Shape = BackwardShape<Neuron, T, decltype(b)>;
         return launch(backward_kernel<Neuron, T, b.kT, Shape::kAhead, Shape::W>, call, Shape::W, stream);
       });

@@ -107,13 +107,13 @@ SNNFAST_DEVICE void store(T* to, const R (&from)[W]) {
 
 // States lie as [N] each; a thread holds them as [W][states].
 template <class R, int W, int states>
-SNNFAST_DEVICE void load_states(const void* const (&from)[kMaxStates], int64_t n, double initial,
+SNNFAST_DEVICE void load_states(const void* const (&from)[kMaxStates], int64_t n, double v_init,
                                 R (&state)[W][states]) {
   SNNFAST_UNROLL
   for (int k = 0; k < states; ++k) {
     R lanes[W];
     SNNFAST_UNROLL
-    for (int w = 0; w < W; ++w) lanes[w] = R(initial);
+    for (int w = 0; w < W; ++w) lanes[w] = k == 0 ? R(v_init) : R(0);
     if (from[k]) unpack(load<W>(static_cast<const R*>(from[k]) + n), lanes);
     SNNFAST_UNROLL
     for (int w = 0; w < W; ++w) state[w][k] = lanes[w];
@@ -126,6 +126,27 @@ SNNFAST_DEVICE void store_state(R* to, int k, const R (&state)[W][states]) {
   for (int w = 0; w < W; ++w) lanes[w] = state[w][k];
   store(to, lanes);
 }
+
+// The parameters of a thread's own neurons.
+template <class Neuron, class R, int W>
+struct OwnParameters {
+  R values[W][kMaxOwn];
+  SNNFAST_DEVICE OwnParameters(const Call& c, int64_t n) {
+    SNNFAST_UNROLL
+    for (int k = 0; k < Neuron::kOwn; ++k) {
+      const R* from = static_cast<const R*>(c.own[k]);
+      R lanes[W];
+      if (c.own_each >> k & 1) {
+        unpack(load<W>(from + n), lanes);
+      } else {
+        SNNFAST_UNROLL
+        for (int w = 0; w < W; ++w) lanes[w] = *from;
+      }
+      SNNFAST_UNROLL
+      for (int w = 0; w < W; ++w) values[w][k] = lanes[w];
+    }
+  }
+};
 
 // ---- dynamics of a thread's neurons ----
 template <class Neuron, class R>
@@ -177,7 +198,7 @@ struct Rows {
 // each, with i a constant in the exact case.
 template <class Neuron, bool multiplies, class T, class R, int W, int kAhead, bool kExact, class F>
 SNNFAST_DEVICE void walk(Rows<T, W, kAhead, kExact>& x, int64_t count, R (&state)[W][Neuron::kStates],
-                         const Params<R>& params, F after_step) {
+                         const OwnParameters<Neuron, R, W>& own, const Params<R>& params, F after_step) {
   with_known_division<multiplies && Neuron::kDivides>(params, [&](const Params<R> p) {
     for (int64_t base = 0; kExact ? base == 0 : base < count; base += kAhead) {
       SNNFAST_UNROLL
@@ -186,7 +207,7 @@ SNNFAST_DEVICE void walk(Rows<T, W, kAhead, kExact>& x, int64_t count, R (&state
         R x_now[W], s[W], tape[W][Neuron::kTape];
         x.take(i, x_now);
         SNNFAST_UNROLL
-        for (int w = 0; w < W; ++w) s[w] = Neuron::step(x_now[w], state[w], tape[w], p);
+        for (int w = 0; w < W; ++w) s[w] = Neuron::step(x_now[w], state[w], tape[w], own.values[w], p);
         after_step(kExact ? i : base + i, s, tape, state);
       }
     }
@@ -194,13 +215,17 @@ SNNFAST_DEVICE void walk(Rows<T, W, kAhead, kExact>& x, int64_t count, R (&state
 }
 
 // The switch stands outside the loop over the thread's neurons, or its code would be there W times.
-template <class R, int W, int entries>
-SNNFAST_DEVICE void surrogate_derivatives(const R (&tape)[W][entries], R (&derivative)[W], const Params<R>& p) {
+template <class Neuron, class R, int W>
+SNNFAST_DEVICE void surrogate_derivatives(const R (&tape)[W][Neuron::kTape], const OwnParameters<Neuron, R, W>& own,
+                                          R (&derivative)[W], const Params<R>& p) {
+  R u[W];
+  SNNFAST_UNROLL
+  for (int w = 0; w < W; ++w) u[w] = tape[w][0] - (Neuron::kOwn > 0 ? own.values[w][kThreshold] : p.threshold);
   switch (p.surrogate) {
-#define SNNFAST_CASE(id, Surrogate)                                                                       \
-  case id:                                                                                                \
-    SNNFAST_UNROLL                                                                                        \
-    for (int w = 0; w < W; ++w) derivative[w] = Surrogate::derivative(tape[w][0] - p.threshold, p.alpha); \
+#define SNNFAST_CASE(id, Surrogate)                                                           \
+  case id:                                                                                    \
+    SNNFAST_UNROLL                                                                            \
+    for (int w = 0; w < W; ++w) derivative[w] = Surrogate::derivative(u[w], p.alpha, p.gain); \
     return;
     SNNFAST_SURROGATES(SNNFAST_CASE)
 #undef SNNFAST_CASE
@@ -221,6 +246,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     Rows<T, W, kAhead, kExact> x(static_cast<const T*>(c.x) + n, c.N, c.T);
     R state[W][Neuron::kStates];
     load_states(c.state, n, c.v_init, state);
+    const OwnParameters<Neuron, R, W> own(c, n);
     T* s_out = static_cast<T*>(c.s) + n;
     R* v_seq = c.v_seq ? static_cast<R*>(c.v_seq) + n : nullptr;
     const auto after_step = [&](int64_t, const R(&s)[W], const R(&)[W][Neuron::kTape],
@@ -232,7 +258,7 @@ __global__ void __launch_bounds__(kThreads, 1)
         v_seq += c.N;
       }
     };
-    walk<Neuron, (W > 1)>(x, c.T, state, p, after_step);
+    walk<Neuron, (W > 1)>(x, c.T, state, own, p, after_step);
     SNNFAST_UNROLL
     for (int k = 0; k < Neuron::kStates; ++k) store_state(static_cast<R*>(c.final_state[k]) + n, k, state);
   }
@@ -244,11 +270,13 @@ template <class Neuron, class T, int W>
 struct Backward {
   using R = typename StateOf<T>::type;
   const Params<R>& p;
+  const OwnParameters<Neuron, R, W> own;
   int64_t N;
   const R* grad_v_seq;  // at the step that is next, like grad_x; null for none
   T* grad_x;
   R grad_state[W][Neuron::kStates];
   R grad_decay;
+  R grad_own[W][Neuron::kOwn > 0 ? Neuron::kOwn : 1];
 
   SNNFAST_DEVICE void step(const R (&grad_s)[W], const R (&tape)[W][Neuron::kTape],
                            const R (&before)[W][Neuron::kStates]) {
@@ -260,10 +288,16 @@ struct Backward {
       for (int w = 0; w < W; ++w) grad_state[w][0] += grad_v[w];
       grad_v_seq -= N;
     }
-    surrogate_derivatives(tape, derivative, p);
+    surrogate_derivatives(tape, own, derivative, p);
     SNNFAST_UNROLL
-    for (int w = 0; w < W; ++w)
-      grad_x_now[w] = Neuron::step_backward(grad_s[w], grad_state[w], tape[w], before[w], derivative[w], p, grad_decay);
+    for (int w = 0; w < W; ++w) {
+      ParameterGradients<R> grads{};
+      grad_x_now[w] =
+          Neuron::step_backward(grad_s[w], grad_state[w], tape[w], before[w], derivative[w], own.values[w], p, grads);
+      if constexpr (Neuron::kLearnable) grad_decay += grads.decay;
+      SNNFAST_UNROLL
+      for (int k = 0; k < Neuron::kOwn; ++k) grad_own[w][k] += grads.own[k];
+    }
     store(grad_x, grad_x_now);
     grad_x -= N;
   }
@@ -273,7 +307,8 @@ SNNFAST_DEVICE Backward<Neuron, T, W> start_backward(const Call& c, const Params
                                                      int64_t n) {
   using R = typename StateOf<T>::type;
   const int64_t last = (c.T - 1) * c.N + n;
-  Backward<Neuron, T, W> back{p, c.N, static_cast<const R*>(c.grad_v_seq), static_cast<T*>(c.grad_x) + last, {}, R(0)};
+  Backward<Neuron, T, W> back{p,  {c, n}, c.N, static_cast<const R*>(c.grad_v_seq), static_cast<T*>(c.grad_x) + last,
+                              {}, R(0),   {}};
   if (back.grad_v_seq) back.grad_v_seq += last;
   load_states(c.grad_final_state, n, 0.0, back.grad_state);
   return back;
@@ -283,6 +318,9 @@ SNNFAST_DEVICE void end_backward(const Call& c, const Backward<Neuron, T, W>& ba
   SNNFAST_UNROLL
   for (int k = 0; k < Neuron::kStates; ++k)
     if (c.grad_state[k]) store_state(static_cast<typename StateOf<T>::type*>(c.grad_state[k]) + n, k, back.grad_state);
+  SNNFAST_UNROLL
+  for (int k = 0; k < Neuron::kOwn; ++k)
+    if (c.grad_own[k]) store_state(static_cast<typename StateOf<T>::type*>(c.grad_own[k]) + n, k, back.grad_own);
 }
 
 // Lets the compiler not see where the tape comes from, or it would keep the states of all steps in registers as well
@@ -316,19 +354,20 @@ SNNFAST_DEVICE double backward_exact(const Call& c, const Params<R>& p, int64_t 
   }
   auto back = start_backward<Neuron, T, W>(c, p, n);
   memcpy(state, start, sizeof(state));
-  walk<Neuron, true>(x, kT, state, p, [&](int i, const R(&)[W], const R(&tape)[W][kTape], const R(&)[W][kStates]) {
-    memcpy(all[i], tape, sizeof(tape));
-  });
-  if constexpr (Neuron::kLearnable) forget(all);
+  walk<Neuron, true>(x, kT, state, back.own, p,
+                     [&](int i, const R(&)[W], const R(&tape)[W][kTape], const R(&)[W][kStates]) {
+                       memcpy(all[i], tape, sizeof(tape));
+                     });
+  if constexpr (Neuron::kNeedsBefore) forget(all);
   SNNFAST_UNROLL
   for (int t = kT - 1; t >= 0; --t) {
     R grad_s_now[W] = {}, before[W][kStates] = {};
     if (c.grad_s) unpack(grad_s[t], grad_s_now);
-    if constexpr (Neuron::kLearnable) {
+    if constexpr (Neuron::kNeedsBefore) {
       SNNFAST_UNROLL
       for (int w = 0; w < W; ++w)
         if (t > 0)
-          Neuron::after(all[t > 0 ? t - 1 : 0][w], before[w], p);
+          Neuron::after(all[t > 0 ? t - 1 : 0][w], before[w], back.own.values[w], p);
         else
           memcpy(before[w], start[w], sizeof(before[w]));
     }
@@ -382,7 +421,7 @@ SNNFAST_DEVICE double backward_open(const Call& c, const Params<R>& p, int64_t n
       SNNFAST_UNROLL
       for (int k = 0; k < kStates; ++k) store_state(kept((t + 1) / kSegment, k), k, now);
     };
-    walk<Neuron, (W > 1)>(x, last * kSegment, state, p, keep);
+    walk<Neuron, (W > 1)>(x, last * kSegment, state, OwnParameters<Neuron, R, W>(c, n), p, keep);
   }
 
   const T* const grad_s_in = c.grad_s ? static_cast<const T*>(c.grad_s) + n : nullptr;
@@ -400,7 +439,7 @@ SNNFAST_DEVICE double backward_open(const Call& c, const Params<R>& p, int64_t n
     R start[W][kStates], state[W][kStates];
     load_states(from, n, c.v_init, start);
     memcpy(state, start, sizeof(state));
-    walk<Neuron, (W > 1)>(x, steps, state, p,
+    walk<Neuron, (W > 1)>(x, steps, state, back.own, p,
                           [&](int64_t i, const R(&)[W], const R(&tape)[W][kTape], const R(&)[W][kStates]) {
                             write_tape(shared[i], tape);
                           });
@@ -415,11 +454,11 @@ SNNFAST_DEVICE double backward_open(const Call& c, const Params<R>& p, int64_t n
         R grad_s_now[W] = {}, before[W][kStates] = {};
         if (grad_s_in) grad_s.take(i, grad_s_now);
         if (t > 0) read_tape(shared[t - 1], tape_before);
-        if constexpr (Neuron::kLearnable) {
+        if constexpr (Neuron::kNeedsBefore) {
           SNNFAST_UNROLL
           for (int w = 0; w < W; ++w)
             if (t > 0)
-              Neuron::after(tape_before[w], before[w], p);
+              Neuron::after(tape_before[w], before[w], back.own.values[w], p);
             else
               memcpy(before[w], start[w], sizeof(before[w]));
         }

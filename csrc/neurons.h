@@ -58,6 +58,7 @@ struct Params {
   int division;
   bool decay_input;
   bool soft_reset;
+  bool zero_reset;  // a hard reset to 0: a term less. It shows in the sign of a zero and nowhere else
   bool detach_reset;
   bool multi_spike;
   bool resets;
@@ -71,16 +72,18 @@ struct ParameterGradients {
 };
 
 // a / tau to the last bit, tau being a float from 1 up that corrected_division_is_exact() has passed. The correction
-// needs a residual in the normal range: 0, Inf and NaN are their own quotients, and a lane below 2^-79 sends the whole
-// vector to the divider.
+// needs a residual in the normal range. Zeros, Inf and NaN are their own quotients; a lane below 2^-79 sends the whole
+// vector to the divider. Both are rare, so one comparison comes before all of that.
 template <class V>
 SNNFAST_FN V divide_corrected(V a, const Params<float>& p) {
   const V q = a * p.inv_tau;
   const V residual = fused_multiply_add(-q, broadcast<V>(p.tau), a);
   const V corrected = fused_multiply_add(residual, broadcast<V>(p.inv_tau), q);
-  const auto magnitude_less_one = (bits_as<typename Lanes<V>::Unsigned>(a) & 0x7fffffffu) - 1u;  // 0 wraps to the top
-  if (any_lane_below(magnitude_less_one, 0x18000000u - 1u)) return a / p.tau;
-  return select(magnitude_less_one < 0x7f800000u - 1u, corrected, a);
+  constexpr uint32_t low = 0x18000000u, infinity = 0x7f800000u;
+  const auto magnitude = bits_as<typename Lanes<V>::Unsigned>(a) & 0x7fffffffu;
+  if (!any_lane_reaches(magnitude - low, infinity - low)) return corrected;
+  if (any_lane_below(magnitude - 1u, low - 1u)) return a / p.tau;  // 0 wraps to the top
+  return select(magnitude - 1u < infinity - 1u, corrected, a);
 }
 template <class V>
 SNNFAST_FN V divide_by_tau(V a, const Params<float>& p) {
@@ -97,6 +100,7 @@ SNNFAST_FN V divide_by_tau(V a, const Params<double>& p) {
 template <class V, class R>
 SNNFAST_FN V reset(V h, V s, V threshold, const Params<R>& p) {
   if (p.soft_reset) return h - s * threshold;
+  if (p.zero_reset) return (R(1) - s) * h;
   return s * p.v_reset + (R(1) - s) * h;
 }
 
@@ -185,13 +189,19 @@ struct IFCharge : SimpleCharge {
   }
 };
 
+template <class V, class R>
+SNNFAST_FN V v_minus_rest(V v, const Params<R>& p) {
+  return p.soft_reset || p.zero_reset ? v : v - p.v_reset;
+}
+
 // decay_input: h = v + (x - (v - v_reset)) / tau; else h = v - (v - v_reset) / tau + x
 struct LIFCharge : SimpleCharge {
   static constexpr bool kDivides = true;
   template <class V, class R>
   static SNNFAST_FN V charge(V x, V v, const V (&)[kMaxOwn], const Params<R>& p) {
-    if (p.decay_input) return v + divide_by_tau(x - (v - p.v_reset), p);
-    return v - divide_by_tau(v - p.v_reset, p) + x;
+    const V leaked = v_minus_rest(v, p);
+    if (p.decay_input) return v + divide_by_tau(x - leaked, p);
+    return v - divide_by_tau(leaked, p) + x;
   }
   template <class V, class R>
   static SNNFAST_FN V backward(V grad_h, V, V, V, const V (&)[kMaxOwn], const Params<R>& p, V& grad_v,
@@ -206,8 +216,9 @@ struct ParametricLIFCharge : SimpleCharge {
   static constexpr bool kLearnable = true;
   template <class V, class R>
   static SNNFAST_FN V charge(V x, V v, const V (&)[kMaxOwn], const Params<R>& p) {
-    if (p.decay_input) return v + (x - (v - p.v_reset)) * p.decay;
-    return v - (v - p.v_reset) * p.decay + x;
+    const V leaked = v_minus_rest(v, p);
+    if (p.decay_input) return v + (x - leaked) * p.decay;
+    return v - leaked * p.decay + x;
   }
   template <class V, class R>
   static SNNFAST_FN V backward(V grad_h, V h, V v, V, const V (&)[kMaxOwn], const Params<R>& p, V& grad_v,

@@ -62,6 +62,7 @@ SNNFAST_FN V absolute(V a) {
 SNNFAST_FN float truncate(float a) { return truncf(a); }
 SNNFAST_FN double truncate(double a) { return trunc(a); }
 SNNFAST_FN bool any_lane_below(uint32_t a, uint32_t bound) { return a < bound; }
+SNNFAST_FN bool any_lane_reaches(uint32_t a, uint32_t bound) { return a >= bound; }
 // Rounded once. The CPU calls it only where there is an instruction for it (kHasFusedMultiplyAdd in vector.h).
 SNNFAST_FN float fused_multiply_add(float a, float b, float c) { return fmaf(a, b, c); }
 

@@ -1,4 +1,4 @@
-// Surrogate gradients: the derivative of a spike by u = h - threshold, one struct each.
+// Surrogate gradients: the derivative of a spike by u = h - threshold, times a gain, one struct each.
 //
 // To add one: a struct and a row of SNNFAST_SURROGATES here, a branch in snnfast/backends/triton_kernels.py, and its
 // object in snnfast/surrogate.py. The row's number is the `id` of that object.
@@ -66,57 +66,57 @@ SNNFAST_FN double exp_nonpositive<double>(double a) {
 
 struct Sigmoid {  // alpha * sigmoid(alpha u) * (1 - sigmoid(alpha u)), in the form that cannot overflow
   template <class V, class R>
-  static SNNFAST_FN V derivative(V u, R alpha) {
+  static SNNFAST_FN V derivative(V u, R alpha, R gain) {
     const V e = exp_nonpositive<V>(-absolute(u * alpha));
     const V one_plus = e + R(1);
-    return quotient(e * alpha, one_plus * one_plus);
+    return quotient(e * (alpha * gain), one_plus * one_plus);
   }
 };
 struct ATan {
   template <class V, class R>
-  static SNNFAST_FN V derivative(V u, R alpha) {
+  static SNNFAST_FN V derivative(V u, R alpha, R gain) {
     const V scaled = u * (R(1.57079632679489661923) * alpha);
-    return quotient(broadcast<V>(alpha / R(2)), multiply_add(scaled, scaled, broadcast<V>(R(1))));
+    return quotient(broadcast<V>(alpha / R(2) * gain), multiply_add(scaled, scaled, broadcast<V>(R(1))));
   }
 };
 struct PiecewiseQuadratic {
   template <class V, class R>
-  static SNNFAST_FN V derivative(V u, R alpha) {
+  static SNNFAST_FN V derivative(V u, R alpha, R gain) {
     const V slope = multiply_add(absolute(u), broadcast<V>(-alpha * alpha), broadcast<V>(alpha));
-    return select(slope < V{}, V{}, slope);
+    return select(slope < V{}, V{}, slope * gain);
   }
 };
 struct PiecewiseExp {
   template <class V, class R>
-  static SNNFAST_FN V derivative(V u, R alpha) {
-    return exp_nonpositive<V>(-absolute(u * alpha)) * (alpha / R(2));
+  static SNNFAST_FN V derivative(V u, R alpha, R gain) {
+    return exp_nonpositive<V>(-absolute(u * alpha)) * (alpha / R(2) * gain);
   }
 };
 struct SoftSign {
   template <class V, class R>
-  static SNNFAST_FN V derivative(V u, R alpha) {
+  static SNNFAST_FN V derivative(V u, R alpha, R gain) {
     const V d = absolute(u) + quotient(R(1), alpha);
-    return quotient(broadcast<V>(quotient(R(1), R(2) * alpha)), d * d);
+    return quotient(broadcast<V>(quotient(gain, R(2) * alpha)), d * d);
   }
 };
 struct SuperSpike {
   template <class V, class R>
-  static SNNFAST_FN V derivative(V u, R alpha) {
+  static SNNFAST_FN V derivative(V u, R alpha, R gain) {
     const V d = absolute(u) + R(1);
-    return quotient(broadcast<V>(alpha), d * d);
+    return quotient(broadcast<V>(alpha * gain), d * d);
   }
 };
 struct Erf {
   template <class V, class R>
-  static SNNFAST_FN V derivative(V u, R alpha) {
+  static SNNFAST_FN V derivative(V u, R alpha, R gain) {
     const V scaled = u * alpha;
-    return exp_nonpositive<V>(-(scaled * scaled)) * (alpha * R(0.56418958354775628695));
+    return exp_nonpositive<V>(-(scaled * scaled)) * (alpha * R(0.56418958354775628695) * gain);
   }
 };
 struct Rect {
   template <class V, class R>
-  static SNNFAST_FN V derivative(V u, R alpha) {
-    return select(absolute(u) < R(0.5) / alpha, broadcast<V>(alpha), V{});
+  static SNNFAST_FN V derivative(V u, R alpha, R gain) {
+    return select(absolute(u) < R(0.5) / alpha, broadcast<V>(alpha * gain), V{});
   }
 };
 
@@ -129,20 +129,6 @@ struct Rect {
   X(5, SuperSpike)            \
   X(6, Erf)                   \
   X(7, Rect)
-
-// The surrogate is the same for a whole call, so this branch is predicted; a kernel per surrogate would multiply the
-// size of the library by eight.
-template <class V>
-SNNFAST_FN V surrogate_derivative(int surrogate, V u, RealOf<V> alpha) {
-  switch (surrogate) {
-#define SNNFAST_CASE(id, Surrogate) \
-  case id:                          \
-    return Surrogate::derivative(u, alpha);
-    SNNFAST_SURROGATES(SNNFAST_CASE)
-#undef SNNFAST_CASE
-  }
-  return V{};
-}
 
 }  // namespace
 }  // namespace snnfast

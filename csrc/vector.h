@@ -63,21 +63,31 @@ struct VectorOf<double> {
   using type = Float64Vector;
 };
 
-SNNFAST_FN bool any_lane_below(UInt32Vector a, uint32_t bound) {
-  const UInt32Vector bounds = UInt32Vector{} + bound;
+SNNFAST_FN bool any_lane(Int32Vector mask) {
 #if defined(__AVX512F__)
-  return _mm512_cmplt_epu32_mask((__m512i)a, (__m512i)bounds) != 0;
-#else
-  const auto below = a < bounds;
-#if defined(__AVX2__)
-  return _mm256_movemask_epi8((__m256i)below) != 0;
+  return _mm512_movepi32_mask((__m512i)mask) != 0;
+#elif defined(__AVX2__)
+  return _mm256_movemask_epi8((__m256i)mask) != 0;
 #elif defined(__SSE2__)
-  return _mm_movemask_epi8((__m128i)below) != 0;
+  return _mm_movemask_epi8((__m128i)mask) != 0;
 #else
   for (int i = 0; i < kVectorBytes / 4; ++i)
-    if (below[i]) return true;
+    if (mask[i]) return true;
   return false;
 #endif
+}
+SNNFAST_FN bool any_lane_below(UInt32Vector a, uint32_t bound) {
+#if defined(__AVX512F__)
+  return _mm512_cmplt_epu32_mask((__m512i)a, _mm512_set1_epi32(int(bound))) != 0;
+#else
+  return any_lane(a < bound);
+#endif
+}
+SNNFAST_FN bool any_lane_reaches(UInt32Vector a, uint32_t bound) {
+#if defined(__AVX512F__)
+  return _mm512_cmpge_epu32_mask((__m512i)a, _mm512_set1_epi32(int(bound))) != 0;
+#else
+  return any_lane(a >= bound);
 #endif
 }
 
@@ -205,6 +215,10 @@ template <bool stream>
 SNNFAST_FN void store(BFloat16* to, Float32Vector v) {
   store_bits<stream>(to, __builtin_convertvector(bfloat16_bits((UInt32Vector)v), UInt16Vector));
 }
+template <bool stream>
+SNNFAST_FN void store_halves(BFloat16* to, Float32Vector v) {
+  store_bits<stream>(to, __builtin_convertvector((UInt32Vector)v >> 16, UInt16Vector));
+}
 SNNFAST_FN uint16_t float16_bits(float v) {
 #if defined(__F16C__)
   return _cvtss_sh(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
@@ -222,6 +236,10 @@ SNNFAST_FN void store(Float16* to, Float32Vector v) {
   for (int i = 0; i < kVectorBytes / 4; ++i) to[i].bits = float16_bits(v[i]);
 #endif
 }
+template <bool stream>
+SNNFAST_FN void store_halves(Float16* to, Float32Vector v) {
+  store<stream>(to, v);
+}
 template <bool>
 SNNFAST_FN void store(float* to, float v) {
   *to = v;
@@ -237,6 +255,15 @@ SNNFAST_FN void store(BFloat16* to, float v) {
 template <bool>
 SNNFAST_FN void store(Float16* to, float v) {
   to->bits = float16_bits(v);
+}
+
+// Spikes that are 0 or 1, of which the upper half of a float32 is all of a bfloat16.
+template <bool stream, class T, class V>
+SNNFAST_FN void store_spikes(T* to, V s) {
+  if constexpr (sizeof(T) == 2 && sizeof(V) > sizeof(float))
+    store_halves<stream>(to, s);
+  else
+    store<stream>(to, s);
 }
 
 // Denormal numbers cost hundreds of cycles each, and a silent leaky neuron decays into them: flush them to zero while

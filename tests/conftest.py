@@ -7,7 +7,7 @@ import os
 import pytest
 import torch
 
-from snnfast import backends
+from snnfast import backends, dynamics
 
 
 @pytest.fixture(autouse=True)
@@ -53,3 +53,57 @@ def kernel_backends() -> list:
         skip = pytest.mark.skip(reason="no CUDA device here")
         found += [pytest.param(name, "cuda", id=f"{name}-cuda", marks=skip) for name in ("native", "triton")]
     return found
+
+
+# ---- any neuron of the registry ----
+TAUS = (2.0, 3.0, 1.7)
+
+
+def learnable(neuron, device, dtype):
+    if not neuron.learnable:
+        return None
+    return torch.tensor(0.375, dtype=dynamics.state_dtype(dtype), device=device)
+
+
+def own_parameters(neuron, shape, dtype, kind="one"):
+    """Those that the registry's entry names: one for all, one for each neuron, or one for each of the last axis."""
+    like = {"one": (), "each": shape, "channel": shape[-1:]}[kind]
+    values = {"threshold": 0.9, "beta": 0.8125, "current_decay": 0.6}
+    spread = 0.0 if kind == "one" else 0.15
+    return tuple(
+        (values[name] + spread * (torch.rand(like, dtype=torch.float64) - 0.5)).to(dynamics.state_dtype(dtype))
+        for name in neuron.own
+    )
+
+
+def start(neuron, shape, dtype, scale=1.0):
+    """A random state: the potential, or the pair of potential and current."""
+    states = tuple(torch.randn(shape, dtype=dynamics.state_dtype(dtype)) * scale for _ in neuron.states)
+    return states if len(states) > 1 else states[0]
+
+
+def on(device, value):
+    if isinstance(value, tuple):
+        return tuple(on(device, v) for v in value)
+    return value.to(device) if isinstance(value, torch.Tensor) else value
+
+
+def flat(*values):
+    """The tensors of a result or of arguments, one after the other."""
+    tensors = []
+    for value in values:
+        tensors += flat(*value) if isinstance(value, tuple) else [value] if isinstance(value, torch.Tensor) else []
+    return tensors
+
+
+def variants(neuron):
+    """What else than the reset a neuron can be told."""
+    if neuron is dynamics.LIF:
+        return [{"tau": tau, "decay_input": d} for tau in TAUS for d in (True, False)] + [{"strict": True}]
+    if neuron in (dynamics.IF, dynamics.PARAMETRIC_LIF):
+        return [{"decay_input": True}, {"decay_input": False, "strict": True}]
+    if neuron is dynamics.EXPONENTIAL_LIF:
+        return [{"decay_input": d, "multi_spike": m} for d in (True, False) for m in (True, False)]
+    if neuron in (dynamics.BOX_LIF, dynamics.CURRENT_LIF):
+        return [{"strict": True, "v_leak": leak} for leak in (0.0, 0.0625)]
+    return [{"strict": True, "resets": resets} for resets in (True, False)]

@@ -105,20 +105,23 @@ const char* cudaGetErrorString(cudaError_t error) {
 extern "C" {
 
 struct FlatCall {
-  int64_t T, N, neuron, surrogate, flags, dtype, division;
-  double threshold, v_reset, tau, alpha, v_init;
-  void *x, *v0, *decay, *s, *v, *v_seq, *grad_s, *grad_v, *grad_v_seq, *grad_x, *grad_v0, *grad_decay_partial,
-      *workspace;
+  int64_t T, N, neuron, surrogate, flags, dtype, division, own_each;
+  double threshold, v_reset, tau, alpha, gain, v_leak, v_init;
+  void *x, *v0, *i0, *decay, *own[snnfast::kMaxOwn], *s, *v, *i, *v_seq, *grad_s, *grad_v, *grad_i, *grad_v_seq,
+      *grad_x, *grad_v0, *grad_i0, *grad_own[snnfast::kMaxOwn], *grad_decay_partial, *workspace;
 };
 
 static snnfast::Call call_of(const FlatCall& f) {
   snnfast::Call c{};
   c.T = f.T, c.N = f.N, c.neuron = f.neuron, c.surrogate = f.surrogate, c.flags = f.flags, c.dtype = f.dtype;
   c.division = f.division, c.threshold = f.threshold, c.v_reset = f.v_reset, c.tau = f.tau, c.alpha = f.alpha;
-  c.v_init = f.v_init, c.x = f.x, c.state[0] = f.v0, c.decay = f.decay, c.s = f.s, c.final_state[0] = f.v;
+  c.gain = f.gain, c.v_leak = f.v_leak, c.own_each = f.own_each, c.v_init = f.v_init, c.x = f.x, c.state[0] = f.v0,
+  c.decay = f.decay, c.s = f.s, c.final_state[0] = f.v;
   c.v_seq = f.v_seq, c.grad_s = f.grad_s, c.grad_final_state[0] = f.grad_v, c.grad_v_seq = f.grad_v_seq;
   c.grad_x = f.grad_x, c.grad_state[0] = f.grad_v0, c.grad_decay_partial = f.grad_decay_partial;
-  c.workspace = f.workspace;
+  c.workspace = f.workspace, c.state[1] = f.i0, c.final_state[1] = f.i, c.grad_final_state[1] = f.grad_i;
+  c.grad_state[1] = f.grad_i0;
+  for (int k = 0; k < snnfast::kMaxOwn; ++k) c.own[k] = f.own[k], c.grad_own[k] = f.grad_own[k];
   return c;
 }
 
