@@ -16,7 +16,7 @@ from . import backends, dynamics, functional, ops
 from .base import MemoryModule
 from .dynamics import Neuron, Parameters
 from .readout import LI
-from .surrogate import Sigmoid, SurrogateLike
+from .surrogate import Sigmoid, SurrogateLike, recognise
 
 __all__ = ["LI", "BaseNode", "IFNode", "LIFNode", "ParametricLIFNode"]
 
@@ -203,7 +203,7 @@ class BaseNode(MemoryModule):
             decay_input=self.decay_input,
             v_threshold=self.v_threshold,
             v_reset=self.v_reset,
-            surrogate_function=self.surrogate_function,
+            surrogate_function=recognise(self.surrogate_function),
             detach_reset=self.detach_reset,
             store_v_seq=self._store_v_seq,
             backend=self._backend,
