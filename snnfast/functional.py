@@ -27,6 +27,7 @@ from .network import (
     seq_to_ann_forward,
     set_backend,
     set_step_mode,
+    temporal_efficient_training_cross_entropy,
 )
 from .surrogate import Sigmoid, SurrogateLike, is_fused
 
@@ -45,6 +46,7 @@ __all__ = [
     "seq_to_ann_forward",
     "set_backend",
     "set_step_mode",
+    "temporal_efficient_training_cross_entropy",
 ]
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)

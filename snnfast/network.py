@@ -27,6 +27,7 @@ __all__ = [
     "seq_to_ann_forward",
     "set_backend",
     "set_step_mode",
+    "temporal_efficient_training_cross_entropy",
 ]
 
 ModuleOrModules = Callable[..., Any] | Sequence[Callable[..., Any]]
@@ -242,3 +243,14 @@ def delay(x_seq: Tensor, delay_steps: int) -> Tensor:
         raise ValueError(f"delay_steps must be a number of time steps from 0, got {delay_steps!r}")
     kept = max(x_seq.shape[0] - delay_steps, 0)
     return torch.cat((torch.zeros_like(x_seq[: x_seq.shape[0] - kept]), x_seq[:kept]))
+
+
+def temporal_efficient_training_cross_entropy(x_seq: Tensor, target: Tensor) -> Tensor:
+    """SpikingJelly's name for the mean over all steps of each one's cross-entropy; see :func:`snnfast.losses.tet_loss`.
+
+    Args:
+        x_seq: outputs ``[T, B, C, *]``.
+        target: classes ``[B, *]``.
+    """
+    T = x_seq.shape[0]
+    return F.cross_entropy(x_seq.flatten(0, 1), target.expand(T, *target.shape).flatten(0, 1))

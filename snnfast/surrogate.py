@@ -2,9 +2,9 @@
 
 Each object is called with ``u = h - v_threshold`` and gives ``1`` where ``u >= 0``; its gradient is ``derivative(u)``.
 The names, arguments and defaults are SpikingJelly's, and so are the functional forms (``atan.apply(u, alpha)``). All
-eight run inside the fused kernels, as do SpikingJelly's own objects of those names; a surrogate of your own (a subclass
-with its own ``derivative``, or any function from ``u`` to spikes that autograd can differentiate) works on the reference
-path.
+eight run inside the fused kernels, as do SpikingJelly's own objects of those names. A surrogate of your own (a subclass
+with its own ``derivative``, or any function from ``u`` to spikes that autograd can differentiate) works on the
+reference path.
 
 To add one: its struct in ``csrc/surrogates.h``, its branch in ``backends/triton_kernels.py``, its class here.
 """
@@ -330,7 +330,7 @@ _cached_make = functools.lru_cache(maxsize=256)(_make)
 def recognise(surrogate: SurrogateLike) -> SurrogateLike:
     """The fused surrogate in place of SpikingJelly's own object of that name; anything else as it is.
 
-    An object of a subclass, in ``spiking=False`` mode or with an ``alpha`` that is no number above 0 is not one of them.
+    An object of a subclass, in ``spiking=False`` mode or with an ``alpha`` that is no number above 0 stays as it is.
     """
     kind = type(surrogate)
     if kind in SURROGATES or kind.__module__ not in _THEIR_MODULES or kind.__name__ not in _BY_NAME:

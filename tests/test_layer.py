@@ -260,12 +260,12 @@ def test_containers(container, functions):
     outputs = []
     for library, neurons in ((sj_layer, sj_neuron), (layer, neuron)):
         modules = _block(library, neurons)
-        if container == "MultiStepContainer":
+        if container == "MultiStep":
             net = library.MultiStepContainer(*modules)
         elif container == "SeqToANN":
             net = library.SeqToANNContainer(*modules[:2])
         else:
-            stateful = "stateful" in container
+            stateful = container.endswith("stateful")
             net = library.StepModeContainer(stateful, "s", *(modules if stateful else modules[:2]))
         # Our function knows their containers; their function knows only theirs.
         f = functional if functions == "ours" or library is layer else sj_functional
