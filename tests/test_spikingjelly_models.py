@@ -61,7 +61,7 @@ def build(zoo, model: str, neurons, **kwargs) -> nn.Module:
 
 
 def run(net: nn.Module, f, x: torch.Tensor, target: torch.Tensor) -> tuple[list, dict, float]:
-    """Two batches through ``net``: outputs, weight gradients by name, and the last neuron's firing rate."""
+    """Two batches through ``net``: outputs, the first's weight gradients by name, and the last neuron's firing rate."""
     f.set_step_mode(net, "m")
     last = [m for m in net.modules() if hasattr(m, "surrogate_function")][-1]
     rates: list[float] = []
@@ -70,7 +70,8 @@ def run(net: nn.Module, f, x: torch.Tensor, target: torch.Tensor) -> tuple[list,
     for batch in range(2):
         torch.manual_seed(batch)
         y = net(x + 0.1 * batch)
-        nn.functional.cross_entropy(y.mean(0), target).backward()
+        if batch == 0:
+            nn.functional.cross_entropy(y.mean(0), target).backward()
         outputs.append(y.detach())
         f.reset_net(net)
     hook.remove()
@@ -98,7 +99,7 @@ CASES = [
 
 @pytest.mark.parametrize(("model", "name", "kwargs"), CASES, ids=[f"{m}-{n}" for m, n, _ in CASES])
 def test_model_zoo(zoo, model, name, kwargs):
-    x, target = torch.rand(3, 2, 3, 32, 32) * 2, torch.tensor([1, 7])
+    x, target = torch.rand(2, 2, 3, 32, 32) * 2, torch.tensor([1, 7])
     kwargs = {"surrogate_function": sj_surrogate.ATan(), **kwargs}
     theirs_net = build(zoo, model, getattr(sj_neuron, name), **kwargs)
     weights = {k: v.clone() for k, v in theirs_net.state_dict().items()}
@@ -119,11 +120,11 @@ def test_model_zoo(zoo, model, name, kwargs):
         assert torch.equal(theirs_net(x), ours_net(x))
 
 
-@pytest.mark.parametrize("model", ["spiking_resnet18"])
-def test_model_zoo_on_our_layers_and_functions(zoo, model, monkeypatch):
+def test_model_zoo_on_our_layers_and_functions(zoo, monkeypatch):
+    model = "spiking_resnet18"
     x, target = torch.rand(2, 2, 3, 32, 32) * 2, torch.tensor([1, 7])
     theirs = run(build(zoo, model, sj_neuron.IFNode, v_threshold=0.4), sj_functional, x, target)
-    monkeypatch.setattr(getattr(zoo, model.removesuffix("18")), "layer", snnfast.layer)
+    monkeypatch.setattr(zoo.spiking_resnet, "layer", snnfast.layer)
     net = build(zoo, model, snnfast.IFNode, v_threshold=0.4)
     assert any(isinstance(m, snnfast.layer.Conv2d) for m in net.modules())
     assert not any(type(m).__module__.startswith("spikingjelly.activation_based.layer") for m in net.modules())
