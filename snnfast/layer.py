@@ -13,9 +13,17 @@ from typing import Any, ClassVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from .base import MemoryModule, StepModule
-from .network import fold_time, multi_step_forward, seq_to_ann_forward
+from .container import (
+    ElementWiseRecurrentContainer,
+    LinearRecurrentContainer,
+    MultiStepContainer,
+    SeqToANNContainer,
+    StepModeContainer,
+)
+from .network import fold_time, seq_to_ann_forward, unfold_time
 
 __all__ = [
     "AdaptiveAvgPool1d",
@@ -35,9 +43,11 @@ __all__ = [
     "ConvTranspose3d",
     "Dropout",
     "Dropout2d",
+    "ElementWiseRecurrentContainer",
     "Flatten",
     "GroupNorm",
     "Linear",
+    "LinearRecurrentContainer",
     "MaxPool1d",
     "MaxPool2d",
     "MaxPool3d",
@@ -48,6 +58,12 @@ __all__ = [
     "SeqToANNContainer",
     "StepLayer",
     "StepModeContainer",
+    "TemporalEffectiveBatchNorm1d",
+    "TemporalEffectiveBatchNorm2d",
+    "TemporalEffectiveBatchNorm3d",
+    "ThresholdDependentBatchNorm1d",
+    "ThresholdDependentBatchNorm2d",
+    "ThresholdDependentBatchNorm3d",
     "Upsample",
     "VotingLayer",
 ]
@@ -71,6 +87,7 @@ class StepLayer(StepModule):
     """
 
     _layouts: ClassVar[tuple[str, ...]] = ()
+    _dimensions: ClassVar[frozenset[int]] = frozenset()  # of an input in 'm'; empty for any
     _positional: ClassVar[int] = 0
 
     def __init_subclass__(cls, takes: tuple[str, ...] | list[str] = (), **kwargs: Any) -> None:
@@ -83,6 +100,8 @@ class StepLayer(StepModule):
         parameters = list(inspect.signature(wrapped).parameters.values())
         names = [p.name for p in parameters]
         cls._layouts = tuple(takes)
+        if not any("*" in layout for layout in takes):
+            cls._dimensions = frozenset(layout.count(",") + 1 for layout in takes)
         cls._positional = names.index("device") if "device" in names else len(names)
         step_mode = inspect.Parameter("step_mode", inspect.Parameter.POSITIONAL_OR_KEYWORD, default="s", annotation=str)
         by_name = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in parameters[cls._positional :]]
@@ -107,23 +126,20 @@ class StepLayer(StepModule):
         forward = super().forward  # type: ignore[misc]
         if self._step_mode == "s":
             return forward(*inputs, **kwargs)
-        x, *others = inputs
-        if not any("*" in layout or x.dim() == layout.count(",") + 1 for layout in self._layouts):
+        x = inputs[0]
+        if self._dimensions and x.dim() not in self._dimensions:
             raise ValueError(
                 f"x must be {' or '.join(self._layouts)} for {type(self).__name__} in step mode 'm', got a tensor of "
                 f"shape {tuple(x.shape)}; in step mode 's' it takes one time step, without T"
             )
         # Tensors beside x, such as the indices of max unpooling, have the time dimension too.
-        others = [_fold(argument) for argument in others]
-        kwargs = {name: _fold(argument) for name, argument in kwargs.items()}
-        return seq_to_ann_forward(x, lambda folded: forward(folded, *others, **kwargs))
+        folded = [fold_time(argument) if isinstance(argument, Tensor) else argument for argument in inputs]
+        if kwargs:
+            kwargs = {name: fold_time(v) if isinstance(v, Tensor) else v for name, v in kwargs.items()}
+        return unfold_time(forward(*folded, **kwargs), x.shape[0], x.shape[1])
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, step_mode={self.step_mode}"  # type: ignore[misc]
-
-
-def _fold(argument: Any) -> Any:
-    return fold_time(argument) if isinstance(argument, Tensor) else argument
 
 
 # fmt: off
@@ -164,78 +180,69 @@ class Linear(StepLayer, nn.Linear, takes=["[T, B, *, F]"]):
         return nn.Linear.extra_repr(self)
 
 
-class MultiStepContainer(nn.Sequential):
-    """Single-step modules called on each time step in turn: ``[T, *]`` -> ``[T, *]``.
+class _MultiStepBatchNorm(_BatchNorm, StepModule):
+    """Batch norm over batch and time, in multi-step mode only."""
 
-    Raises:
-        ValueError: a module in step mode ``'m'``.
-    """
+    _step_mode = "m"
+    _dimensions: ClassVar[tuple[int, ...]] = ()
 
-    holds_single_steps = True
+    def __init_subclass__(cls, dimensions: tuple[int, ...] = (), **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if dimensions:
+            cls._dimensions, cls.__doc__ = dimensions, cls.__bases__[0].__doc__
 
-    def __init__(self, *modules: Any) -> None:
-        super().__init__(*modules)
-        _check_single_step(self)
+    def supported_step_mode(self) -> tuple[str, ...]:
+        return ("m",)
 
-    def forward(self, x_seq: Tensor) -> Tensor:
-        return multi_step_forward(x_seq, super().forward)
-
-
-class SeqToANNContainer(nn.Sequential):
-    """Stateless modules called once on all time steps, folded into the batch: ``[T, B, *]`` -> ``[T, B, *]``.
-
-    Raises:
-        ValueError: a module in step mode ``'m'``.
-
-    Example:
-        >>> net = SeqToANNContainer(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8))
-        >>> net(torch.randn(4, 2, 3, 6, 6)).shape
-        torch.Size([4, 2, 8, 4, 4])
-    """
-
-    holds_single_steps = True
-
-    def __init__(self, *modules: Any) -> None:
-        super().__init__(*modules)
-        _check_single_step(self)
+    def _check_input_dim(self, input: Tensor) -> None:
+        if input.dim() + 1 not in self._dimensions:
+            raise ValueError(
+                f"x_seq must have {' or '.join(map(str, self._dimensions))} dimensions for {type(self).__name__}, "
+                f"[T, B, C, *], got {input.dim() + 1}"
+            )
 
     def forward(self, x_seq: Tensor) -> Tensor:
         return seq_to_ann_forward(x_seq, super().forward)
 
 
-class StepModeContainer(nn.Sequential, StepModule):
-    """Single-step modules with a step mode of their own, which their network's changes with the others'.
+class _ThresholdDependent(_MultiStepBatchNorm):
+    """Batch norm whose scale starts at ``alpha * v_th`` (tdBN), so that its output fits the threshold.
 
-    Args:
-        stateful: in ``'m'``, call the modules on each time step in turn; else once, time folded into the batch.
-        step_mode: ``'s'`` or ``'m'``.
-        modules: as for :class:`torch.nn.Sequential`.
-
-    Raises:
-        ValueError: a module in step mode ``'m'``.
+    From Zheng et al., "Going Deeper With Directly-Trained Larger Spiking Neural Networks", AAAI 2021. The arguments
+    after ``v_th`` are those of :class:`torch.nn.BatchNorm2d`; input ``[T, B, C, *]``.
     """
 
-    holds_single_steps = True
-
-    def __init__(self, stateful: bool, step_mode: str = "s", *modules: Any) -> None:
-        super().__init__(*modules)
-        self.stateful = bool(stateful)
-        _check_single_step(self)
-        self.step_mode = step_mode
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self._step_mode == "s":
-            return super().forward(x)
-        return (multi_step_forward if self.stateful else seq_to_ann_forward)(x, super().forward)
+    def __init__(self, alpha: float, v_th: float, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if not self.affine:
+            raise ValueError(f"affine must be True for {type(self).__name__}, whose scale is alpha * v_th, got False")
+        self.alpha, self.v_th = alpha, v_th
+        nn.init.constant_(self.weight, alpha * v_th)
 
 
-def _check_single_step(container: nn.Sequential) -> None:
-    for name, module in container.named_children():
-        if getattr(module, "step_mode", "s") != "s":
-            raise ValueError(
-                f"modules in a {type(container).__name__} must be in step mode 's', got 'm' for {name!r}, a "
-                f"{type(module).__name__}"
-            )
+class _TemporalEffective(_MultiStepBatchNorm):
+    """Batch norm and after it a learnable scale for each of ``T`` time steps (TEBN).
+
+    From Duan et al., "Temporal Effective Batch Normalization in Spiking Neural Networks", NeurIPS 2022. The arguments
+    after ``T`` are those of :class:`torch.nn.BatchNorm2d`; input ``[T, B, C, *]``.
+    """
+
+    def __init__(self, T: int, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.scale = nn.Parameter(torch.ones(T))
+
+    def forward(self, x_seq: Tensor) -> Tensor:
+        return super().forward(x_seq) * self.scale.view(-1, *[1] * (x_seq.dim() - 1))
+
+
+# fmt: off
+class ThresholdDependentBatchNorm1d(_ThresholdDependent, dimensions=(3, 4)): ...
+class ThresholdDependentBatchNorm2d(_ThresholdDependent, dimensions=(5,)): ...
+class ThresholdDependentBatchNorm3d(_ThresholdDependent, dimensions=(6,)): ...
+class TemporalEffectiveBatchNorm1d(_TemporalEffective, dimensions=(3, 4)): ...
+class TemporalEffectiveBatchNorm2d(_TemporalEffective, dimensions=(5,)): ...
+class TemporalEffectiveBatchNorm3d(_TemporalEffective, dimensions=(6,)): ...
+# fmt: on
 
 
 class Dropout(MemoryModule):

@@ -178,6 +178,13 @@ def fold_time(x_seq: Tensor) -> Tensor:
     return x_seq.flatten(0, 1)
 
 
+def unfold_time(y: Any, T: int, B: int) -> Any:
+    """``[T * B, *]`` -> ``[T, B, *]``, of a tensor or each of a tuple."""
+    if isinstance(y, tuple):
+        return tuple(t.unflatten(0, (T, B)) for t in y)
+    return y.view(T, B, *y.shape[1:]) if y.is_contiguous() else y.unflatten(0, (T, B))
+
+
 def seq_to_ann_forward(x_seq: Tensor | tuple[Tensor, ...], stateless_module: ModuleOrModules) -> Any:
     """Call stateless modules on all steps at once, time folded into the batch: ``[T, B, *]`` -> ``[T, B, *]``.
 
@@ -203,10 +210,7 @@ def seq_to_ann_forward(x_seq: Tensor | tuple[Tensor, ...], stateless_module: Mod
             f"x_seq must hold tensors of one [T, B], got the shapes {', '.join(str(tuple(t.shape)) for t in tensors)}"
         )
     folded = tuple(fold_time(t) for t in tensors)
-    y = _call(folded if several else folded[0], stateless_module)
-    if isinstance(y, tuple):
-        return tuple(t.unflatten(0, (T, B)) for t in y)
-    return y.unflatten(0, (T, B))
+    return unfold_time(_call(folded if several else folded[0], stateless_module), T, B)
 
 
 # ---- small functions that training scripts call ----

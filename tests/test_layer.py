@@ -19,7 +19,11 @@ sj_layer = pytest.importorskip("spikingjelly.activation_based.layer", reason="sp
 sj_functional = pytest.importorskip("spikingjelly.activation_based.functional")
 sj_neuron = pytest.importorskip("spikingjelly.activation_based.neuron")
 
-WRAPPERS = [name for name in layer.__all__ if isinstance(getattr(layer, name), type) and name != "StepLayer"]
+WRAPPERS = [
+    name
+    for name in layer.__all__
+    if name != "StepLayer" and not name.startswith(("Temporal", "Threshold")) and "Recurrent" not in name
+]
 small, size = st.integers(1, 3), st.integers(5, 9)
 
 
@@ -206,6 +210,24 @@ def test_a_constant_image_expanded_over_time_stays_channels_last():
     assert network.fold_time(sequence).data_ptr() == sequence.data_ptr()
 
 
+@pytest.mark.parametrize("step_mode", ["s", "m"])
+def test_under_compile(step_mode):
+    net = nn.Sequential(
+        layer.Conv2d(2, 4, 3),
+        layer.BatchNorm2d(4),
+        snnfast.IFNode(),
+        layer.MaxPool2d(2),
+        layer.Flatten(),
+        layer.Linear(16, 3),
+    )
+    functional.set_step_mode(net, step_mode)
+    x = torch.randn(*(3, 5) if step_mode == "m" else (5,), 2, 6, 6)
+    net.eval()
+    want = net(x)
+    functional.reset_net(net)
+    assert torch.allclose(torch.compile(net, fullgraph=True, backend="eager")(x), want, atol=1e-6)
+
+
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(
     kind=st.sampled_from(("Dropout", "Dropout2d")),
@@ -344,3 +366,63 @@ def test_small_functions_are_theirs(seed, n, steps):
         f.kaiming_normal_conv_linear_weight(net)
         weights.append([p.clone() for p in net.parameters()])
     assert all(torch.equal(a, b) for a, b in zip(*weights, strict=True))
+
+
+@pytest.mark.parametrize("kind", ["ThresholdDependent", "TemporalEffective"])
+@pytest.mark.parametrize("dimensions", [0, 1, 2, 3])
+@pytest.mark.parametrize("training", [True, False])
+def test_batch_norms_over_time_are_theirs(kind, dimensions, training):
+    name = f"{kind}BatchNorm{max(dimensions, 1)}d"
+    args = (0.5, 0.8, 3, 1e-4) if kind == "ThresholdDependent" else (4, 3, 1e-4)
+    x = torch.randn(4, 2, 3, *range(3, 3 + dimensions))
+    results, keys = [], []
+    for library in (sj_layer, layer):
+        module = getattr(library, name)(*args).train(training)
+        functional.set_step_mode(module, "m")
+        if kind == "TemporalEffective":
+            nn.init.uniform_(module.scale, generator=torch.Generator().manual_seed(1))
+        y = module(x)
+        grads = torch.autograd.grad(y.square().sum(), list(module.parameters()))
+        results.append([y, *grads, *module.state_dict().values()])
+        keys.append(list(module.state_dict()))
+    assert keys[0] == keys[1]
+    for t, o in zip(*results, strict=True):
+        assert torch.equal(t, o)
+    with pytest.raises(ValueError, match="step_mode must be 'm', got 's'"):
+        functional.set_step_mode(module, "s")
+    with pytest.raises(ValueError, match="x_seq must have"):
+        module(torch.randn(4, 2, 3, *[2] * (dimensions + 2)))
+    assert "Batch norm" in module.__doc__
+
+
+@pytest.mark.parametrize("kind", ["ElementWise", "Linear"])
+@pytest.mark.parametrize("step_mode", ["s", "m"])
+def test_recurrent_containers_are_theirs(kind, step_mode):
+    x = torch.randn(6, 2, 3)
+    results, keys = [], []
+    for library, neurons in ((sj_layer, sj_neuron), (layer, neuron)):
+        torch.manual_seed(0)
+        node = neurons.LIFNode(v_threshold=0.3)
+        if kind == "Linear":
+            net = library.LinearRecurrentContainer(nn.Sequential(nn.Linear(3, 5), node), 3, 5)
+        else:
+            net = library.ElementWiseRecurrentContainer(node, lambda y, x: 0.7 * y + x)
+        f = functional if library is layer else sj_functional
+        f.set_step_mode(net, step_mode)
+        assert node.step_mode == "s"
+        calls = []
+        for _ in range(2):
+            y = net(x) if step_mode == "m" else torch.stack([net(x_t) for x_t in x])
+            calls.append(y)
+            f.reset_net(net)
+        grads = torch.autograd.grad(y.sum(), list(net.parameters())) if kind == "Linear" else []
+        results.append([*calls, *grads])
+        keys.append(list(net.state_dict()))
+    assert keys[0] == keys[1]
+    assert results[1][0].sum() > 0
+    assert torch.equal(results[1][0], results[1][1])
+    for t, o in zip(*results, strict=True):
+        assert torch.allclose(t, o, rtol=1e-5, atol=1e-6)
+    assert net(x[:, :1] if step_mode == "m" else x[0, :1]).shape[-2] == 1  # another batch starts afresh
+    with pytest.raises(ValueError, match="sub_module must be in step mode 's', got 'm'"):
+        layer.ElementWiseRecurrentContainer(snnfast.IFNode(step_mode="m"), torch.add)
