@@ -6,8 +6,19 @@
 torch.Size([16, 2, 4])
 """
 
-from . import functional, neuron, surrogate
+from . import encoding, functional, layer, losses, neuron, surrogate
 from ._version import __version__
 from .neuron import IFNode, LIFNode, ParametricLIFNode
 
-__all__ = ["IFNode", "LIFNode", "ParametricLIFNode", "__version__", "functional", "neuron", "surrogate"]
+__all__ = [
+    "IFNode",
+    "LIFNode",
+    "ParametricLIFNode",
+    "__version__",
+    "encoding",
+    "functional",
+    "layer",
+    "losses",
+    "neuron",
+    "surrogate",
+]

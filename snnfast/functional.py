@@ -7,89 +7,50 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from . import backends, dynamics, ops
 from ._notices import say_once
 from .dynamics import Constants, Inputs, Neuron, Parameters
-from .surrogate import Sigmoid, SurrogateLike, is_fused
+from .network import (
+    chunk_multi_step_forward,
+    delay,
+    detach_net,
+    first_spike_index,
+    kaiming_normal_conv_linear_weight,
+    multi_step_forward,
+    redundant_one_hot,
+    reset_net,
+    seq_to_ann_forward,
+    set_backend,
+    set_step_mode,
+    temporal_efficient_training_cross_entropy,
+)
+from .surrogate import Sigmoid, SurrogateLike, is_fused, recognise
 
 __all__ = [
+    "chunk_multi_step_forward",
+    "delay",
     "detach_net",
+    "first_spike_index",
     "if_multi_step",
+    "kaiming_normal_conv_linear_weight",
     "lif_multi_step",
+    "multi_step_forward",
     "plif_multi_step",
+    "redundant_one_hot",
     "reset_net",
+    "seq_to_ann_forward",
     "set_backend",
     "set_step_mode",
+    "temporal_efficient_training_cross_entropy",
 ]
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _DEFAULT_SURROGATE = Sigmoid()
-
-
-# ---- networks ----
-def _modules_with(net: nn.Module, name: str) -> Iterable[Any]:
-    if not isinstance(net, nn.Module):
-        raise TypeError(f"net must be a torch.nn.Module, got {type(net).__name__}")
-    return (m for m in net.modules() if hasattr(m, name))
-
-
-def reset_net(net: nn.Module) -> None:
-    """Reset every stateful module of ``net``: call it before each new batch of sequences.
-
-    Modules of other libraries that have a ``reset()`` are reset too.
-
-    Raises:
-        TypeError: ``net`` is not a module.
-
-    Example:
-        >>> import snnfast
-        >>> net = nn.Sequential(nn.Linear(3, 2), snnfast.IFNode())
-        >>> _ = net(torch.randn(5, 3)); reset_net(net); net[1].v
-        0.0
-    """
-    for module in _modules_with(net, "reset"):
-        if callable(module.reset):
-            module.reset()
-
-
-def detach_net(net: nn.Module) -> None:
-    """Cut the autograd history of every state in ``net`` and keep its value (truncated BPTT)."""
-    for module in _modules_with(net, "detach"):
-        module.detach()
-
-
-def set_step_mode(net: nn.Module, step_mode: str) -> None:
-    """Set ``'s'`` (one call per time step) or ``'m'`` (time first, all steps in one call) on every module that has it.
-
-    Raises:
-        ValueError: another step mode.
-    """
-    if step_mode not in ("s", "m"):
-        raise ValueError(f"step_mode must be 's' or 'm', got {step_mode!r}")
-    for module in _modules_with(net, "step_mode"):
-        module.step_mode = step_mode
-
-
-def set_backend(net: nn.Module, backend: str, instance: type | tuple[type, ...] = nn.Module) -> None:
-    """Set the backend of every neuron in ``net`` that is an ``instance``.
-
-    Args:
-        backend: ``'auto'``, ``'native'``, ``'triton'`` or ``'reference'``; the names of older SpikingJelly code
-            (``'torch'``, ``'cupy'``, ``'inductor'``) mean ``'auto'``.
-
-    Raises:
-        ValueError: an unknown backend.
-    """
-    name = backends.check_name(backend)
-    for module in _modules_with(net, "backend"):
-        if isinstance(module, instance):
-            module.backend = name  # type: ignore[attr-defined]
 
 
 # ---- checks of a user's numbers and tensors ----
@@ -219,6 +180,7 @@ def multi_step(
     (a number other than 0 can start potentials only); it comes back in the same form. ``own`` are the tensors that the
     registry's entry names, each of one element or broadcastable to one time step.
     """
+    surrogate_function = recognise(surrogate_function)
     dtype = dynamics.state_dtype(x_seq.dtype)
     if decay is not None and decay.dtype != dtype:
         decay = decay.to(dtype)

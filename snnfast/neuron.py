@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from . import backends, dynamics, functional, ops
 from .base import MemoryModule
 from .dynamics import Neuron, Parameters
+from .readout import LI
 from .surrogate import Sigmoid, SurrogateLike
 
-__all__ = ["BaseNode", "IFNode", "LIFNode", "ParametricLIFNode"]
+__all__ = ["LI", "BaseNode", "IFNode", "LIFNode", "ParametricLIFNode"]
 
 _STEPS = ("neuronal_charge", "neuronal_fire", "neuronal_reset", "single_step_forward", "multi_step_forward")
 

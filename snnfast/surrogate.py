@@ -1,15 +1,17 @@
 """Surrogate gradients: a spike in the forward pass, a smooth derivative in the backward pass.
 
 Each object is called with ``u = h - v_threshold`` and gives ``1`` where ``u >= 0``; its gradient is ``derivative(u)``.
-The names, arguments and defaults are SpikingJelly's. All eight run inside the fused kernels; a surrogate of your own
-(a subclass with its own ``derivative``, or any function from ``u`` to spikes that autograd can differentiate) works on
-the reference path.
+The names, arguments and defaults are SpikingJelly's, and so are the functional forms (``atan.apply(u, alpha)``). All
+eight run inside the fused kernels, as do SpikingJelly's own objects of those names. A surrogate of your own (a subclass
+with its own ``derivative``, or any function from ``u`` to spikes that autograd can differentiate) works on the
+reference path.
 
 To add one: its struct in ``csrc/surrogates.h``, its branch in ``backends/triton_kernels.py``, its class here.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any, ClassVar, Union
@@ -30,9 +32,23 @@ __all__ = [
     "SoftSign",
     "SuperSpike",
     "SurrogateFunction",
+    "atan",
+    "erf",
+    "heaviside",
+    "piecewise_exp",
+    "piecewise_quadratic",
+    "rect",
+    "sigmoid",
+    "soft_sign",
+    "super_spike",
 ]
 
 SurrogateLike = Union["SurrogateFunction", Callable[[Tensor], Tensor]]
+
+
+def heaviside(u: Tensor) -> Tensor:
+    """``1`` where ``u >= 0``, else ``0``, in ``u``'s dtype."""
+    return (u >= 0).to(u)
 
 
 class _Spike(torch.autograd.Function):
@@ -42,7 +58,7 @@ class _Spike(torch.autograd.Function):
 
     @staticmethod
     def forward(u: Tensor, surrogate: int, alpha: float) -> Tensor:
-        return (u >= 0).to(u)
+        return heaviside(u)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -62,7 +78,7 @@ class _UserSpike(torch.autograd.Function):
 
     @staticmethod
     def forward(u: Tensor, surrogate: SurrogateFunction) -> Tensor:
-        return (u >= 0).to(u)
+        return heaviside(u)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -118,6 +134,22 @@ class SurrogateFunction(nn.Module):
     @staticmethod
     def _primitive(u: Tensor, alpha: float) -> Tensor:
         raise NotImplementedError("this surrogate has no primitive: spiking=False is not available for it")
+
+    # ---- SpikingJelly's functional forms, which take alpha as an argument ----
+    @classmethod
+    def spiking_function(cls, u: Tensor, alpha: float) -> Tensor:
+        """Spikes, with this surrogate's derivative in the backward pass."""
+        return _Spike.apply(u, cls.id, alpha)
+
+    @classmethod
+    def primitive_function(cls, u: Tensor, alpha: float) -> Tensor:
+        """The smooth primitive."""
+        return cls._primitive(u, alpha)
+
+    @classmethod
+    def backward(cls, grad_output: Tensor, u: Tensor, alpha: float) -> Tensor:
+        """The gradient of ``u`` from that of the spikes."""
+        return grad_output * cls._derivative(u, alpha)
 
     def set_spiking_mode(self, spiking: bool) -> None:
         """Switch between spikes (``True``) and the smooth primitive (``False``)."""
@@ -311,6 +343,41 @@ class Scaled(SurrogateFunction):
 
     def primitive(self, u: Tensor) -> Tensor:
         return self.surrogate.primitive(u) * self.factor
+
+
+class _Functional:
+    """A surrogate as SpikingJelly's functional form."""
+
+    def __init__(self, surrogate: type[SurrogateFunction]) -> None:
+        self.apply = surrogate.spiking_function
+
+
+sigmoid, atan, piecewise_quadratic, piecewise_exp, soft_sign, super_spike, erf, rect = map(_Functional, SURROGATES)
+
+_BY_NAME = {surrogate.__name__: surrogate for surrogate in SURROGATES}
+_THEIR_MODULES = ("spikingjelly.activation_based.surrogate", "spikingjelly.clock_driven.surrogate")
+
+
+def _make(name: str, alpha: float) -> SurrogateFunction:
+    return _BY_NAME[name](alpha)
+
+
+_cached_make = functools.lru_cache(maxsize=256)(_make)
+
+
+def recognise(surrogate: SurrogateLike) -> SurrogateLike:
+    """The fused surrogate in place of SpikingJelly's own object of that name; anything else as it is.
+
+    An object of a subclass, in ``spiking=False`` mode or with an ``alpha`` that is no number above 0 stays as it is.
+    """
+    kind = type(surrogate)
+    if kind in SURROGATES or kind.__module__ not in _THEIR_MODULES or kind.__name__ not in _BY_NAME:
+        return surrogate
+    alpha = surrogate.alpha  # type: ignore[union-attr]
+    if not surrogate.spiking or not isinstance(alpha, (int, float)) or not alpha > 0:  # type: ignore[union-attr]
+        return surrogate
+    make = _make if torch.compiler.is_compiling() else _cached_make  # dynamo warns of caches
+    return make(kind.__name__, float(alpha))
 
 
 def is_fused(surrogate: SurrogateLike) -> bool:
