@@ -128,7 +128,7 @@ class Distiller(nn.Module):
             self._dry_run(example_inputs)
         elif self._student_paths or self._teacher_paths:
             raise ValueError(
-                "example_inputs must be a batch of inputs where a loss names layers: a dry run with it finds their shapes"
+                "example_inputs must be a batch of inputs where a loss names layers: a dry run finds their shapes"
             )
 
     @property
@@ -315,7 +315,7 @@ class Distiller(nn.Module):
         if self._teacher_paths or (self._needs_teacher_logits and teacher_logits is None):
             if self.teacher is None:
                 raise ValueError(
-                    "teacher is None and a loss needs its logits: give the Distiller a teacher, or each call teacher_logits"
+                    "teacher is None and a loss needs its logits: give a teacher, or teacher_logits with each batch"
                 )
             batch.teacher_logits, teacher_calls = self._run_teacher(inputs, B, T)
             T_teacher = len(batch.teacher_logits) if batch.teacher_logits.dim() == 3 else 1
