@@ -47,7 +47,7 @@ import mnist_data
 Batch = tuple[Tensor, Tensor]
 T, LABELS, CLASSES = 4, 1000, 10
 BATCH, LEARNING_RATE, WEIGHT_DECAY, SHIFT = 50, 5e-3, 1e-2, 1
-STUDENT, TEACHER = (16, 32, 32), (32, 64, 64)  # channels at 28 x 28, 14 x 14, 7 x 7
+STUDENT, TEACHER = (16, 32, 32), (32, 64, 64)  # channels at 14 x 14, 7 x 7, 7 x 7
 PAIRS = {"spike2": "spike2", "spike3": "spike3"}  # student: teacher; 1 x 1 convolutions bridge the channels
 T_TEACHER = 8  # steps of the temporal teacher
 QUANTILE = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}  # of t, 97.5 %
@@ -69,7 +69,7 @@ def network(channels: Sequence[int], activation: Callable[[], nn.Module], timest
     parts: OrderedDict[str, nn.Module] = OrderedDict()
     before = 1
     for i, width in enumerate(channels, 1):
-        parts[f"conv{i}"] = nn.Conv2d(before, width, 3, padding=1, stride=1 if i == 1 else 2, bias=False)
+        parts[f"conv{i}"] = nn.Conv2d(before, width, 3, padding=1, stride=2 if i < 3 else 1, bias=False)
         parts[f"norm{i}"] = nn.BatchNorm2d(width)
         if i == 1 and timesteps is not None:
             parts["repeat"] = Repeat(timesteps)
@@ -305,8 +305,8 @@ def markdown(rows: list[dict[str, Any]], settings: dict[str, Any]) -> str:
         "",
         ", ".join(f"{key}: {value}" for key, value in settings.items()),
         "",
-        "| variant | seeds | test accuracy | paired difference, 95 % interval (points) | | teacher | firing rates by layer |"
-        " synaptic operations per image | training |",
+        "| variant | seeds | test accuracy | paired difference, 95 % interval (points) | | teacher "
+        "| firing rates by layer | synaptic operations per image | training |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:

@@ -512,13 +512,24 @@ def test_training_goes_down_and_the_student_works_alone():
     assert torch.equal(fresh.eval()(x), student.eval()(x))
 
 
-def test_a_compiled_student_distils_by_its_logits():
+@pytest.mark.parametrize("compiled_before", [False, True])
+def test_a_compiled_student_distils_by_logits_and_layers(compiled_before):
     x, y = batch()
     student, ann = folded(), teacher()
+    other = copy.deepcopy(student)
     compiled = torch.compile(student, backend="eager")
-    results = [Distiller(s, ann, [LogitKD()], example_inputs=x)(x, y) for s in (student.eval(), compiled)]
-    student.train()
-    torch.testing.assert_close(*(r.terms["logit_kd"] for r in results))
+    if compiled_before:  # without hooks, in its other mode
+        compiled.eval()(x)
+        functional.reset_net(student)
+        compiled.train()
+    losses = [LogitKD(), FeatureKD({"6": "2"}), SpatialSelfKD({"3": CLASSES}), TemporalSelfKD(6, T)]
+    one, two = (Distiller(s, ann, losses, example_inputs=x) for s in (compiled, other))
+    two.losses.load_state_dict(one.losses.state_dict())
+    for _ in range(2):
+        results = [one(x, y), two(x, y)]
+        for name, term in results[0].terms.items():
+            torch.testing.assert_close(term, results[1].terms[name])
+    assert one.eval()(x, y).output.shape == (T, B, CLASSES)
 
 
 def test_two_of_a_kind_have_two_names_and_probabilities_are_labels():
