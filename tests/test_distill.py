@@ -496,6 +496,14 @@ def test_spikingjelly_student_and_a_spiking_teacher():
         assert torch.equal(result.output, z[:2])
     sj_functional.reset_net(spiking)
     assert close(result.terms["logit_kd"], kl(z[:2], spiking(x).mean(0), 4.0))
+    (bridge,) = distiller.losses["feature_kd"].adapters
+    sj_functional.reset_net(student)
+    with torch.no_grad():
+        spikes = student[:3](x)[:2].mean(0)  # of the steps of inference only
+        sj_functional.reset_net(spiking)
+        target = spiking[:3](x).mean(0)
+        wanted = ((bridge.bridge(spikes) - target) ** 2).mean()
+    assert close(result.terms["feature_kd.2"], wanted.item())
     assert student[0].weight.grad.abs().sum() > 0
     assert list(student.state_dict()) == keys
     copy.deepcopy(distiller)
