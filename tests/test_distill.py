@@ -387,9 +387,25 @@ def test_batch_norm_per_step_has_its_own_statistics_for_each_step(time_first):
 
 
 # ---- nothing left behind ----
+class Counting(nn.Module):
+    """Changes a buffer and an attribute in every call, whatever its mode, and draws random numbers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("calls", torch.zeros(()))
+        self.last: Tensor | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        self.last = (x + torch.rand(())).detach()
+        return x
+
+
 def test_the_dry_run_leaves_no_trace():
     student, ann, (x, y) = folded(), teacher(), batch()
     student.append(nn.Dropout(0.5))
+    student.append(Counting())
+    ann.append(Counting())
     ann.train()
     student[1].eval()
     student(x)  # some state
@@ -402,6 +418,9 @@ def test_the_dry_run_leaves_no_trace():
     for old, new in zip(before, (student, ann), strict=True):
         assert list(old.state_dict()) == list(new.state_dict())
         assert all(torch.equal(a, b) for a, b in zip(old.state_dict().values(), new.state_dict().values(), strict=True))
+    assert student[-1].calls == 1
+    assert torch.equal(student[-1].last, before[0][-1].last)
+    assert ann[-1].last is None
     assert [m.training for m in before[0].modules()] == [m.training for m in student.modules()]
     assert all(
         torch.equal(v, m.v) for v, m in zip(potentials, (m for m in student if isinstance(m, BaseNode)), strict=True)
@@ -451,6 +470,9 @@ def test_cached_teacher_logits_replace_the_teacher():
     distiller = Distiller(student, ann, [LogitKD(), PerStepKD()], example_inputs=x)
     cached = distiller.teacher_logits(x)
     with_teacher = distiller(x, y)
+    ann.train()  # a user's loop may do that to every model it knows
+    torch.testing.assert_close(distiller(x, y).terms["logit_kd"], with_teacher.terms["logit_kd"])
+    assert not ann.training
     calls = []
     ann.register_forward_hook(lambda *_: calls.append(1))
     from_cache = distiller(x, y, teacher_logits=cached)
