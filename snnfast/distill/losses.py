@@ -64,6 +64,12 @@ def divergence(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
     return total * (temperature**2 * log_q.shape[-1] / log_q.numel())
 
 
+def time_mean(x: Tensor) -> Tensor:
+    """Features ``[T, B, *]`` -> their mean over time ``[B, *]``."""
+    # Divided after the sum: the backward of mean() divides once for every step.
+    return x[0] if len(x) == 1 else x.sum(0) / len(x)
+
+
 def check_weight(name: str, value: Any) -> float:
     """A weight of a loss, from 0."""
     weight = check_number(name, value)
@@ -337,7 +343,7 @@ class FeatureKD(DistillationLoss):
     def forward(self, batch: Batch) -> Terms:
         terms: Terms = {}
         for (s, t), adapter in zip(self.layers.items(), self.adapters, strict=True):
-            terms[f"{self.name}.{s}"] = (self.weight, adapter(batch.student[s].mean(0), batch.teacher[t].mean(0)))
+            terms[f"{self.name}.{s}"] = (self.weight, adapter(time_mean(batch.student[s]), time_mean(batch.teacher[t])))
         return terms
 
 
@@ -390,6 +396,6 @@ class SpatialSelfKD(DistillationLoss):
         terms: Terms = {}
         for path, classifier in zip(self.layers, self.classifiers, strict=True):
             # Pooling and Linear commute with the mean over time, so once is enough.
-            weak = classifier(batch.student[path].mean(0))
+            weak = classifier(time_mean(batch.student[path]))
             terms[f"{self.name}.{path}"] = (self.weight, divergence(weak, batch.logits, self.temperature))
         return terms
