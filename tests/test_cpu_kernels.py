@@ -3,6 +3,8 @@ exact division."""
 
 from __future__ import annotations
 
+import functools
+import itertools
 import os
 import re
 import shutil
@@ -11,9 +13,10 @@ import sys
 
 import pytest
 import torch
+from conftest import flat, learnable, own_parameters, start, variants
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_parity import gradients, learnable, loop
+from test_parity import gradients, loop
 
 from snnfast import backends, dynamics, functional, surrogate
 from snnfast.dynamics import NEURONS
@@ -45,26 +48,31 @@ def stores(request):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
 def test_every_set_and_store_has_the_loops_bits_and_gradients(cpu_set, stores, dtype):
     for neuron in NEURONS:
-        for shape in [(4, 1), (5, 67), (17, 2051)]:
-            for tau, v_reset in [(3.0, 0.125), (2.0, None)]:
-                kwargs = {"tau": tau, "v_threshold": 0.875, "v_reset": v_reset}
-                x = (torch.randn(shape, dtype=torch.float64) * 1.5).to(dtype)
-                v = torch.randn(shape[1:], dtype=dynamics.state_dtype(dtype))
-                want = loop(neuron, x, v, learnable(neuron, "cpu", dtype), **kwargs)
-                x2, v2, k = x.clone().requires_grad_(), v.clone().requires_grad_(), learnable(neuron, "cpu", dtype)
-                args = [x2, v2] if k is None else [x2, v2, k.requires_grad_()]
-                got = functional.multi_step(
-                    neuron, x2, v2, k, store_v_seq=True, surrogate_function=surrogate.ATan(), backend="native", **kwargs
-                )
-                for g, w in zip(got, want, strict=True):
-                    assert torch.equal(g, w)
-                weights = [torch.randn_like(o) for o in want]
-                x3, v3, k3 = x.clone().requires_grad_(), v.clone().requires_grad_(), learnable(neuron, "cpu", dtype)
-                args3 = [x3, v3] if k3 is None else [x3, v3, k3.requires_grad_()]
-                slow = loop(neuron, x3, v3, k3, **kwargs)
-                tolerance = {2: 2e-2, 4: 1e-4, 8: 1e-10}[dtype.itemsize]
-                for g, w in zip(gradients(got, weights, args), gradients(slow, weights, args3), strict=True):
-                    assert (g - w).abs().max() <= tolerance * w.abs().max().clamp(min=1.0)
+        for shape, (tau, v_reset) in itertools.product([(4, 1), (5, 67), (17, 2051)], [(3.0, 0.125), (2.0, None)]):
+            kwargs = {"v_threshold": 0.875, "v_reset": v_reset, **variants(neuron)[-1]}
+            kwargs |= {"tau": tau, "strict": False} if neuron is dynamics.LIF else {}
+            drive = 4.0 if neuron is dynamics.EXPONENTIAL_LIF else 1.5
+            x = (torch.randn(shape, dtype=torch.float64) * drive).to(dtype)
+            state = start(neuron, shape[1:], dtype)
+            own = own_parameters(neuron, shape[1:], dtype, "each")
+
+            def run(function, x=x, state=state, own=own, neuron=neuron, kwargs=kwargs):
+                x, k = x.clone().requires_grad_(), learnable(neuron, "cpu", dtype)
+                state, own = (tuple(t.clone().requires_grad_() for t in flat(ts)) for ts in (state, own))
+                k = k if k is None else k.requires_grad_()
+                outputs = function(neuron, x, state if len(state) > 1 else state[0], k, own, store_v_seq=True, **kwargs)
+                return flat(*outputs), flat(x, state, k, own)
+
+            got, inputs = run(functools.partial(functional.multi_step, surrogate_function=surrogate.ATan()))
+            want, loop_inputs = run(loop)
+            for g, w in zip(got, want, strict=True):
+                assert torch.equal(g, w)
+            weights = [torch.randn_like(o) for o in want]
+            tolerance = {2: 2e-2, 4: 1e-4, 8: 1e-10}[dtype.itemsize]
+            found = gradients(got, weights, inputs), gradients(want, weights, loop_inputs)
+            for g, w in zip(*found, strict=True):
+                g, w = (torch.zeros(()) if t is None else t for t in (g, w))
+                assert (g - w).abs().max() <= tolerance * w.abs().max().clamp(min=1.0), neuron.name
 
 
 @settings(max_examples=60, deadline=None, derandomize=True)
@@ -83,11 +91,14 @@ def test_fuzz_forward_bits(T, shape, tau, threshold, v_reset, scale, neuron, dec
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(T, *shape, generator=generator) * scale
     kwargs = {"tau": tau, "v_threshold": threshold, "v_reset": v_reset, "decay_input": decay_input}
-    want = loop(neuron, x, 0.0, learnable(neuron, "cpu", x.dtype), **kwargs)
+    kwargs |= {"strict": True} if neuron.own and neuron is not dynamics.EXPONENTIAL_LIF else {}
+    state = 0.0 if len(neuron.states) == 1 else (0.0, 0.0)
+    own = own_parameters(neuron, shape, x.dtype, ("one", "each", "channel")[seed % 3])
+    want = loop(neuron, x, state, learnable(neuron, "cpu", x.dtype), own, **kwargs)
     got = functional.multi_step(
-        neuron, x, 0.0, learnable(neuron, "cpu", x.dtype), store_v_seq=True, backend="native", **kwargs
+        neuron, x, state, learnable(neuron, "cpu", x.dtype), own, store_v_seq=True, backend="native", **kwargs
     )
-    for g, w in zip(got, want, strict=True):
+    for g, w in zip(flat(*got), flat(*want), strict=True):
         assert torch.equal(g, w)
 
 
