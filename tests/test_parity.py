@@ -8,7 +8,7 @@ import itertools
 
 import pytest
 import torch
-from conftest import kernel_backends
+from conftest import flat, kernel_backends, learnable, loop, on, own_parameters, start
 
 from snnfast import dynamics, functional, surrogate
 from snnfast.dynamics import NEURONS
@@ -17,60 +17,6 @@ RESETS = {"hard": 0.125, "hard0": 0.0, "soft": None}
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 SHAPES = [(1, 1), (4, 33), (7, 2, 3, 5), (8, 1025), (33, 17), (4, 40000)]
 TAUS = (2.0, 3.0, 1.7)
-
-
-def learnable(neuron, device, dtype):
-    if not neuron.learnable:
-        return None
-    return torch.tensor(0.375, dtype=dynamics.state_dtype(dtype), device=device)
-
-
-def own_parameters(neuron, shape, dtype, kind="one"):
-    """Those that the registry's entry names: one for all, one for each neuron, or one for each of the last axis."""
-    like = {"one": (), "each": shape, "channel": shape[-1:]}[kind]
-    values = {"threshold": 0.9, "beta": 0.8125, "current_decay": 0.6}
-    spread = 0.0 if kind == "one" else 0.15
-    return tuple(
-        (values[name] + spread * (torch.rand(like, dtype=torch.float64) - 0.5)).to(dynamics.state_dtype(dtype))
-        for name in neuron.own
-    )
-
-
-def start(neuron, shape, dtype, scale=1.0):
-    """A random state: the potential, or the pair of potential and current."""
-    states = tuple(torch.randn(shape, dtype=dynamics.state_dtype(dtype)) * scale for _ in neuron.states)
-    return states if len(states) > 1 else states[0]
-
-
-def on(device, value):
-    if isinstance(value, tuple):
-        return tuple(on(device, v) for v in value)
-    return value.to(device) if isinstance(value, torch.Tensor) else value
-
-
-def flat(*values):
-    """The tensors of a result or of arguments, one after the other."""
-    tensors = []
-    for value in values:
-        tensors += flat(*value) if isinstance(value, tuple) else [value] if isinstance(value, torch.Tensor) else []
-    return tensors
-
-
-def loop(neuron, x, state, decay, own=(), *, v_reset, store_v_seq=True, surrogate_function=None, **kwargs):
-    """The truth: the plain loop on the CPU, for float32 in float32."""
-    own = dict(zip(neuron.own, own, strict=True))
-    parameters = dynamics.Parameters(
-        own.pop("threshold", kwargs["v_threshold"]),
-        v_reset,
-        surrogate_function or surrogate.ATan(),
-        kwargs.get("tau", 2.0),
-        decay,
-        kwargs.get("decay_input", True),
-        kwargs.get("detach_reset", False),
-        **own,
-        **{name: kwargs[name] for name in ("v_leak", "strict", "multi_spike", "resets") if name in kwargs},
-    )
-    return dynamics.multi_step(neuron, x, state, parameters, store_v_seq)
 
 
 def variants(neuron):
