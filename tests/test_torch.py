@@ -122,7 +122,7 @@ def test_compile_with_inductor():
 
 
 @needs_native
-@pytest.mark.parametrize("neuron", (dynamics.EXPONENTIAL_LIF, dynamics.SYNAPTIC), ids=lambda n: n.name)
+@pytest.mark.parametrize("neuron", [dynamics.EXPONENTIAL_LIF, dynamics.SYNAPTIC], ids=lambda n: n.name)
 def test_compile_with_own_parameters_and_two_states(neuron):
     torch._dynamo.reset()
     given = inputs(neuron)
