@@ -14,6 +14,8 @@ own in ``step``, ``after`` and ``step_backward``. To add a surrogate: a branch i
 are the ``id`` of the registries in ``dynamics.py`` and ``surrogate.py``.
 """
 
+# mypy: ignore-errors
+# Triton's language: its values have no Python types.
 from __future__ import annotations
 
 import triton
@@ -149,7 +151,7 @@ def finish_grad_decay(total, decay, FLAGS: tl.constexpr):
 @triton.jit
 def often(h, threshold):
     """How often the threshold fits into ``h``."""
-    times = divide(h, threshold)
+    times = divide(h, threshold)  # and without its fraction, for which Triton has no function on every target
     times = tl.where(times < 0.0, tl.ceil(times), tl.floor(times))
     return (h > 0.0).to(h.dtype) * times + 0.0  # without -0
 
