@@ -17,13 +17,14 @@ from typing import Any
 import torch
 
 from snnfast import backends, dynamics
-from snnfast.dynamics import NEURONS, Constants
+from snnfast.dynamics import NEURONS, Constants, Inputs
 
 from .cpu_targets import Row, at_least, at_most
 from .measure import RESULTS, environment, per_call
 from .workloads import check_spikes, forward_backward, fused, plain_loop, random_input, spikingjelly
 
 ROTATE = 3
+OWN = {"threshold": 1.0, "beta": 0.6, "current_decay": 0.8}  # one value for all neurons
 
 
 def event_time(calls: list[Callable[[], Any]], rounds: int = 20) -> float:
@@ -61,18 +62,24 @@ def bandwidth(ceiling: float) -> list[Row]:
         if backends.KERNELS[backends.NAMES.index(backend) - 1].missing(torch.device("cuda", 0)) is not None:
             continue
         N, kernels = 1 << 24, backends.KERNELS[backends.NAMES.index(backend) - 1]
-        c = Constants(neuron.id, 0, dynamics.DECAY_INPUT, 1.0, 0.0, 3.0 if neuron is dynamics.LIF else 1.0, 4.0, 0.0)
+        tau = 3.0 if neuron is dynamics.LIF else 1.0
+        c = Constants(neuron.id, 0, dynamics.DECAY_INPUT, 1.0, 0.0, tau, 4.0, 1.0, 0.0, 0.0)
         decay = torch.tensor(0.4, device="cuda") if neuron.learnable else None
+        own = {name: torch.tensor(OWN[name], device="cuda") for name in neuron.own}
         forward, backward = [], []
         for _ in range(ROTATE):
             x, g = random_input(T, N, dtype, "cuda"), torch.randn(T, N, device="cuda").to(dtype)
-            s, z, v = torch.empty_like(x), torch.empty_like(x), torch.empty(N, device="cuda")
-            k = None if decay is None else torch.empty_like(decay)
-            forward.append(lambda x=x, s=s, v=v: kernels.forward(c, x, None, decay, s, v, None))
-            backward.append(lambda x=x, g=g, z=z, k=k: kernels.backward(c, g, None, None, x, None, decay, z, None, k))
+            s, z, k = torch.empty_like(x), torch.empty_like(x), None if decay is None else torch.empty_like(decay)
+            v, i = (torch.empty(N, device="cuda") if n < len(neuron.states) else None for n in range(2))
+            outputs, grads, results = (s, v, i, None), (g, None, None, None), (z, None, None, k, None, None, None)
+            given = Inputs(x, decay=decay, **own)
+            forward.append(lambda given=given, outputs=outputs: kernels.forward(c, given, *outputs))
+            backward.append(
+                lambda grads=grads, given=given, results=results: kernels.backward(c, grads, given, *results)
+            )
         size, name = dtype.itemsize, f"{backend} {neuron.name} T={T} {str(dtype).removeprefix('torch.')} N=2^24"
         f, b = event_time(forward), event_time(backward)
-        f_share = 100 * (N * (2 * T * size + 4) / f) / ceiling
+        f_share = 100 * (N * (2 * T * size + 4 * len(neuron.states)) / f) / ceiling
         b_share = 100 * (N * 3 * T * size / b) / ceiling
         rows.append(at_least(f"forward {name}", "copy bandwidth", f_share, 90, "%", f"{f * 1e3:.3f} ms"))
         rows.append(at_least(f"backward {name}", "copy bandwidth", b_share, 85, "%", f"{b * 1e3:.3f} ms"))

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from snnfast import backends, dynamics, functional, surrogate
-from snnfast.dynamics import LIF, Constants, Parameters
+from snnfast.dynamics import LIF, Constants, Inputs, Parameters
 
 ATAN = surrogate.ATan()
 
@@ -72,13 +72,15 @@ class Preallocated:
     """The kernels alone, with outputs that exist already: what the bandwidth targets measure."""
 
     def __init__(self, x: Tensor, tau: float = 2.0, kind: int = 1, alpha: float = 2.0) -> None:
-        self.constants = Constants(LIF.id, kind, dynamics.DECAY_INPUT, 1.0, 0.0, tau, alpha, 0.0)
+        self.constants = Constants(LIF.id, kind, dynamics.DECAY_INPUT, 1.0, 0.0, tau, alpha, 1.0, 0.0, 0.0)
         self.kernels = backends.KERNELS[backends.choose("auto", x.device)]
         self.x, self.s, self.grad_x = x, torch.empty_like(x), torch.empty_like(x)
+        self.inputs = Inputs(x)
         self.v = torch.empty(x.shape[1:], dtype=dynamics.state_dtype(x.dtype), device=x.device)
 
     def forward(self) -> None:
-        self.kernels.forward(self.constants, self.x, None, None, self.s, self.v, None)
+        self.kernels.forward(self.constants, self.inputs, self.s, self.v, None, None)
 
     def backward(self, grad_s: Tensor) -> None:
-        self.kernels.backward(self.constants, grad_s, None, None, self.x, None, None, self.grad_x, None, None)
+        grads = grad_s, None, None, None
+        self.kernels.backward(self.constants, grads, self.inputs, self.grad_x, *(None,) * 6)

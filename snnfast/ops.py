@@ -163,7 +163,10 @@ def _multi_step_backward_fake(*args: Any) -> tuple[Tensor, ...]:
         torch.empty_like(x),
         *(_nothing(x) if t is None else _empty_state(x) for t in inputs[1:3]),
         _nothing(x) if inputs.decay is None else torch.empty_like(inputs.decay),
-        *(torch.empty_like(t) if own_gradients and t is not None else _nothing(x) for t in inputs[_FIRST_OWN:]),
+        *(
+            _empty_state(x).sum_to_size(t.shape) if own_gradients and t is not None else _nothing(x)
+            for t in inputs[_FIRST_OWN:]
+        ),
     )
 
 

@@ -7,7 +7,7 @@ import os
 import pytest
 import torch
 
-from snnfast import backends, dynamics
+from snnfast import backends, dynamics, surrogate
 
 
 @pytest.fixture(autouse=True)
@@ -107,3 +107,20 @@ def variants(neuron):
     if neuron in (dynamics.BOX_LIF, dynamics.CURRENT_LIF):
         return [{"strict": True, "v_leak": leak} for leak in (0.0, 0.0625)]
     return [{"strict": True, "resets": resets} for resets in (True, False)]
+
+
+def loop(neuron, x, state, decay, own=(), *, v_reset, store_v_seq=True, surrogate_function=None, **kwargs):
+    """The truth: the plain loop on the CPU, for float32 in float32."""
+    own = dict(zip(neuron.own, own, strict=True))
+    parameters = dynamics.Parameters(
+        own.pop("threshold", kwargs["v_threshold"]),
+        v_reset,
+        surrogate_function or surrogate.ATan(),
+        kwargs.get("tau", 2.0),
+        decay,
+        kwargs.get("decay_input", True),
+        kwargs.get("detach_reset", False),
+        **own,
+        **{name: kwargs[name] for name in ("v_leak", "strict", "multi_spike", "resets") if name in kwargs},
+    )
+    return dynamics.multi_step(neuron, x, state, parameters, store_v_seq)

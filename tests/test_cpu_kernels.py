@@ -13,10 +13,10 @@ import sys
 
 import pytest
 import torch
-from conftest import flat, learnable, own_parameters, start, variants
+from conftest import flat, learnable, loop, own_parameters, start, variants
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_parity import gradients, loop
+from test_parity import gradients
 
 from snnfast import backends, dynamics, functional, surrogate
 from snnfast.dynamics import NEURONS

@@ -8,7 +8,7 @@ import itertools
 
 import pytest
 import torch
-from conftest import flat, kernel_backends, learnable, on, own_parameters, start, variants
+from conftest import flat, kernel_backends, learnable, loop, on, own_parameters, start, variants
 
 from snnfast import dynamics, functional, surrogate
 from snnfast.dynamics import NEURONS
@@ -16,23 +16,6 @@ from snnfast.dynamics import NEURONS
 RESETS = {"hard": 0.125, "hard0": 0.0, "soft": None}
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 SHAPES = [(1, 1), (4, 33), (7, 2, 3, 5), (8, 1025), (33, 17), (4, 40000)]
-
-
-def loop(neuron, x, state, decay, own=(), *, v_reset, store_v_seq=True, surrogate_function=None, **kwargs):
-    """The truth: the plain loop on the CPU, for float32 in float32."""
-    own = dict(zip(neuron.own, own, strict=True))
-    parameters = dynamics.Parameters(
-        own.pop("threshold", kwargs["v_threshold"]),
-        v_reset,
-        surrogate_function or surrogate.ATan(),
-        kwargs.get("tau", 2.0),
-        decay,
-        kwargs.get("decay_input", True),
-        kwargs.get("detach_reset", False),
-        **own,
-        **{name: kwargs[name] for name in ("v_leak", "strict", "multi_spike", "resets") if name in kwargs},
-    )
-    return dynamics.multi_step(neuron, x, state, parameters, store_v_seq)
 
 
 @pytest.mark.parametrize(("backend", "device"), kernel_backends())

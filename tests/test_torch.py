@@ -4,27 +4,45 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import kernel_backends
+from conftest import flat, kernel_backends, own_parameters
 from torch import nn
 
 import snnfast
 from snnfast import backends, dynamics, functional, ops, surrogate
-from snnfast.dynamics import NEURONS
+from snnfast.dynamics import NEURONS, Inputs
 
 NATIVE_CPU = backends.native.missing(torch.device("cpu"))
+STRICT = (dynamics.BOX_LIF, dynamics.CURRENT_LIF, *NEURONS[dynamics.LEAKY.id :])  # whose kernels compare so always
 needs_native = pytest.mark.skipif(NATIVE_CPU is not None, reason=str(NATIVE_CPU))
 
 
-def constants(neuron, store_v_seq=True, surrogate_id=1, **kwargs):
-    numbers = {"tau": 3.0, "decay_input": True, "v_threshold": 0.875, "v_reset": 0.0, "detach_reset": False} | kwargs
-    return functional._constants(neuron.id, surrogate_id, 2.0, **numbers, store_v_seq=store_v_seq, v_init=0.0)
+def constants(neuron, flags=dynamics.DECAY_INPUT | dynamics.STORE_V_SEQ):
+    return functional._constants(neuron.id, 1, 2.0, 1.5, flags, 0.875, 0.0, 3.0, 0.0625, 0.0)
 
 
 def inputs(neuron, device="cpu", dtype=torch.float32, shape=(4, 2, 3), grad=True):
-    x = torch.randn(shape, device=device, dtype=dtype, requires_grad=grad)
-    v = torch.randn(shape[1:], device=device, dtype=dynamics.state_dtype(dtype), requires_grad=grad)
-    k = torch.tensor(0.375, device=device, dtype=dynamics.state_dtype(dtype), requires_grad=grad)
-    return x, v, k if neuron.learnable else None
+    """All that the neuron can take: a threshold for all, a beta for each neuron, a current_decay for each channel."""
+    state = dynamics.state_dtype(dtype)
+    kinds = {"threshold": "one", "beta": "each", "current_decay": "channel"}
+    own = {name: own_parameters(neuron, shape[1:], dtype, kinds[name])[k] for k, name in enumerate(neuron.own)}
+    states = {f"{name}0": torch.randn(shape[1:], dtype=state) for name in neuron.states}
+    decay = {"decay": torch.tensor(0.375, dtype=state)} if neuron.learnable else {}
+    found = Inputs(torch.randn(shape, dtype=dtype), **states, **decay, **own)
+    return Inputs._make(t if t is None else t.to(device).requires_grad_(grad) for t in found)
+
+
+def run(neuron, given, backend, **kwargs):
+    """Spikes, states and potentials of the neuron from its inputs."""
+    state = given.v0 if given.i0 is None else (given.v0, given.i0)
+    own = tuple(getattr(given, name) for name in neuron.own)
+    kwargs = {"tau": 3.0, "v_threshold": 0.875, "v_leak": 0.0625, "strict": neuron in STRICT} | kwargs
+    return flat(
+        *functional.multi_step(neuron, given.x, state, given.decay, own, store_v_seq=True, backend=backend, **kwargs)
+    )
+
+
+def names_of(given):
+    return [name for name, t in zip(Inputs._fields, given, strict=True) if t is not None]
 
 
 @pytest.mark.parametrize(("backend", "device"), kernel_backends())
@@ -32,15 +50,21 @@ def inputs(neuron, device="cpu", dtype=torch.float32, shape=(4, 2, 3), grad=True
 @pytest.mark.parametrize("neuron", NEURONS, ids=lambda n: n.name)
 def test_opcheck(backend, device, neuron, store_v_seq):
     index = backends.NAMES.index(backend) - 1
-    x, v, k = inputs(neuron, device, grad=False)
-    numbers = (*constants(neuron, store_v_seq), index)
-    torch.library.opcheck(torch.ops.snnfast.multi_step.default, (x, v, k, *numbers))
-    torch.library.opcheck(torch.ops.snnfast.multi_step.default, (x, None, k, *numbers))
-    channels_last = torch.randn(4, 2, 5, 5, 3, device=device).permute(0, 1, 4, 2, 3)
-    torch.library.opcheck(torch.ops.snnfast.multi_step.default, (channels_last, None, k, *numbers))
-    grads = (torch.randn_like(x), torch.randn_like(v), torch.randn_like(x) if store_v_seq else None)
-    torch.library.opcheck(torch.ops.snnfast.multi_step_backward.default, (*grads, x, v, k, *numbers))
-    torch.library.opcheck(torch.ops.snnfast.multi_step_backward.default, (None, grads[1], None, x, None, k, *numbers))
+    given = inputs(neuron, device, grad=False)
+    numbers = (*constants(neuron, dynamics.STORE_V_SEQ * store_v_seq), index)
+    forward, backward = torch.ops.snnfast.multi_step.default, torch.ops.snnfast.multi_step_backward.default
+    torch.library.opcheck(forward, (*given, *numbers))
+    torch.library.opcheck(forward, (*given._replace(v0=None, i0=None), *numbers))
+    last = inputs(neuron, device, shape=(4, 2, 3, 5, 5), grad=False)
+    last = last._replace(x=torch.randn(4, 2, 5, 5, 3, device=device).permute(0, 1, 4, 2, 3))
+    torch.library.opcheck(forward, (*last, *numbers))
+    for inp in (given, last):
+        v_seq = torch.randn_like(inp.x) if store_v_seq else None
+        grads = torch.randn_like(inp.x), torch.randn_like(inp.v0), torch.randn_like(inp.v0), v_seq
+        if inp.i0 is None:
+            grads = (*grads[:2], None, v_seq)
+        torch.library.opcheck(backward, (*grads, *inp, *numbers, True))
+        torch.library.opcheck(backward, (None, grads[1], None, None, *inp._replace(v0=None), *numbers, False))
 
 
 class Net(nn.Module):
@@ -97,70 +121,86 @@ def test_compile_with_inductor():
     assert torch.allclose(got, want, rtol=1e-5)
 
 
-@pytest.mark.parametrize(("backend", "device"), kernel_backends())
-@pytest.mark.parametrize("neuron", NEURONS, ids=lambda n: n.name)
-def test_double_backward_equals_the_loops(backend, device, neuron):
-    tensors = [t for t in inputs(neuron, device, torch.float64) if t is not None]
+@needs_native
+@pytest.mark.parametrize("neuron", [dynamics.EXPONENTIAL_LIF, dynamics.SYNAPTIC], ids=lambda n: n.name)
+def test_compile_with_own_parameters_and_two_states(neuron):
+    torch._dynamo.reset()
+    given = inputs(neuron)
 
-    def penalty(backend):
-        s, v, v_seq = functional.multi_step(
-            neuron,
-            *tensors,
-            tau=3.0,
-            v_threshold=0.875,
-            surrogate_function=surrogate.Sigmoid(),
-            store_v_seq=True,
-            backend=backend,
-        )
-        loss = (s * torch.arange(s.numel(), device=device).view_as(s)).sum() + v.square().sum() + v_seq.sin().sum()
-        first = torch.autograd.grad(loss, tensors, create_graph=True)
-        return torch.autograd.grad(sum(g.square().sum() for g in first), tensors)
+    def step(*tensors):
+        by_name = dict(zip(names_of(given), tensors, strict=True))
+        return sum(o.sin().sum() for o in run(neuron, Inputs(**by_name), "native"))
 
-    for g, w in zip(penalty(backend), penalty("reference"), strict=True):
-        assert torch.allclose(g, w, rtol=1e-8, atol=1e-10)
+    tensors = flat(*given)
+    want = torch.autograd.grad(step(*tensors), tensors)
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    for g, w in zip(torch.autograd.grad(compiled(*tensors), tensors), want, strict=True):
+        assert torch.allclose(g, w, rtol=1e-5, atol=1e-6)
 
 
-def call(neuron, backend):
-    """x, v[, k] -> a scalar and its pieces, for torch.func."""
+def loss_of(neuron, names, backend, **kwargs):
+    """From the tensors named to a scalar to which every output contributes, for double backward and torch.func."""
 
-    def function(x, v, k=None):
-        s, v, v_seq = functional.multi_step(
-            neuron,
-            x,
-            v,
-            k,
-            tau=3.0,
-            v_threshold=0.875,
-            surrogate_function=surrogate.ATan(),
-            store_v_seq=True,
-            backend=backend,
-        )
-        return (s * (1 + torch.arange(s.numel(), device=s.device).view_as(s))).sum() + v.square().sum() + v_seq.sum()
+    def function(*tensors):
+        s, *rest = run(neuron, Inputs(**dict(zip(names, tensors, strict=True))), backend, **kwargs)
+        loss = (s * (1 + torch.arange(s.numel(), device=s.device).view_as(s))).sum()
+        return loss + sum(o.square().sum() + o.sin().sum() for o in rest)
 
     return function
 
 
 @pytest.mark.parametrize(("backend", "device"), kernel_backends())
+@pytest.mark.parametrize("v_reset", [None, 0.125], ids=["soft", "hard"])
+@pytest.mark.parametrize("neuron", NEURONS, ids=lambda n: n.name)
+def test_double_backward_equals_the_loops(backend, device, neuron, v_reset):
+    given = inputs(neuron, device, torch.float64)
+    tensors = flat(*given)
+
+    def penalty(backend):
+        loss = loss_of(neuron, names_of(given), backend, v_reset=v_reset, surrogate_function=surrogate.Sigmoid())
+        first = torch.autograd.grad(loss(*tensors), tensors, create_graph=True)
+        return torch.autograd.grad(sum(g.square().sum() for g in first), tensors)
+
+    for name, g, w in zip(names_of(given), penalty(backend), penalty("reference"), strict=True):
+        assert torch.allclose(g, w, rtol=1e-8, atol=1e-10), name
+        assert w.any(), name
+
+
+@pytest.mark.parametrize(("backend", "device"), kernel_backends())
+def test_double_backward_by_some_inputs_only(backend, device):
+    neuron = dynamics.SYNAPTIC
+    fixed = inputs(neuron, device, torch.float64, grad=False)
+    for wanted in (["x"], ["i0"], ["beta"], ["x", "threshold"]):
+        given = fixed._replace(**{name: getattr(fixed, name).clone().requires_grad_() for name in wanted})
+        leaves = [getattr(given, name) for name in wanted]
+        found = []
+        for each in (backend, "reference"):
+            loss = loss_of(neuron, names_of(given), each)(*flat(*given))
+            first = torch.autograd.grad(loss, leaves, create_graph=True)
+            found.append([*first, *torch.autograd.grad(sum(g.square().sum() for g in first), leaves)])
+        for g, w in zip(*found, strict=True):
+            assert torch.allclose(g, w, rtol=1e-8, atol=1e-10), wanted
+
+
+@pytest.mark.parametrize(("backend", "device"), kernel_backends())
 @pytest.mark.parametrize("neuron", NEURONS, ids=lambda n: n.name)
 def test_torch_func(backend, device, neuron):
-    fast, slow = call(neuron, backend), call(neuron, "reference")
-    tensors = [t.detach() for t in inputs(neuron, device, torch.float64) if t is not None]
+    given = inputs(neuron, device, torch.float64, grad=False)
+    names, tensors = names_of(given), flat(*given)
+    fast, slow = (loss_of(neuron, names, b, surrogate_function=surrogate.ATan()) for b in (backend, "reference"))
     every = tuple(range(len(tensors)))
     for g, w in zip(torch.func.grad(fast, every)(*tensors), torch.func.grad(slow, every)(*tensors), strict=True):
         assert torch.allclose(g, w)
 
     batched = [torch.stack([t, t * 0.7, t + 0.1]) for t in tensors]
-    for in_dims in [
-        (0,) * len(tensors),
-        (0,) + (None,) * (len(tensors) - 1),
-        (None, 0, *([0] if neuron.learnable else [])),
-    ]:
+    last = len(tensors) - 1
+    for in_dims in [(0,) * (last + 1), (0,) + (None,) * last, (None,) * last + (0,), (None, 0) + (None,) * (last - 1)]:
         args = [b if d == 0 else t for b, t, d in zip(batched, tensors, in_dims, strict=True)]
         assert torch.allclose(torch.func.vmap(fast, in_dims)(*args), torch.func.vmap(slow, in_dims)(*args)), in_dims
         per_sample = [torch.func.vmap(torch.func.grad(f, every), in_dims)(*args) for f in (fast, slow)]
-        for g, w in zip(*per_sample, strict=True):
-            assert torch.allclose(g, w), in_dims
-    hessians = [torch.func.jacrev(torch.func.grad(f))(*tensors) for f in (fast, slow)]
+        for name, g, w in zip(names, *per_sample, strict=True):
+            assert torch.allclose(g, w), (in_dims, name)
+    hessians = [torch.func.jacrev(torch.func.grad(f, last))(*tensors) for f in (fast, slow)]
     assert torch.allclose(*hessians)
 
 

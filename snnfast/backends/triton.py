@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..dynamics import DECAY_INPUT, DETACH_RESET, IF, LIF, PARAMETRIC_LIF, SOFT_RESET, Constants, Inputs, state_dtype
+from ..dynamics import DETACH_RESET, NEURONS, STORE_V_SEQ, Constants, Inputs, state_dtype
 
 try:
     import triton
@@ -33,7 +33,7 @@ else:
     else:
         from . import triton_kernels as kernels
 
-NEURONS_SERVED = frozenset(n.id for n in (IF, LIF, PARAMETRIC_LIF))
+NEURONS_SERVED = frozenset(n.id for n in NEURONS)
 _DEVICES = ("cuda", "xpu")
 _LONGEST_UNROLLED, _CHUNK = 32, 16
 _WARPS = 4
@@ -81,9 +81,11 @@ def served() -> str:
 
 
 # ---- launch ----
-def block_size(T: int, state: torch.dtype) -> int:
-    """Neurons per program: backward holds up to 32 charges of each in registers, which must not spill."""
+def block_size(neuron: int, T: int, state: torch.dtype) -> int:
+    """Neurons per program: backward holds up to 32 steps' tapes of each in registers, which must not spill."""
     block = 1024 if T <= 4 else 512 if T <= 16 else 256
+    if NEURONS[neuron].own:  # a longer tape, more states, and the gradients of the parameters
+        block //= 2
     return block // 2 if state == torch.float64 else block
 
 
@@ -101,25 +103,37 @@ def _bits(number: float) -> int:
 
 
 @functools.lru_cache(maxsize=4096)
-def _plan(c: Constants, T: int, dtype: torch.dtype) -> tuple[tuple[Any, ...], dict[str, Any], dict[str, Any], int]:
+def _plan(
+    c: Constants, T: int, dtype: torch.dtype, each: int
+) -> tuple[tuple[Any, ...], dict[str, Any], dict[str, Any], int]:
     """For both kernels the numbers, for each its compile-time arguments, and the number of chunks."""
     state = state_dtype(dtype)
     chunks, chunk, rest = split_time(T)
-    numbers = (c.threshold, c.v_reset, c.tau, 1.0 / c.tau, c.v_init, c.alpha, 0.5 / c.alpha)
+    numbers = (c.threshold, c.v_reset, c.v_leak, c.tau, 1.0 / c.tau, c.v_init, c.alpha, 0.5 / c.alpha, c.gain)
+    flags = c.flags & ~STORE_V_SEQ  # which the pointer tells
     shared = {
         "NEURON": c.neuron,
         "MULTIPLY": math.frexp(c.tau)[0] == 0.5,
+        "EACH": each,
         "CHUNK": chunk,
         "REST": rest,
-        "BLOCK": block_size(T, state),
+        "BLOCK": block_size(c.neuron, T, state),
         **_OPTIONS,
     }
     return (
         numbers if state == torch.float32 else tuple(_bits(n) for n in numbers),
-        {**shared, "FLAGS": c.flags & (DECAY_INPUT | SOFT_RESET)},
-        {**shared, "FLAGS": c.flags & (DECAY_INPUT | SOFT_RESET | DETACH_RESET), "SURROGATE": c.surrogate},
+        {**shared, "FLAGS": flags & ~DETACH_RESET},
+        {**shared, "FLAGS": flags, "SURROGATE": c.surrogate},
         chunks,
     )
+
+
+def _each(inputs: Inputs) -> int:
+    """Which of the neurons' own parameters have one value for each neuron, as bits."""
+    if inputs.threshold is None:
+        return 0
+    own = inputs.threshold, inputs.beta, inputs.current_decay
+    return sum(1 << k for k, t in enumerate(own) if t is not None and t.numel() > 1)
 
 
 def _on(device: torch.device) -> Any:
@@ -137,13 +151,13 @@ def forward(
     v_seq: Tensor | None,
 ) -> None:
     """Spikes ``s`` and final states of input ``x``, and the potentials ``v_seq`` if wanted."""
-    x, v0, _, decay, *_ = inputs
+    x = inputs.x
     T = x.shape[0]
     N = x.numel() // T
-    numbers, compile_time, _, chunks = _plan(constants, T, x.dtype)
+    numbers, compile_time, _, chunks = _plan(constants, T, x.dtype, _each(inputs))
     with _on(x.device):
         kernels.forward_kernel[(triton.cdiv(N, compile_time["BLOCK"]),)](
-            x, v0, decay, s, v, v_seq, N, chunks, *numbers[:5], **compile_time
+            *inputs, s, v, i, v_seq, N, chunks, *numbers[:6], **compile_time
         )
 
 
@@ -156,28 +170,29 @@ def backward(
     grad_v0: Tensor | None,
     grad_i0: Tensor | None,
     grad_decay: Tensor | None,
-    *own: Tensor | None,
+    *grad_own: Tensor | None,
 ) -> None:
-    """Gradients of the inputs from any subset of the outputs' gradients."""
-    grad_s, grad_v, _, grad_v_seq = grads
-    x, v0, _, decay, *_ = inputs
+    """Gradients of the inputs from any subset of the outputs' gradients (``s``, ``v``, ``i``, ``v_seq``).
+
+    ``grad_own`` has one value for each neuron, also where the parameter itself has one for all.
+    """
+    x = inputs.x
     T = x.shape[0]
     N = x.numel() // T
-    numbers, _, compile_time, chunks = _plan(constants, T, x.dtype)
+    numbers, _, compile_time, chunks = _plan(constants, T, x.dtype, _each(inputs))
     programs = triton.cdiv(N, compile_time["BLOCK"])
     partial = None if grad_decay is None else torch.empty(programs, dtype=torch.float64, device=x.device)
-    states = torch.empty((chunks, N), dtype=state_dtype(x.dtype), device=x.device) if chunks else None
+    room = len(NEURONS[constants.neuron].states), chunks, N
+    states = torch.empty(room, dtype=state_dtype(x.dtype), device=x.device) if chunks else None
     with _on(x.device):
         kernels.backward_kernel[(programs,)](
-            grad_s,
-            grad_v,
-            grad_v_seq,
-            x,
-            v0,
-            decay,
+            *grads,
+            *inputs,
             grad_x,
             grad_v0,
+            grad_i0,
             partial,
+            *grad_own,
             states,
             N,
             chunks,
