@@ -42,7 +42,7 @@ def _start_afresh(neuron: Any, args: Any) -> None:
     """
     if neuron.auto_reset:
         neuron.reset()
-    elif not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:
+    elif not (torch.compiler.is_compiling() or neuron.restored) and torch._C._current_graph_task_id() != -1:
         raise RuntimeError(
             "a neuron with auto_reset=False was called again by torch.utils.checkpoint, from a later state than in the "
             "forward. Use snnfast.checkpoint.checkpoint, which restores it, or leave auto_reset at True"
@@ -56,7 +56,7 @@ def _repeat_input(neuron: Any, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
 
 def prepare_neuron(neuron: nn.Module, repeats: bool) -> nn.Module:
     """``neuron`` with the hooks it needs within a converted network."""
-    neuron.auto_reset = True  # type: ignore[assignment]
+    neuron.auto_reset, neuron.restored = True, False  # type: ignore[assignment]
     if callable(getattr(neuron, "reset", None)):
         neuron.register_forward_pre_hook(_start_afresh)
     if repeats:

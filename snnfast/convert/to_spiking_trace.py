@@ -6,6 +6,7 @@ import ast
 import builtins
 import contextlib
 import inspect
+import os
 import textwrap
 from collections.abc import Iterator
 from typing import Any
@@ -17,6 +18,7 @@ from torch.nn import functional as F
 __all__ = ["Untraceable", "activation_of", "functional_activations", "is_shape", "is_torch_leaf", "trace"]
 
 RELU = "ReLU"
+_TORCH, _HERE = os.path.dirname(torch.__file__), os.path.dirname(__file__)  # not what an error's reader looks for
 _RELU_FUNCTIONS = (F.relu, F.relu_, torch.relu, torch.relu_)
 _RELU_METHODS = ("relu", "relu_")
 _OTHER_NAMES = (
@@ -199,6 +201,10 @@ def _path_of_self(node: ast.expr) -> bool:
 def place(path: str, module: nn.Module, node: fx.Node | None = None) -> str:
     """Where something is, for an error: dotted path, class and source line."""
     where = f"'{path}' ({type(module).__name__})" if path else f"the model's own forward ({type(module).__name__})"
-    trace_lines = (node.meta.get("stack_trace") or node.stack_trace or "") if node is not None else ""
-    files = [line.strip() for line in trace_lines.splitlines() if line.strip().startswith("File ")]
-    return f"{where}, {files[-1]}" if files else where
+    frames = (node.meta.get("stack_trace") or node.stack_trace or "") if node is not None else ""
+    own = [
+        line.strip()
+        for line in frames.splitlines()
+        if line.strip().startswith("File ") and not any(p in line for p in (_TORCH, _HERE, 'File "<'))
+    ]
+    return f"{where}, {own[-1].rpartition(', in ')[0] or own[-1]}" if own else where
