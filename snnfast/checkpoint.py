@@ -68,18 +68,18 @@ def _again(module: nn.Module, before: _State) -> Iterator[None]:
     """A second run of ``module``, which leaves no trace."""
     after = _state(module)
     norms = [m for m in module.modules() if getattr(m, "track_running_stats", False)]
+    statistics = [(b, b.detach().clone()) for m in norms for b in m.buffers(recurse=False)]
     stateful = [m for m in module.modules() if getattr(m, "auto_reset", True) is False]
     _restore(before)
-    for m in norms:
-        m.track_running_stats = False  # type: ignore[assignment]
     for m in stateful:
         m.restored = True  # type: ignore[assignment]
     try:
         yield
     finally:
         _restore(after)
-        for m in norms:
-            m.track_running_stats = True  # type: ignore[assignment]
+        with torch.no_grad():
+            for buffer, value in statistics:
+                buffer.copy_(value)
         for m in stateful:
             m.restored = False  # type: ignore[assignment]
 

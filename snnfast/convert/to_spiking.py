@@ -25,6 +25,7 @@ class SpikingNetwork:
     training: bool
     _timesteps: int
     _at_input: bool
+    _auto_reset: bool
     _untraced: tuple[str, ...]
     coding: Coding | None
     readout: Callable[[Tensor], Any] | None
@@ -42,7 +43,9 @@ class SpikingNetwork:
         elif self._at_input:
             x = repeat(x, T)
         y = _unfold(super().forward(x), T)  # type: ignore[misc]
-        if torch.compiler.is_exporting():  # an exported program has no state to leave behind
+        # A compiled forward that leaves its state behind would be compiled again for the second call, which finds a
+        # tensor where the first found a number; an exported program has nowhere to leave it.
+        if torch.compiler.is_exporting() or (torch.compiler.is_compiling() and self._auto_reset):
             functional.reset_net(self)  # type: ignore[arg-type]
         return y if self.readout is None else self.readout(y)
 
@@ -62,7 +65,7 @@ class SpikingNetwork:
     @property
     def auto_reset(self) -> bool:
         """Whether each forward starts from the initial state (the default), or goes on from the last one's."""
-        return all(getattr(m, "auto_reset", True) for m in self.modules() if m is not self)  # type: ignore[attr-defined]
+        return self._auto_reset
 
     @auto_reset.setter
     def auto_reset(self, value: bool) -> None:
@@ -71,9 +74,10 @@ class SpikingNetwork:
                 "auto_reset can be False only where each neuron is known to be called once in a forward, but "
                 + "; ".join(self._untraced)
             )
+        self._auto_reset = bool(value)
         for module in self.modules():  # type: ignore[attr-defined]
             if module is not self and hasattr(module, "auto_reset"):
-                module.auto_reset = bool(value)
+                module.auto_reset = self._auto_reset
 
 
 def _unfold(y: Any, T: int) -> Any:
@@ -187,7 +191,7 @@ def to_spiking(
         raise ValueError(f"model must have at least one ReLU, found none in {type(model).__name__}")
     net.__class__ = with_mixin(type(net), SpikingNetwork)
     net._untraced = tuple(converter.untraced)
-    net._at_input = at_input
+    net._at_input, net._auto_reset = at_input, True
     net.coding, net.readout = None, None
     net._timesteps = timesteps if calibration is None else 1
     if calibration is not None:

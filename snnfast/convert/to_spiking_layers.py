@@ -15,8 +15,9 @@ def repeat(x: Any, T: int) -> Any:
     if T == 1 or not isinstance(x, Tensor) or x.dim() == 0:
         return x
     if x.dim() == 4 and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last):
-        return x.permute(0, 2, 3, 1).expand(T, *(x.shape[i] for i in (0, 2, 3, 1))).flatten(0, 1).permute(0, 3, 1, 2)
-    return x.expand(T, *x.shape).flatten(0, 1)
+        return x.permute(0, 2, 3, 1).repeat(T, 1, 1, 1).permute(0, 3, 1, 2)
+    # Not expand and flatten: torch.export cannot prove their strides for every batch size.
+    return x.repeat(T, *(1,) * (x.dim() - 1))
 
 
 class Repeat(nn.Module):
@@ -103,8 +104,9 @@ class Observer(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         y = x.relu()
         values = y.detach().float().flatten()
-        k = max(1, round(self.percentile / 100 * values.numel()))
-        self.threshold = max(self.threshold, values.kthvalue(k).values.item())
+        largest = values.numel() - max(1, round(self.percentile / 100 * values.numel())) + 1
+        # Not kthvalue: it takes quadratic time on as many equal values as a ReLU's zeros are.
+        self.threshold = max(self.threshold, values.topk(largest, sorted=False).values.min().item())
         return y
 
 
