@@ -82,5 +82,3 @@ def _again(module: nn.Module, before: _State) -> Iterator[None]:
                 buffer.copy_(value)
         for m in stateful:
             m.restored = False  # type: ignore[assignment]
-
-

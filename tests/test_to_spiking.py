@@ -255,7 +255,7 @@ def test_what_is_constant_is_computed_once():
     got, want = once(x), always(x)
     assert seen == {"conv1": B, "bn1": B, "maxpool": T * B, "layer1.0.conv1": T * B, "fc": T * B}
     assert torch.allclose(got, want)
-    for net, y in ((once, got), (always, want)):
+    for y in (got, want):
         y.square().sum().backward()
     for (name, p), q in zip(once.named_parameters(), always.parameters(), strict=True):
         assert torch.allclose(p.grad, q.grad, rtol=1e-6, atol=1e-9), name

@@ -41,7 +41,7 @@ def test_poisson_coding_is_seeded_and_has_the_rates_of_the_input():
     unseeded = snnfast.to_spiking(ann, 200, **arguments)(x)
     torch.manual_seed(1)
     assert torch.equal(snnfast.to_spiking(ann, 200, **arguments)(x), unseeded)
-    with pytest.raises(ValueError, match="x must be from 0 to 1 for Poisson coding, got values from -1 to 0.5"):
+    with pytest.raises(ValueError, match=r"x must be from 0 to 1 for Poisson coding, got values from -1 to 0.5"):
         net(torch.tensor([[-1.0, 0.5]]))
 
 
@@ -200,7 +200,7 @@ def test_thresholds_are_percentiles_of_the_activations():
 
 def test_what_calibration_refuses():
     x = torch.randn(2, 6)
-    with pytest.raises(ValueError, match="neuron must be snnfast.IFNode with calibration: LIFNode"):
+    with pytest.raises(ValueError, match=r"neuron must be snnfast.IFNode with calibration: LIFNode"):
         snnfast.to_spiking(small(), T, snnfast.LIFNode, calibration=x)
     with pytest.raises(ValueError, match="v_threshold must not be given with calibration"):
         snnfast.to_spiking(small(), T, calibration=x, v_threshold=2.0)
@@ -310,13 +310,13 @@ def test_an_activation_that_cannot_be_found_is_refused():
 
 
 def test_other_refusals():
-    with pytest.raises(TypeError, match="model must be a torch.nn.Module, got function"):
+    with pytest.raises(TypeError, match=r"model must be a torch.nn.Module, got function"):
         snnfast.to_spiking(F.relu, T)
     with pytest.raises(ValueError, match="timesteps must be a whole number from 1, got 0"):
         snnfast.to_spiking(small(), 0)
     with pytest.raises(ValueError, match="model must have at least one ReLU, found none in Sequential"):
         snnfast.to_spiking(nn.Sequential(nn.Linear(3, 2)), T)
-    with pytest.raises(ValueError, match="model must be an ordinary ANN, but '1' .* is a spiking module already"):
+    with pytest.raises(ValueError, match=r"model must be an ordinary ANN, but '1' .* is a spiking module already"):
         snnfast.to_spiking(snnfast.to_spiking(small(), T), T)
     with pytest.raises(TypeError, match="neuron must make a module with timesteps"):
         snnfast.to_spiking(small(), T, lambda timesteps: nn.ReLU())

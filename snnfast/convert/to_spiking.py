@@ -36,9 +36,7 @@ class SpikingNetwork:
         if self.coding is not None:
             x_seq = self.coding(x, T)
             if x_seq.dim() < 2 or x_seq.shape[0] != T:
-                raise ValueError(
-                    f"coding must give [T, B, *] with T = {T}, got a tensor of shape {tuple(x_seq.shape)}"
-                )
+                raise ValueError(f"coding must give [T, B, *] with T = {T}, got a tensor of shape {tuple(x_seq.shape)}")
             x = x_seq.flatten(0, 1)
         elif self._at_input:
             x = repeat(x, T)
@@ -134,9 +132,9 @@ def to_spiking(
         timesteps: ``T``.
         neuron: class of the neurons, called as ``neuron(timesteps=T, **neuron_kwargs)``; by default
             :class:`~snnfast.LIFNode`, or :class:`~snnfast.IFNode` with ``calibration``.
-        coding: ``'direct'``, the input is a constant current; ``'poisson'``, spikes with the probability that the input
-            (from 0 to 1) gives; ``'temporal'``, the input has time, ``[T, B, *]``; or a callable ``(x, T)`` that returns
-            ``[T, B, *]``.
+        coding: ``'direct'``, the input is a constant current; ``'poisson'``, spikes with the probability that the
+            input (from 0 to 1) gives; ``'temporal'``, the input has time, ``[T, B, *]``; or a callable ``(x, T)`` that
+            returns ``[T, B, *]``.
         seed: of the random numbers of Poisson coding; ``None`` takes torch's own.
         calibration: a batch of inputs ``[B, *]``, from which each neuron gets the threshold ``θ`` that makes its mean
             output the activation of the trained ReLU: soft reset, ``v`` starts at ``θ / 2``, a spike counts ``θ``. The
@@ -222,8 +220,8 @@ def _new_neuron(neuron: Callable[..., nn.Module], timesteps: int, neuron_kwargs:
     made = neuron(timesteps=timesteps, **neuron_kwargs)
     if not isinstance(made, nn.Module) or not hasattr(made, "timesteps"):
         raise TypeError(
-            f"neuron must make a module with timesteps, such as snnfast.LIFNode or another snnfast.neuron.BaseNode, got "
-            f"{type(made).__name__}"
+            "neuron must make a module with timesteps, such as snnfast.LIFNode or another snnfast.neuron.BaseNode, "
+            f"got {type(made).__name__}"
         )
     return made
 

@@ -42,10 +42,10 @@ class _Remade:
 
 def _new(recipe: tuple[Any, ...]) -> Any:
     cls = _make(_Recipe(*recipe))
-    return cls.__new__(cls)
+    return object.__new__(cls)
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _make(recipe: _Recipe) -> type:
     if recipe.mixin is not None:  # its forward calls the generated one, which is a class further down
         base = _make(recipe._replace(mixin=None)) if recipe.sources else recipe.original

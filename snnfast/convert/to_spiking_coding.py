@@ -35,7 +35,7 @@ class Poisson:
         self._generators: dict[torch.device, torch.Generator] = {}
 
     def __call__(self, x: Tensor, T: int) -> Tensor:
-        if not torch.compiler.is_compiling() and x.numel() and not (0 <= x.min() and x.max() <= 1):
+        if not torch.compiler.is_compiling() and x.numel() and not (x.min() >= 0 and x.max() <= 1):
             raise ValueError(
                 f"x must be from 0 to 1 for Poisson coding, got values from {x.min().item():g} to {x.max().item():g}; "
                 "rescale it, or use coding='direct'"

@@ -1,16 +1,16 @@
 """The conversion itself: neurons for activations, in place where a module's own code can stay, by a generated forward
 where it cannot.
 
-Every value in a forward is ``CONSTANT`` (parameters, numbers), ``STATIC`` (``[B, *]``, computed once from an input that
-does not change with time) or ``DYNAMIC`` (``[T * B, *]``). The first neuron on each path repeats its static input; where
-a static tensor meets a dynamic one elsewhere, such as a shortcut around the first block, a :class:`Repeat` goes between.
+Every value in a forward is ``CONSTANT`` (parameters, numbers), ``STATIC`` (``[B, *]``, computed once from an input
+that does not change with time) or ``DYNAMIC`` (``[T * B, *]``). The first neuron on each path repeats its static input;
+where a static tensor meets a dynamic one elsewhere, such as a shortcut around the first block, a :class:`Repeat` goes
+between.
 """
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import fx, nn
@@ -87,7 +87,7 @@ class Converter:
     # ---- modules ----
     def convert(self, module: nn.Module, path: str, status: int) -> int:
         """Convert ``module``, called with an input of ``status``; returns the status of its output."""
-        if isinstance(module, MemoryModule) or isinstance(module, torch.jit.ScriptModule):
+        if isinstance(module, (MemoryModule, torch.jit.ScriptModule)):
             kind = "a spiking module already" if isinstance(module, MemoryModule) else "a scripted module"
             raise ValueError(f"model must be an ordinary ANN, but {place(path, module)} is {kind}")
         if module in self._visits:
@@ -335,8 +335,16 @@ class _Walk:
                 return
             module: nn.Module = Dropout(p, _DROPOUT_FUNCTIONS[target], converter.timesteps, always=True)  # type: ignore[index]
         elif converter.pool_rates and target in _POOL_FUNCTIONS:
-            kind = _POOL_FUNCTIONS[target]
-            order = ("input", "kernel_size", "stride", "padding", "dilation", "ceil_mode", "return_indices")
+            kind: Any = _POOL_FUNCTIONS[target]
+            order: tuple[str, ...] = (
+                "input",
+                "kernel_size",
+                "stride",
+                "padding",
+                "dilation",
+                "ceil_mode",
+                "return_indices",
+            )
             if "Adaptive" in kind.__name__:
                 order = ("input", "output_size", "return_indices")
             given = dict(zip(order, node.args, strict=False)) | dict(node.kwargs)

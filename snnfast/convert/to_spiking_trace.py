@@ -22,9 +22,9 @@ _TORCH, _HERE = os.path.dirname(torch.__file__), os.path.dirname(__file__)  # no
 _RELU_FUNCTIONS = (F.relu, F.relu_, torch.relu, torch.relu_)
 _RELU_METHODS = ("relu", "relu_")
 _OTHER_NAMES = (
-    "relu6 gelu silu mish elu celu selu leaky_relu prelu rrelu hardtanh hardswish hardsigmoid softplus softsign "
-    "tanhshrink logsigmoid sigmoid tanh"
-).split()
+    "relu6", "gelu", "silu", "mish", "elu", "celu", "selu", "leaky_relu", "prelu",
+    "rrelu", "hardtanh", "hardswish", "hardsigmoid", "softplus", "softsign", "tanhshrink", "logsigmoid", "sigmoid", "tanh",
+)  # fmt: skip
 _OTHER_FUNCTIONS = {
     getattr(place, name + suffix): name
     for place in (F, torch)
@@ -49,7 +49,7 @@ class _Tracer(fx.Tracer):
     """One module's own forward; every module that it calls is a leaf."""
 
     def __init__(self) -> None:
-        super().__init__(autowrap_modules=())
+        super().__init__()
         self.record_stack_traces = True
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:

@@ -20,9 +20,7 @@ class VGG(nn.Module):
         hidden: size of the classifier's hidden layer, 0 for none.
     """
 
-    def __init__(
-        self, plan: tuple[int, ...], pooled: int, hidden: int, num_classes: int, in_channels: int
-    ) -> None:
+    def __init__(self, plan: tuple[int, ...], pooled: int, hidden: int, num_classes: int, in_channels: int) -> None:
         super().__init__()
         layers: list[nn.Module] = []
         cin = in_channels
