@@ -83,4 +83,4 @@ def find_coding(coding: str | Coding, seed: int | None) -> Coding | None:
     found = {"direct": None, "poisson": Poisson(seed), "temporal": temporal}
     if coding not in found:
         raise ValueError(f"coding must be one of {', '.join(map(repr, found))} or a callable, got {coding!r}")
-    return found[coding]  # type: ignore[return-value]
+    return found[coding]

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import fx, nn
@@ -333,7 +334,7 @@ class _Walk:
             p, training = given.get("p", 0.5), given.get("training", given.get("train", True))
             if training is not True or not isinstance(p, (int, float)):
                 return
-            module: nn.Module = Dropout(p, _DROPOUT_FUNCTIONS[target], converter.timesteps, always=True)  # type: ignore[index]
+            module: nn.Module = Dropout(p, _DROPOUT_FUNCTIONS[target], converter.timesteps, always=True)
         elif converter.pool_rates and target in _POOL_FUNCTIONS:
             kind: Any = _POOL_FUNCTIONS[target]
             order: tuple[str, ...] = (

@@ -22,8 +22,9 @@ _TORCH, _HERE = os.path.dirname(torch.__file__), os.path.dirname(__file__)  # no
 _RELU_FUNCTIONS = (F.relu, F.relu_, torch.relu, torch.relu_)
 _RELU_METHODS = ("relu", "relu_")
 _OTHER_NAMES = (
-    "relu6", "gelu", "silu", "mish", "elu", "celu", "selu", "leaky_relu", "prelu",
-    "rrelu", "hardtanh", "hardswish", "hardsigmoid", "softplus", "softsign", "tanhshrink", "logsigmoid", "sigmoid", "tanh",
+    "relu6", "gelu", "silu", "mish", "elu", "celu", "selu",
+    "leaky_relu", "prelu", "rrelu", "hardtanh", "hardswish", "hardsigmoid",
+    "softplus", "softsign", "tanhshrink", "logsigmoid", "sigmoid", "tanh",
 )  # fmt: skip
 _OTHER_FUNCTIONS = {
     getattr(place, name + suffix): name
