@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
@@ -58,6 +59,11 @@ def _repeat_input(neuron: Any, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
 def prepare_neuron(neuron: nn.Module, repeats: bool) -> nn.Module:
     """``neuron`` with the hooks it needs within a converted network."""
     neuron.auto_reset, neuron.restored = True, False  # type: ignore[assignment]
+    surrogate = getattr(neuron, "surrogate_function", None)
+    if isinstance(surrogate, nn.Module):
+        # The default is one object for all neurons, and torch.export hands out stand-ins for shared modules, which the
+        # kernels do not know: the program would contain the plain loop.
+        neuron.surrogate_function = copy.deepcopy(surrogate)
     if callable(getattr(neuron, "reset", None)):
         neuron.register_forward_pre_hook(_start_afresh)
     if repeats:
