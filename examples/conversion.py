@@ -26,8 +26,8 @@ def network() -> nn.Sequential:
     def block(cin: int, cout: int) -> list[nn.Module]:
         return [nn.Conv2d(cin, cout, 3, padding=1, bias=False), nn.BatchNorm2d(cout), nn.ReLU(), nn.MaxPool2d(2)]
 
-    hidden = [nn.Flatten(), nn.Linear(32 * 49, 128), nn.ReLU(), nn.Dropout(0.3), nn.Linear(128, 10)]
-    return nn.Sequential(*block(1, 16), *block(16, 32), *hidden)
+    hidden = [nn.Flatten(), nn.Linear(24 * 49, 128), nn.ReLU(), nn.Dropout(0.3), nn.Linear(128, 10)]
+    return nn.Sequential(*block(1, 12), *block(12, 24), *hidden)
 
 
 def train(ann: nn.Module, data: mnist_data.Batch, epochs: int, generator: torch.Generator) -> None:

@@ -159,8 +159,8 @@ def to_spiking(
         >>> net = to_spiking(ann, timesteps=4, tau=2.0)
         >>> net(torch.rand(2, 1, 8, 8)).shape
         torch.Size([4, 2, 10])
-        >>> net[1]
-        LIFNode(v_threshold=1.0, v_reset=0.0, detach_reset=False, step_mode=m, backend=auto, timesteps=4, tau=2.0)
+        >>> isinstance(net[1], snnfast.LIFNode), list(net.state_dict()) == list(ann.state_dict())
+        (True, True)
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
