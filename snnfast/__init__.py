@@ -6,8 +6,9 @@
 torch.Size([16, 2, 4])
 """
 
-from . import encoding, functional, layer, losses, neuron, surrogate
+from . import analysis, encoding, functional, layer, losses, models, neuron, surrogate
 from ._version import __version__
+from .convert import from_nir, to_nir, to_spiking
 from .neuron import IFNode, LIFNode, ParametricLIFNode
 
 __all__ = [
@@ -15,10 +16,15 @@ __all__ = [
     "LIFNode",
     "ParametricLIFNode",
     "__version__",
+    "analysis",
     "encoding",
+    "from_nir",
     "functional",
     "layer",
     "losses",
+    "models",
     "neuron",
     "surrogate",
+    "to_nir",
+    "to_spiking",
 ]

@@ -1,0 +1,84 @@
+"""Gradient checkpointing of modules with state: :func:`checkpoint`."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch.utils.checkpoint
+from torch import nn
+
+from .base import MemoryModule
+
+__all__ = ["checkpoint"]
+
+
+def checkpoint(module: nn.Module, *args: Any) -> Any:
+    """``module(*args)`` that keeps no activations for backward but computes them again, from the same state.
+
+    What ``torch.utils.checkpoint`` lacks for a spiking network: in the second run, neurons start from the potentials
+    that they had before the first one and afterwards have those that they had after it, and batch norms do not update
+    their running statistics again.
+
+    Args:
+        module: a part of a network, such as one of its stages; inputs and outputs are those of its forward.
+
+    Raises:
+        TypeError: ``module`` is not a module: a plain function would hide whose state to keep.
+
+    Example:
+        >>> import snnfast
+        >>> stage = nn.Sequential(nn.Linear(3, 4), snnfast.LIFNode(step_mode="m"))
+        >>> x = torch.randn(5, 2, 3, requires_grad=True)
+        >>> checkpoint(stage, x).sum().backward()
+        >>> x.grad.shape
+        torch.Size([5, 2, 3])
+    """
+    if not isinstance(module, nn.Module):
+        raise TypeError(f"module must be a torch.nn.Module, got {type(module).__name__}")
+    before = _state(module)
+    return torch.utils.checkpoint.checkpoint(
+        module,
+        *args,
+        use_reentrant=False,
+        context_fn=lambda: (contextlib.nullcontext(), _again(module, before)),
+    )
+
+
+_State = list[tuple[MemoryModule, str, Any]]
+
+
+def _state(module: nn.Module) -> _State:
+    return [
+        (m, name, getattr(m, name))
+        for m in module.modules()
+        if isinstance(m, MemoryModule)
+        for name in (*m._memory_reset_values, *(("v_seq",) if hasattr(m, "v_seq") else ()))
+    ]
+
+
+def _restore(state: _State) -> None:
+    for module, name, value in state:
+        setattr(module, name, value)
+
+
+@contextlib.contextmanager
+def _again(module: nn.Module, before: _State) -> Iterator[None]:
+    """A second run of ``module``, which leaves no trace."""
+    after = _state(module)
+    norms = [m for m in module.modules() if getattr(m, "track_running_stats", False)]
+    statistics = [(b, b.detach().clone()) for m in norms for b in m.buffers(recurse=False)]
+    stateful = [m for m in module.modules() if getattr(m, "auto_reset", True) is False]
+    _restore(before)
+    for m in stateful:
+        m.restored = True  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        _restore(after)
+        with torch.no_grad():
+            for buffer, value in statistics:
+                buffer.copy_(value)
+        for m in stateful:
+            m.restored = False  # type: ignore[assignment]

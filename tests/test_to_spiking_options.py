@@ -1,0 +1,369 @@
+"""to_spiking's options: input codings, calibration, pooling, dropout; and what it refuses."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import snnfast
+from snnfast.convert.to_spiking_layers import Dropout, MaxPoolOfRates, repeat
+
+T, B = 4, 3
+
+
+def small(relu=nn.ReLU):
+    return nn.Sequential(nn.Linear(6, 8), relu(), nn.Linear(8, 5))
+
+
+# ---- input codings ----
+def test_poisson_coding_is_seeded_and_has_the_rates_of_the_input():
+    ann = nn.Sequential(nn.Identity(), nn.ReLU())
+    arguments = {"neuron": snnfast.IFNode, "coding": "poisson"}  # such a neuron passes spikes on
+    x = torch.tensor([[0.0, 0.1, 0.5, 0.9, 1.0]]).expand(100, 5)
+    net = snnfast.to_spiking(ann, 200, seed=3, **arguments)
+    first = net(x)
+    assert set(first.unique().tolist()) == {0.0, 1.0}
+    assert torch.allclose(first.mean((0, 1)), x[0], atol=0.01)
+    assert first[:, :, 0].sum() == 0
+    assert first[:, :, 4].all()
+    assert torch.equal(snnfast.to_spiking(ann, 200, seed=3, **arguments)(x), first)
+    assert not torch.equal(snnfast.to_spiking(ann, 200, seed=4, **arguments)(x), first)
+    again = copy.deepcopy(net), pickle.loads(pickle.dumps(net))
+    second = net(x)
+    assert not torch.equal(second, first)
+    assert all(torch.equal(n(x), second) for n in again)
+    torch.manual_seed(1)
+    unseeded = snnfast.to_spiking(ann, 200, **arguments)(x)
+    torch.manual_seed(1)
+    assert torch.equal(snnfast.to_spiking(ann, 200, **arguments)(x), unseeded)
+    with pytest.raises(ValueError, match=r"x must be from 0 to 1 for Poisson coding, got values from -1 to 0.5"):
+        net(torch.tensor([[-1.0, 0.5]]))
+
+
+def test_a_coding_of_ones_own():
+    def later(x, T):
+        return torch.stack([x * (t / T) for t in range(T)])
+
+    ann, x = small(), torch.randn(B, 6)
+    net = snnfast.to_spiking(ann, T, coding=later)
+    assert torch.equal(net(x), snnfast.to_spiking(ann, T, coding="temporal")(later(x, T)))
+    with pytest.raises(ValueError, match=r"coding must give \[T, B, \*\] with T = 4, got a tensor of shape \(3, 6\)"):
+        snnfast.to_spiking(ann, T, coding=lambda x, T: x)(x)
+
+
+def test_wrong_codings():
+    with pytest.raises(ValueError, match=r"x must be \[T, B, \*\] with T = 4 .* got shape \(3, 6\)"):
+        snnfast.to_spiking(small(), T, coding="temporal")(torch.randn(B, 6))
+    with pytest.raises(ValueError, match="coding must be one of 'direct', 'poisson', 'temporal' or a callable"):
+        snnfast.to_spiking(small(), T, coding="rank")
+    with pytest.raises(TypeError, match="coding must be a name or a callable"):
+        snnfast.to_spiking(small(), T, coding=3)
+    with pytest.raises(ValueError, match="seed=3 is for coding='poisson'"):
+        snnfast.to_spiking(small(), T, seed=3)
+
+
+# ---- dropout and pooling ----
+class FunctionalDropout(nn.Module):
+    def __init__(self, always=False):
+        super().__init__()
+        self.fc, self.always = nn.Linear(6, 200), always
+
+    def forward(self, x):
+        x = F.relu(self.fc(x))
+        return F.dropout(x + 1, 0.25) if self.always else F.dropout(x + 1, 0.25, training=self.training)
+
+
+@pytest.mark.parametrize(
+    "ann", [nn.Sequential(nn.Linear(6, 200), nn.ReLU(), nn.Hardtanh(1, 2), nn.Dropout(0.25)), FunctionalDropout()]
+)
+def test_dropout_has_one_mask_for_all_steps_and_none_in_evaluation(ann):
+    net = snnfast.to_spiking(ann, T, other_activations="keep")
+    y = net(torch.randn(B, 6))
+    dropped = y == 0
+    assert (dropped == dropped[:1]).all()
+    assert 0.15 < dropped.float().mean() < 0.35
+    assert (dropped[:, 0] != dropped[:, 1]).any()
+    assert torch.isin(y, torch.tensor([0, 1 / 0.75, 2 / 0.75])).all()
+    net.eval()
+    assert (net(torch.randn(B, 6)) >= 1).all()
+    net.train()
+    assert (net(torch.randn(B, 6)) == 0).any()
+
+
+def test_dropout_that_is_always_on_stays_so():
+    net = snnfast.to_spiking(FunctionalDropout(always=True), T).eval()
+    assert (net(torch.randn(B, 6)) == 0).any()
+
+
+def test_dropout_of_channels():
+    y = Dropout(0.5, "feature_dropout", 2)(torch.ones(2 * 8, 16, 3, 3)).unflatten(0, (2, 8))
+    assert torch.equal(y[0], y[1])
+    assert (y == y[..., :1, :1]).all()
+    assert set(y.unique().tolist()) == {0.0, 2.0}
+
+
+@pytest.mark.parametrize("pool", [nn.MaxPool2d(2), nn.MaxPool2d(3, 2, 1, ceil_mode=True), nn.AdaptiveMaxPool2d(2)])
+def test_max_pooling_of_rates(pool):
+    x = (torch.rand(9, B, 2, 6, 6) < 0.4).float()
+    y = MaxPoolOfRates(pool, 9)(x.flatten(0, 1)).unflatten(0, (9, B))
+    assert torch.equal(y.sum(0), pool(x.sum(0)))
+    assert set(y.unique().tolist()) == {0.0, 1.0}
+    assert (y.sum(0) < pool(x.flatten(0, 1)).unflatten(0, (9, B)).sum(0)).any()
+
+
+class FunctionalPool(nn.Module):
+    def forward(self, x):
+        x = F.max_pool2d(F.relu(x), 3, stride=2, padding=1)
+        return F.adaptive_max_pool2d(x, (1, 1))
+
+
+def test_max_pool_option():
+    x = torch.rand(B, 2, 8, 8)
+    modules = nn.Sequential(nn.ReLU(), nn.MaxPool2d(3, 2, 1), nn.AdaptiveMaxPool2d(1))
+    for rates in ("rates", "keep"):
+        nets = [snnfast.to_spiking(m, 16, snnfast.IFNode, max_pool=rates) for m in (modules, FunctionalPool())]
+        a, b = (net(x) for net in nets)
+        assert torch.equal(a, b)
+        found = sum(isinstance(m, MaxPoolOfRates) for m in nets[1].modules())
+        assert found == (2 if rates == "rates" else 0)
+        n = snnfast.functional.if_multi_step(x.expand(16, *x.shape))[0].sum(0).amax((2, 3))
+        assert torch.equal(a.sum(0).flatten(1), n) == (rates == "rates")
+
+
+# ---- calibration ----
+class Calibrated(nn.Module):
+    """With a shortcut, pooling of both kinds, a concatenation and a ReLU that is used twice."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv1, self.bn = nn.Conv2d(2, 6, 3, padding=1), nn.BatchNorm2d(6)
+        self.conv2, self.conv3 = nn.Conv2d(6, 6, 3, padding=1), nn.Conv2d(12, 4, 3, padding=1)
+        self.relu, self.pool, self.drop = nn.ReLU(), nn.MaxPool2d(2), nn.Dropout(0.5)
+        self.fc1, self.fc2 = nn.Linear(16, 12), nn.Linear(12, 5)
+
+    def forward(self, x):
+        x = self.relu(self.bn(self.conv1(x)))
+        y = self.relu(self.conv2(x) + x)
+        y = F.avg_pool2d(F.relu(self.conv3(self.pool(torch.cat([x, y], 1)))), 2)
+        return self.fc2(self.drop(F.relu(self.fc1(y.flatten(1)))))
+
+
+def test_a_calibrated_network_tends_to_the_ann():
+    ann = Calibrated()
+    for p in ann.parameters():
+        p.data.mul_(1.5)
+    ann.eval()
+    x = torch.randn(16, 2, 8, 8)
+    want = ann(x)
+    net = snnfast.to_spiking(ann, 8, calibration=x, percentile=100)
+    errors = []
+    for steps in (8, 32, 128, 512, 2048):
+        net.timesteps = steps
+        errors.append(((net(x).mean(0) - want).norm() / want.norm()).item())
+    assert errors == sorted(errors, reverse=True)
+    assert errors[-1] < 0.01 < errors[0]
+    assert errors[-1] < errors[0] / 30
+
+
+def test_thresholds_are_percentiles_of_the_activations():
+    ann = Calibrated().train()
+    x = torch.randn(16, 2, 8, 8)
+    seen = []
+    copied = copy.deepcopy(ann).eval()
+    for name in ("conv3", "fc1"):
+        copied.get_submodule(name).register_forward_hook(lambda m, i, o: seen.append(o.relu().flatten()))
+    before = copy.deepcopy(ann.state_dict())
+    copied(x)
+    for percentile in (100, 90.0):
+        net = snnfast.to_spiking(ann, T, calibration=x, percentile=percentile)
+        for found, values in ((net.relu_3, seen[0]), (net.relu_4, seen[1])):
+            want = torch.quantile(values, percentile / 100, interpolation="nearest").item()
+            assert found.neuron.v_threshold == pytest.approx(want, rel=0.02)
+            assert found.neuron.v_reset is None
+    assert net.training
+    assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items() if k in before)
+    kinds = {type(m).__name__ for m in net.modules()}
+    assert "Observer" not in kinds
+    other = snnfast.to_spiking(ann, T, calibration=0.1 * x)
+    other.load_state_dict(net.state_dict())
+    net.eval(), other.eval()
+    assert torch.equal(other(x), net(x))
+    assert other.relu.neuron.v_threshold == net.relu.neuron.v_threshold
+    net(x)
+    assert set(net.relu.neuron(x[:1].repeat(T, 1, 1, 1)).unique().tolist()) <= {0.0, 1.0}  # spikes within, θ outside
+
+
+def test_what_calibration_refuses():
+    x = torch.randn(2, 6)
+    with pytest.raises(ValueError, match=r"neuron must be snnfast.IFNode with calibration: LIFNode"):
+        snnfast.to_spiking(small(), T, snnfast.LIFNode, calibration=x)
+    with pytest.raises(ValueError, match="v_threshold must not be given with calibration"):
+        snnfast.to_spiking(small(), T, calibration=x, v_threshold=2.0)
+    with pytest.raises(ValueError, match="percentile must be above 0 and at most 100, got 101"):
+        snnfast.to_spiking(small(), T, calibration=x, percentile=101)
+
+
+def test_readout():
+    ann, x = small(), torch.randn(B, 6)
+    net = snnfast.to_spiking(ann, T, readout=lambda y: y.mean(0))
+    assert torch.equal(net(x), snnfast.to_spiking(ann, T)(x).mean(0))
+
+
+# ---- what is refused, and where it is ----
+class Helper(nn.Module):
+    def __init__(self, call):
+        super().__init__()
+        self.call = call
+
+    def forward(self, x):
+        return self.call(x)
+
+
+@pytest.mark.parametrize(
+    ("layer", "message"),
+    [
+        (nn.GELU(), r"GELU at 'body.1' \(GELU\)"),
+        (nn.ReLU6(), r"ReLU6 at 'body.1'"),
+        (nn.TransformerEncoderLayer(8, 2), "TransformerEncoderLayer at 'body.1'"),
+        (Helper(F.silu), r"silu at 'body.1' \(Helper\), File .*test_to_spiking_options.py.*, line \d+"),
+        (Helper(F.relu6), "relu6 at 'body.1'"),
+        (Helper(lambda x: x.tanh()), "tanh at 'body.1'"),
+        (Helper(torch.sigmoid), "sigmoid at 'body.1'"),
+    ],
+    ids=lambda p: type(p).__name__ if isinstance(p, nn.Module) else "",
+)
+def test_other_activations(layer, message):
+    ann = nn.Sequential()
+    ann.body = nn.Sequential(nn.Linear(6, 8), layer, nn.ReLU())
+    ann.head = nn.Linear(8, 5)
+    with pytest.raises(ValueError, match=f"model must have ReLU activations, but has {message}"):
+        snnfast.to_spiking(ann, T)
+    kept = snnfast.to_spiking(ann, T, other_activations="keep")
+    assert sum(isinstance(m, snnfast.LIFNode) for m in kept.modules()) == 1
+    assert kept(torch.randn(B, 6)).shape == (T, B, 5)
+    if isinstance(layer, nn.TransformerEncoderLayer):
+        with pytest.raises(ValueError, match="TransformerEncoderLayer"):
+            snnfast.to_spiking(ann, T, other_activations="replace")
+        return
+    replaced = snnfast.to_spiking(ann, T, other_activations="replace")
+    assert sum(isinstance(m, snnfast.LIFNode) for m in replaced.modules()) == 2
+    assert replaced(torch.randn(B, 6)).shape == (T, B, 5)
+
+
+class Untraceable(nn.Module):
+    """Its forward asks for a value, which no trace has."""
+
+    def __init__(self, functional=False):
+        super().__init__()
+        self.fc, self.relu, self.functional = nn.Linear(6, 6), nn.ReLU(), functional
+        self.more = nn.ModuleList([nn.Linear(6, 6), nn.Dropout(0.5), nn.ReLU()])
+
+    def forward(self, x):
+        if x.abs().max() > 1000:
+            raise ValueError("too large")
+        x = self.relu(self.fc(x))
+        for layer in self.more:
+            x = layer(x)
+        return x
+
+
+class UntraceableFunctional(Untraceable):
+    def forward(self, x):
+        if x.sum() > 0:
+            x = x + 0
+        return F.relu(self.fc(x))
+
+
+@pytest.mark.parametrize("before", [(), (nn.Linear(6, 6),), (nn.Linear(6, 6), nn.ReLU())], ids=len)
+def test_a_module_that_cannot_be_traced(before):
+    ann = nn.Sequential(*before, Untraceable(), nn.Linear(6, 5)).eval()
+    with torch.no_grad():
+        for p in ann.parameters():
+            p.mul_(3)
+    net = snnfast.to_spiking(ann, T)
+    same = nn.Sequential(*before, nn.Sequential(ann[-2].fc, nn.ReLU(), *ann[-2].more), ann[-1])
+    x = torch.randn(B, 6) * 2
+    assert type(net[-2]) is Untraceable
+    assert torch.allclose(net(x), snnfast.to_spiking(same, T)(x))
+    assert net(x).std() > 0
+    with pytest.raises(ValueError, match=r"auto_reset can be False only .* 'Untraceable'|\(Untraceable\) cannot be"):
+        net.auto_reset = False
+    net.train()
+    net(x)
+    hidden = []
+    net[-2].more[1].register_forward_hook(lambda m, i, o: hidden.append((i[0], o)))
+    net(x)
+    (given, dropped), = hidden  # fmt: skip
+    assert ((given != 0) & (dropped == 0)).sum() == 0 or isinstance(net[-2].more[1], Dropout)
+
+
+def test_an_activation_that_cannot_be_found_is_refused():
+    ann = nn.Sequential(nn.Linear(6, 6), UntraceableFunctional())
+    message = r"model calls relu, line \d+ of '1' \(UntraceableFunctional\), whose forward torch.fx cannot follow"
+    with pytest.raises(ValueError, match=message):
+        snnfast.to_spiking(ann, T)
+
+
+def test_other_refusals():
+    with pytest.raises(TypeError, match=r"model must be a torch.nn.Module, got function"):
+        snnfast.to_spiking(F.relu, T)
+    with pytest.raises(ValueError, match="timesteps must be a whole number from 1, got 0"):
+        snnfast.to_spiking(small(), 0)
+    with pytest.raises(ValueError, match="model must have at least one ReLU, found none in Sequential"):
+        snnfast.to_spiking(nn.Sequential(nn.Linear(3, 2)), T)
+    with pytest.raises(ValueError, match=r"model must be an ordinary ANN, but '1' .* is a spiking module already"):
+        snnfast.to_spiking(snnfast.to_spiking(small(), T), T)
+    with pytest.raises(TypeError, match="neuron must make a module with timesteps"):
+        snnfast.to_spiking(small(), T, lambda timesteps: nn.ReLU())
+    with pytest.raises(ValueError, match="tau must be"):
+        snnfast.to_spiking(small(), T, tau=0.5)
+    for name in ("max_pool", "other_activations"):
+        with pytest.raises(ValueError, match=f"{name} must be one of"):
+            snnfast.to_spiking(small(), T, **{name: "drop"})
+
+
+class DifferentInTraining(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(6, 6)
+
+    def forward(self, x):
+        return F.relu(F.relu(self.fc(x)) * 2) if self.training else F.relu(self.fc(x))
+
+
+def test_another_number_of_activations_in_training():
+    with pytest.raises(ValueError, match=r"same activations in training and in evaluation, .* calls 2 and 1"):
+        snnfast.to_spiking(DifferentInTraining(), T)
+
+
+def test_tracing_changes_nothing():
+    class Counting(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("calls", torch.zeros(()))
+
+        def forward(self, x):
+            self.calls.add_(1)
+            return F.relu(x) + torch.rand(()) * 0
+
+    ann = Counting()
+    state = torch.get_rng_state()
+    net = snnfast.to_spiking(ann.eval(), T)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert net.calls == 0
+    assert not net.training
+
+
+def test_repeat_keeps_layout_and_gradient():
+    x = torch.randn(2, 3, 4, 5).contiguous(memory_format=torch.channels_last).requires_grad_()
+    y = repeat(x, 3)
+    assert y.is_contiguous(memory_format=torch.channels_last)
+    assert torch.equal(y, torch.cat([x, x, x]))
+    y.sum().backward()
+    assert (x.grad == 3).all()
+    assert repeat(7, 3) == 7
