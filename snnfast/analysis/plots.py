@@ -61,7 +61,7 @@ def plot_accuracy(
     factor = 100.0 if ylabel.endswith("[%]") else 1.0
     for name, values in curves.items():
         axes.plot(range(1, len(values) + 1), [factor * v for v in values], marker="o", markersize=3, label=name)
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.locator_params(axis="x", integer=True)
     axes.set(xlabel="epoch", ylabel=ylabel)
     axes.legend(frameon=False)
     _tidy(axes)
@@ -86,7 +86,7 @@ def plot_firing_rates(
     """
     nested = {k: v for k, v in rates.items() if isinstance(v, Mapping)}
     single = {k: v for k, v in rates.items() if not isinstance(v, Mapping)}
-    models: dict[str, Mapping[str, float]] = nested or {"": single}  # type: ignore[dict-item]
+    models: dict[str, Mapping[str, float]] = nested or {"": single}
     layers = list(dict.fromkeys(layer for by_layer in models.values() for layer in by_layer))
     if not layers or (nested and single):
         raise ValueError("rates must map layers to rates, or models to such mappings, and must not be empty")
@@ -137,7 +137,7 @@ def plot_raster(spikes: Tensor, path: PathLike | None = None, *, title: str = ""
     )
     axes.set(xlim=(-0.5, len(flat) - 0.5), ylim=(-1, shown.shape[1]), xlabel="time step", title=title)
     axes.set_ylabel("neuron" if shown.shape[1] == total else f"neuron ({shown.shape[1]} of {total})")
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.locator_params(axis="x", integer=True)
     axes.spines[["top", "right"]].set_visible(False)
     return _finish(figure, path)
 

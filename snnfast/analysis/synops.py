@@ -22,7 +22,7 @@ __all__ = ["PICOJOULE_PER_AC", "PICOJOULE_PER_MAC", "LayerSynops", "SynopsReport
 # problem (and what we can do about it)", ISSCC 2014).
 PICOJOULE_PER_MAC, PICOJOULE_PER_AC = 4.6, 0.9
 
-_CONVOLUTIONS: dict[type[nn.Module], tuple[int, Callable[..., Tensor]]] = {
+_CONVOLUTIONS: dict[type, tuple[int, Callable[..., Tensor]]] = {
     nn.Conv1d: (1, F.conv1d),
     nn.Conv2d: (2, F.conv2d),
     nn.Conv3d: (3, F.conv3d),
@@ -30,7 +30,7 @@ _CONVOLUTIONS: dict[type[nn.Module], tuple[int, Callable[..., Tensor]]] = {
     nn.ConvTranspose2d: (2, F.conv_transpose2d),
     nn.ConvTranspose3d: (3, F.conv_transpose3d),
 }
-_CONNECTIONS = (nn.Linear, *_CONVOLUTIONS)
+_CONNECTIONS: tuple[type[nn.Module], ...] = (nn.Linear, *_CONVOLUTIONS)
 
 
 # ---- the report ----
@@ -185,7 +185,7 @@ def _convolution_operations(layer: Any, counts: Tensor, weights: Tensor) -> int:
 
 def _operations(layer: nn.Module, x: Tensor) -> tuple[int, int, int, int]:
     """Effective and dense operations of one call, then its inputs and those that are not zero."""
-    weight = layer.weight.detach()  # type: ignore[operator,union-attr]
+    weight = layer.weight.detach()  # type: ignore[operator]
     used = (weight != 0).double()
     active = x.detach() != 0
     if isinstance(layer, nn.Linear):

@@ -1,0 +1,5 @@
+"""Conversion of networks from and to other forms."""
+
+from .nir import from_nir, to_nir
+
+__all__ = ["from_nir", "to_nir"]
