@@ -95,10 +95,10 @@ class Builder:
                 continue
             if after == before:
                 return replace(x, tensor=out, lead=lead)
-            if len(after) < len(before) and math.prod(after) == math.prod(before):
-                start = next(i for i in range(len(before)) if before[i] != (*after, 0)[i])
+            for start in range(len(after)):  # any run of dimensions that, merged, gives the new shape
                 end = start + len(before) - len(after)
-                if after == before[:start] + (math.prod(before[start : end + 1]),) + before[end + 1 :]:
+                merged = (math.prod(before[start : end + 1]),)
+                if end > start and after == before[:start] + merged + before[end + 1 :]:
                     last = end if end + 1 < len(before) else -1
                     node = self.nir.Flatten({"input": np.array(before)}, start, last)
                     return self.add(path, node, x, out, lead)
