@@ -218,13 +218,14 @@ class _Counter:
         self._hooks: list[Any] = []
         for name, module in model.named_modules():
             if isinstance(module, _CONNECTIONS):
-                hook = module.register_forward_pre_hook(self._on_connection(name or "network"), with_kwargs=True)
+                # After the call, so that an input that does not fit gets the layer's own error.
+                hook = module.register_forward_hook(self._on_connection(name or "network"), with_kwargs=True)
                 self._hooks.append(hook)
             elif is_spiking(module):
                 self._hooks.append(module.register_forward_pre_hook(self._on_neuron))
 
-    def _on_connection(self, name: str) -> Callable[[nn.Module, Any, Any], None]:
-        def count(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _on_connection(self, name: str) -> Callable[..., None]:
+        def count(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
             x = args[0] if args else next(iter(kwargs.values()))
             entry = self.layers.setdefault(name, LayerSynops(name, type(layer).__name__))
             effective, dense, inputs, active = _operations(layer, x)
