@@ -6,8 +6,20 @@
 torch.Size([16, 2, 4])
 """
 
-from . import functional, neuron, surrogate
+from . import analysis, functional, neuron, surrogate
 from ._version import __version__
+from .convert import from_nir, to_nir
 from .neuron import IFNode, LIFNode, ParametricLIFNode
 
-__all__ = ["IFNode", "LIFNode", "ParametricLIFNode", "__version__", "functional", "neuron", "surrogate"]
+__all__ = [
+    "IFNode",
+    "LIFNode",
+    "ParametricLIFNode",
+    "__version__",
+    "analysis",
+    "from_nir",
+    "functional",
+    "neuron",
+    "surrogate",
+    "to_nir",
+]

@@ -574,8 +574,8 @@ def test_plots(tmp_path):
     assert axes[0].lines[1].get_ydata()[0] == pytest.approx(100 * report.accuracy("distilled", "gaussian")[0])
     raster = torch.zeros(5, 4)
     raster[2, 3] = 1.0
-    points = analysis.plot_raster(raster).axes[0].collections[0].get_offsets()
-    assert points.tolist() == [[2.0, 3.0]]
+    (dash,) = analysis.plot_raster(raster).axes[0].collections[0].get_segments()
+    assert dash.mean(0).tolist() == [2.0, 3.0]
     for wrong in (
         lambda: analysis.plot_accuracy({}),
         lambda: analysis.plot_firing_rates({}),

@@ -32,6 +32,21 @@ def _finish(figure: Figure, path: PathLike | None) -> Figure:
     return figure
 
 
+_SEVERITY = {
+    "gaussian": "standard deviation",
+    "salt_and_pepper": "share of pixels",
+    "background": "brightness",
+    "rotation": "degrees",
+    "translation": "share of the side",
+    "occlusion": "share of the side",
+    "contrast": "share lost",
+}
+
+
+def _legend_above(axes: Any, entries: int) -> None:
+    axes.legend(frameon=False, loc="lower left", bbox_to_anchor=(0, 1), ncols=min(entries, 4), borderaxespad=0.2)
+
+
 def _tidy(axes: Any) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(alpha=0.25)
@@ -63,7 +78,7 @@ def plot_accuracy(
         axes.plot(range(1, len(values) + 1), [factor * v for v in values], marker="o", markersize=3, label=name)
     axes.locator_params(axis="x", integer=True)
     axes.set(xlabel="epoch", ylabel=ylabel)
-    axes.legend(frameon=False)
+    _legend_above(axes, len(curves))
     _tidy(axes)
     return _finish(figure, path)
 
@@ -101,13 +116,13 @@ def plot_firing_rates(
     )
     axes.set(xlabel="layer", ylabel="spikes per neuron and step")
     if nested:
-        axes.legend(frameon=False)
+        _legend_above(axes, len(models))
     _tidy(axes)
     return _finish(figure, path)
 
 
 def plot_raster(spikes: Tensor, path: PathLike | None = None, *, title: str = "", most: int = 500) -> Figure:
-    """Spikes of one sample: a dot for each, time to the right, neurons upwards.
+    """Spikes of one sample: a dash for each, time to the right, neurons upwards.
 
     Args:
         spikes: ``[T, *]``, the neurons of one sample; not zero where a neuron spikes.
@@ -132,9 +147,9 @@ def plot_raster(spikes: Tensor, path: PathLike | None = None, *, title: str = ""
     steps, neurons = shown.nonzero(as_tuple=True)
     figure = _figure(6, 4)
     axes = figure.subplots()
-    axes.scatter(
-        steps.cpu().numpy(), neurons.cpu().numpy(), s=max(1.0, 500 / shown.shape[1]), marker="|", color="black"
-    )
+    x, y = steps.cpu().numpy(), neurons.cpu().numpy()
+    width = min(2.0, max(0.4, 200 / shown.shape[1]))
+    axes.hlines(y, x - 0.45, x + 0.45, color="black", linewidth=width)
     axes.set(xlim=(-0.5, len(flat) - 0.5), ylim=(-1, shown.shape[1]), xlabel="time step", title=title)
     axes.set_ylabel("neuron" if shown.shape[1] == total else f"neuron ({shown.shape[1]} of {total})")
     axes.locator_params(axis="x", integer=True)
@@ -165,7 +180,7 @@ def plot_robustness(report: RobustnessReport, path: PathLike | None = None) -> F
             )
             low, high = [100 * b[0] for b in band], [100 * b[1] for b in band]
             axes.fill_between(levels, low, high, color=line.get_color(), alpha=0.2, linewidth=0)
-        axes.set(title=corruption.replace("_", " "), xlabel="severity")
+        axes.set(title=corruption.replace("_", " "), xlabel=_SEVERITY.get(corruption, "severity"))
         _tidy(axes)
     for axes in grid[:, 0]:
         axes.set_ylabel("accuracy [%]")
