@@ -222,6 +222,60 @@ def test_single_step_and_functional_forms_give_the_same_graph():
     assert torch.equal(spikes(from_nir(graphs[0]), x), spikes(multi, x))
 
 
+class Overridden(nn.Sequential):
+    """A Sequential with a forward of its own."""
+
+    def forward(self, x):
+        return self[0](self[1](x)) + x
+
+
+def test_a_forward_of_its_own_is_not_taken_for_a_sequence():
+    net = Overridden(snnfast.IFNode(step_mode="m"), nn.Linear(3, 3))
+    x = torch.rand(4, 2, 3)
+    assert torch.equal(spikes(from_nir(to_nir(net, x)), x), spikes(net, x))
+
+
+class Widening(nn.Module):
+    """A shortcut without weights, whose new channels are zero."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.sn = nn.Conv2d(2, 5, 3, padding=1), snnfast.IFNode()
+
+    def forward(self, x):
+        return self.sn(self.conv(x) + torch.nn.functional.pad(x, (0, 0, 0, 0, 0, 3)))
+
+
+def test_a_shortcut_padded_with_channels():
+    net = randomised(Widening())
+    x = torch.rand(4, 3, 2, 6, 6)
+    with torch.no_grad():
+        expected = torch.stack([net(x_t) for x_t in x])
+    assert torch.equal(spikes(from_nir(to_nir(net, x[0])), x), expected)
+
+
+def test_networks_made_spiking():
+    """Direct coding: the layers before the first neuron run once; a graph sees the same input at every step."""
+    converter = pytest.importorskip("snnfast.convert.to_spiking")
+    ann = nn.Sequential(
+        *(nn.Conv2d(2, 4, 3, bias=False), nn.BatchNorm2d(4), nn.ReLU(), nn.AvgPool2d(2)),
+        *(nn.Flatten(), nn.Linear(36, 20), nn.ReLU(), nn.Linear(20, 5)),
+    )
+    x = torch.rand(3, 2, 8, 8, dtype=torch.float64) * 2
+    net = converter.to_spiking(randomised(ann).double(), 4, tau=1.5).eval()
+    assert snnfast.analysis.count_synops(net, x).timesteps == 4
+    expected = spikes(net, x)
+    assert expected.std() > 0.05
+    back = from_nir(to_nir(net, x), dtype=torch.float64)
+    assert torch.allclose(spikes(back, x.expand(4, *x.shape)), expected, rtol=1e-9)
+    temporal = converter.to_spiking(ann.double(), 4, tau=1.5, coding="temporal").eval()
+    back = from_nir(to_nir(temporal, x.expand(4, *x.shape)), dtype=torch.float64)
+    assert torch.allclose(spikes(back, x.expand(4, *x.shape)), expected, rtol=1e-9)
+    net.readout = lambda y: y.mean(0)
+    with pytest.raises(ValueError, match="readout=None"):
+        to_nir(net, x)
+
+
 def test_parametric_lif_is_written_with_its_time_constant():
     net = nn.Sequential(nn.Linear(4, 4), snnfast.ParametricLIFNode(init_tau=3.0, step_mode="m")).double()
     x = torch.rand(8, 2, 4, dtype=torch.float64) * 4
@@ -398,6 +452,38 @@ def test_an_if_graph_in_norse_and_spikingjelly(depth, width, v_threshold, T, see
     assert_same(in_spikingjelly(to_nir(net, x, DT, if_r="1/dt"), x), expected)
 
 
+def test_differences_that_the_documentation_names():
+    """docs/nir.md says what each peer does not read; when one learns it, the table is to be changed."""
+    x = torch.rand(10, 3, 8) * 3
+    torch.manual_seed(0)
+    no_decay = dense_net(snnfast.LIFNode, 2, 8, decay_input=False)
+    assert not torch.equal(in_norse(to_nir(no_decay, x, DT), x), spikes(no_decay, x))
+    for kind in (snnfast.LIFNode, snnfast.IFNode):
+        reset = dense_net(kind, 1, 8, v_reset=-0.2, v_threshold=0.4)
+        expected = spikes(reset, x)
+        assert 0.05 < expected.mean() < 0.95
+        assert not torch.equal(in_norse(to_nir(reset, x, DT), x), expected)
+        assert torch.equal(in_spikingjelly(to_nir(reset, x, DT), x), expected)
+    with pytest.raises(AssertionError, match="v_leak not supported"):
+        in_snntorch(to_nir(dense_net(snnfast.LIFNode, 1, 8, v_reset=-0.5), x, DT), x)
+    integrate = dense_net(snnfast.IFNode, 2, 8)
+    with pytest.raises(AssertionError, match="r != 1"):
+        in_snntorch(to_nir(integrate, x, DT), x)
+    with pytest.raises(TypeError, match="tuple"):
+        in_snntorch(to_nir(integrate, x, DT, if_r="1"), x)
+    with pytest.raises(ValueError, match="1 / dt"):
+        in_spikingjelly(to_nir(integrate, x, DT, if_r="1"), x)
+    grouped = randomised(nn.Sequential(nn.Conv2d(4, 4, 3, groups=2), snnfast.LIFNode()))
+    image = torch.rand(5, 1, 4, 6, 6) * 2
+    graph = to_nir(grouped, image[0], DT)
+    with torch.no_grad():
+        expected = torch.stack([grouped(x_t) for x_t in image])
+    assert torch.equal(in_norse(graph, image), expected)
+    assert torch.equal(in_snntorch(graph, image), expected)
+    with pytest.raises(NotImplementedError, match="Grouped"):
+        in_spikingjelly(graph, image)
+
+
 def test_strict_comparison_is_exact_in_norse():
     """Inputs that reach the threshold exactly, which happens all the time with round weights."""
     net = nn.Sequential(snnfast.IFNode(v_threshold=0.75, step_mode="m"))
@@ -487,6 +573,11 @@ class MeanReadout(nn.Module):
         return self.sn(x).mean(0)
 
 
+class Padding(nn.Module):
+    def forward(self, x):
+        return torch.nn.functional.pad(x, (1, 1))
+
+
 class Doubling(snnfast.neuron.BaseNode):
     def neuronal_charge(self, x):
         self.v = self.v + 2 * x
@@ -507,9 +598,9 @@ EXPORT = {
         torch.rand(3),
         r"sample must have the time",
     ),
-    "indivisible time": (nn.Sequential(snnfast.IFNode(timesteps=3)), torch.rand(4, 3), r"timesteps=3.*\(4, 3\)"),
     "circular padding": (nn.Conv2d(3, 3, 3, padding=1, padding_mode="circular"), IMAGE, r"pads with 'circular'"),
     "ceil_mode": (nn.AvgPool2d(3, ceil_mode=True), IMAGE, r"ceil_mode"),
+    "padding": (Padding(), IMAGE, r"pad pads in another way"),
     "uneven pool": (nn.AdaptiveAvgPool2d(3), IMAGE, r"does not divide evenly"),
     "no statistics": (nn.BatchNorm2d(3, track_running_stats=False), IMAGE, r"no running statistics"),
     "nothing": (nn.Sequential(), X, r"at least one layer"),

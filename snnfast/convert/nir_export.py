@@ -35,7 +35,7 @@ class _Walker:
 
     def walk(self, module: nn.Module, prefix: str, x: Value) -> Value:
         """The value of a module that is no leaf."""
-        if isinstance(module, nn.Sequential):
+        if type(module).forward is nn.Sequential.forward:
             for child_name, child in module.named_children():
                 x = self.call(child, _join(prefix, child_name), x)
             return x
@@ -47,7 +47,9 @@ class _Walker:
                 "export a forward without branches on values and without a time loop"
             ) from error
         env: dict[fx.Node, Any] = {}
+        hidden = "network." if isinstance(module, _WithoutTime) else ""  # no part of the user's paths
         for node in graph.nodes:
+            place = _join(prefix, str(node.target).removeprefix(hidden))
             args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: env[n])
             if node.op == "placeholder":
                 if x is not None and not env:
@@ -63,10 +65,8 @@ class _Walker:
                 result = getattr(module.get_submodule(owner), attribute)
             elif node.op == "call_module":
                 if len(args) + len(kwargs) != 1 or not isinstance(given := [*args, *kwargs.values()][0], Value):
-                    raise ValueError(
-                        f"model must call {_join(prefix, node.target)} with one tensor, got {args} {kwargs}"
-                    )
-                result = self.call(module.get_submodule(node.target), _join(prefix, node.target), given)
+                    raise ValueError(f"model must call {place} with one tensor, got {args} {kwargs}")
+                result = self.call(module.get_submodule(node.target), place, given)
             elif node.op == "output":
                 if not isinstance(args[0], Value):
                     raise ValueError(
@@ -109,6 +109,8 @@ class _Walker:
             return out  # a shape, a number of dimensions
         if name in ("contiguous", "dropout", "dropout2d", "identity", "clone", "to", "float", "double"):
             return replace(x, tensor=out)
+        if name == "pad":
+            return self.build.pad_channels(path, x, out)
         if name in ("flatten", "reshape", "view", "unflatten", "squeeze", "unsqueeze", "expand", "repeat"):
             return self.build.reshape(path, x, out, repeats=name in ("expand", "repeat"))  # direct coding
         raise ValueError(
@@ -132,7 +134,7 @@ class _Walker:
             if isinstance(module, kinds):
                 return convert(module, path, x)
         if type(module).__module__.startswith("torch.nn") or isinstance(module, StepModule):
-            if isinstance(module, nn.Sequential):
+            if type(module).forward is nn.Sequential.forward:
                 return self.walk(module, path, x)
             hint = {
                 "MaxPool2d": "train it with an AvgPool2d",
@@ -156,8 +158,30 @@ class _Walker:
         )
 
 
+class _WithoutTime(nn.Module):
+    """The network that :func:`snnfast.to_spiking` put time around: ``[T * B, *]``, without coding and readout."""
+
+    def __init__(self, network: Any, around: type) -> None:
+        super().__init__()
+        self.network, self.around = network, around
+
+    def forward(self, x: Tensor) -> Any:
+        return super(self.around, self.network).forward(x)  # type: ignore[arg-type]
+
+
+def _without_time(model: nn.Module, sample: Tensor) -> tuple[nn.Module, Tensor]:
+    around = next((c for c in type(model).__mro__ if c.__name__ == "SpikingNetwork"), None)
+    if around is None:
+        return model, sample
+    if model.readout is not None:
+        raise ValueError("model cannot be written as NIR with its readout, which NIR has no node for; set readout=None")
+    temporal = getattr(model.coding, "__name__", "") == "temporal"
+    return _WithoutTime(model, around), sample.flatten(0, 1) if temporal else sample
+
+
 def export(model: nn.Module, sample: Tensor, conventions: Conventions) -> Any:
     """The graph, without metadata."""
+    model, sample = _without_time(model, sample)
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     refusals = []

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 
 from ..base import MemoryModule
@@ -134,6 +135,17 @@ class Builder:
             node = self.nir.Conv1d(x.shape[1], weight, *geometry, module.groups, bias)
         return self.add(path, node, x, out)
 
+    def pad_channels(self, path: str, x: Value, out: Tensor) -> Value:
+        """Channels of zeros after the image's own, as shortcuts have them: a convolution of 1 x 1 that copies."""
+        channels = x.shape[0]
+        same_elsewhere = x.tensor.dim() == out.dim() and x.shape[1:] == tuple(out.shape[x.lead + 1 :])
+        copied, added = out.narrow(x.lead, 0, channels), out.narrow(x.lead, channels, out.shape[x.lead] - channels)
+        if len(x.shape) != 3 or not same_elsewhere or not torch.equal(copied, x.tensor) or added.any():
+            raise ValueError(f"model cannot be written as NIR: {path} pads in another way than with channels of zeros")
+        weight = np.eye(out.shape[x.lead], channels, dtype=_array(x.tensor[:0]).dtype)[:, :, None, None]
+        bias = np.zeros(len(weight), weight.dtype)
+        return self.add(path, self.nir.Conv2d(x.shape[1:], weight, 1, 0, 1, 1, bias), x, out)
+
     def linear(self, module: nn.Linear, path: str, x: Value) -> Value:
         self.expect(module, path, x, 1)
         weight, bias = _array(module.weight), _array(module.bias)
@@ -206,7 +218,7 @@ class Builder:
     def neuron(self, module: Any, path: str, x: Value) -> Value:
         T = module.timesteps
         wanted = 2 if module.step_mode == "m" and T is None else 1
-        if x.lead != wanted or not x.shape or (T is not None and x.tensor.shape[0] % T):
+        if x.lead != wanted or not x.shape:
             raise WrongTime(
                 f"sample must have the time dimension that the model takes: {path} ({type(module).__name__}, step_mode="
                 f"{module.step_mode!r}, timesteps={T}) got {tuple(x.tensor.shape)}"
