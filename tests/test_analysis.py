@@ -541,6 +541,8 @@ def test_saved_bytes():
     assert analysis.saved_bytes(lambda t: t[:2].sin() + t[5:7].cos(), view) == 400  # one storage, counted whole
     with torch.no_grad():
         assert analysis.saved_bytes(torch.sin, view) == 400
+    discarded = lambda t: [None for _ in range(3) if (t * 1).sin() is None]  # noqa: E731 (memory that is used again)
+    assert analysis.saved_bytes(discarded, view) == 3 * 400
     with pytest.raises(TypeError, match="function must be"):
         analysis.saved_bytes(3)
 

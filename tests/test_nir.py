@@ -235,6 +235,26 @@ def test_a_forward_of_its_own_is_not_taken_for_a_sequence():
     assert torch.equal(spikes(from_nir(to_nir(net, x)), x), spikes(net, x))
 
 
+class Branching(nn.Module):
+    """A convolution that feeds more than its batch norm, into which nothing may be folded."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.bn, self.sn = nn.Conv2d(2, 2, 3), nn.BatchNorm2d(2), snnfast.IFNode()
+
+    def forward(self, x):
+        y = self.conv(x)
+        return self.sn(self.bn(y) + y)
+
+
+def test_batch_norm_is_not_folded_into_a_layer_that_others_read():
+    net = randomised(Branching()).double()
+    x = torch.rand(4, 3, 2, 6, 6, dtype=torch.float64)
+    with torch.no_grad():
+        expected = torch.stack([net(x_t) for x_t in x])
+    assert torch.equal(spikes(from_nir(to_nir(net, x[0]), dtype=torch.float64), x), expected)
+
+
 class Widening(nn.Module):
     """A shortcut without weights, whose new channels are zero."""
 
