@@ -357,7 +357,8 @@ def test_parameters_that_no_neuron_has_become_a_scale_of_the_input():
     r, v_leak = generator.uniform(0.5, 3, n), generator.uniform(-0.3, 0.3, n)
     v_threshold, v_reset = generator.uniform(0.4, 1.5, n), generator.uniform(-0.4, 0.2, n)
     x = generator.uniform(0, 2, (T, n))
-    for leaky in (True, False):
+    tau_steps = np.full(n, tau / dt)  # the resistance at which a LIF neuron adds its input whole
+    for leaky, r in ((True, r), (True, tau_steps), (False, r)):
         v, expected = v_reset.copy(), []
         for x_t in x:
             v = v + (dt / tau * (v_leak - v + r * x_t) if leaky else dt * 500 * r * x_t)

@@ -86,7 +86,8 @@ def saved_bytes(function: Callable[..., Any], *args: Any, **kwargs: Any) -> int:
 
     Counted are the storages of all tensors that autograd saves, each storage once and whole, however many tensors look
     into it; parameters and buffers, where ``function`` is a module, are left out, for they are there anyway. The input
-    is counted if it is kept, and so is what the function itself lets go again before it returns. Tensors that a custom function hides from autograd are not seen.
+    is counted if it is kept, and so is what the function itself lets go again before it returns. Tensors that a custom
+    function hides from autograd are not seen.
 
     Args:
         function: a module or any function; it is called once, with gradients.
