@@ -358,7 +358,8 @@ def test_parameters_that_no_neuron_has_become_a_scale_of_the_input():
     v_threshold, v_reset = generator.uniform(0.4, 1.5, n), generator.uniform(-0.4, 0.2, n)
     x = generator.uniform(0, 2, (T, n))
     tau_steps = np.full(n, tau / dt)  # the resistance at which a LIF neuron adds its input whole
-    for leaky, r in ((True, r), (True, tau_steps), (False, r)):
+    gain = r
+    for leaky, r in ((True, gain), (True, tau_steps), (False, gain)):
         v, expected = v_reset.copy(), []
         for x_t in x:
             v = v + (dt / tau * (v_leak - v + r * x_t) if leaky else dt * 500 * r * x_t)
