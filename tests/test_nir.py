@@ -1,0 +1,724 @@
+"""NIR: round trips, and the same spikes in Norse, snnTorch and SpikingJelly through their own importers."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+import snnfast
+from snnfast import functional
+from snnfast.convert import from_nir, to_nir
+
+nir = pytest.importorskip("nir", reason="nir is not installed")
+
+DT = 1e-4
+
+
+def spikes(net, x):
+    functional.reset_net(net)
+    with torch.no_grad():
+        out = net(x)
+    functional.reset_net(net)
+    return out
+
+
+def multi_step(*layers):
+    """Layers on ``[T, B, *]``: what is no neuron is called with time folded into the batch."""
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = nn.ModuleList(layers)
+
+        def forward(self, x):
+            T, B = x.shape[:2]
+            for layer in self.layers:
+                if isinstance(layer, (snnfast.neuron.BaseNode)):
+                    x = layer(x)
+                else:
+                    x = layer(x.flatten(0, 1)).unflatten(0, (T, B))
+            return x
+
+    return Net()
+
+
+def randomised(net, seed=0):
+    """Weights and running statistics of a network that has been trained, so that it spikes."""
+    generator = torch.Generator().manual_seed(seed)
+    for m in net.modules():
+        if isinstance(m, (nn.BatchNorm1d, nn.BatchNorm2d)):
+            m.running_mean.normal_(0, 0.3, generator=generator)
+            m.running_var.uniform_(0.5, 2.0, generator=generator)
+            with torch.no_grad():
+                m.weight.uniform_(0.8, 1.6, generator=generator)
+                m.bias.normal_(0.2, 0.2, generator=generator)
+        elif isinstance(m, (nn.Conv1d, nn.Conv2d, nn.Linear)):
+            fan_in = m.weight[0].numel()
+            nn.init.normal_(m.weight, 1.0 / fan_in, 2.0 / fan_in**0.5, generator=generator)
+    return net.eval()
+
+
+class Residual(nn.Module):
+    """A SEW block: spikes are added around it."""
+
+    def __init__(self, channels, neuron):
+        super().__init__()
+        self.conv1 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(channels)
+        self.sn1 = neuron()
+        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1, groups=2)
+        self.sn2 = neuron()
+
+    def forward(self, x):
+        out = self.sn1(self.bn1(self.conv1(x)))
+        out = self.sn2(self.conv2(out))
+        return out + x
+
+
+def folded_resnet(T):
+    def neuron():
+        return snnfast.LIFNode(tau=1.7, timesteps=T)
+
+    return nn.Sequential(
+        nn.Conv2d(2, 4, 3, padding=1, bias=False),
+        nn.BatchNorm2d(4),
+        neuron(),
+        Residual(4, neuron),
+        nn.AvgPool2d(2),
+        nn.BatchNorm2d(4),  # nothing to fold into
+        Residual(4, neuron),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(4, 5),
+        snnfast.IFNode(timesteps=T),
+    )
+
+
+# ---- round trips ----
+neurons = st.one_of(
+    st.fixed_dictionaries({"kind": st.just("IFNode")}),
+    st.fixed_dictionaries(
+        {"kind": st.just("LIFNode"), "tau": st.floats(1.01, 40.0), "decay_input": st.booleans()},
+    ),
+)
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(
+    configs=st.lists(
+        st.tuples(neurons, st.floats(0.1, 2.0), st.one_of(st.just(0.0), st.floats(-0.5, 0.05))), min_size=1, max_size=3
+    ),
+    dt=st.floats(1e-5, 1.0),
+    comparison=st.sampled_from((">=", ">")),
+    if_r=st.sampled_from(("1/dt", "1")),
+    bias=st.booleans(),
+    T=st.integers(1, 9),
+    seed=st.integers(0, 10**6),
+)
+def test_round_trip_gives_equal_spikes(configs, dt, comparison, if_r, bias, T, seed):
+    torch.manual_seed(seed)
+    layers = []
+    for config, v_threshold, v_reset in configs:
+        config = dict(config)
+        kind = getattr(snnfast, config.pop("kind"))
+        layers += [nn.Linear(6, 6, bias), kind(v_threshold=v_threshold, v_reset=v_reset, step_mode="m", **config)]
+        nn.init.normal_(layers[-2].weight, std=1.0)
+    net = nn.Sequential(*layers)
+    x = torch.randn(T, 3, 6)
+    graph = to_nir(net, x, dt, comparison=comparison, if_r=if_r)
+    back = from_nir(graph)
+    assert torch.equal(spikes(back, x), spikes(net, x))
+    ours = [m for m in net if isinstance(m, snnfast.neuron.BaseNode)]
+    theirs = [m for m in back.modules() if isinstance(m, snnfast.neuron.BaseNode)]
+    for a, b in zip(ours, theirs, strict=True):
+        assert type(a) is type(b)
+        assert np.float32(a.v_threshold) == np.float32(b.v_threshold)
+        if type(a) is snnfast.LIFNode:
+            assert (a.tau, a.decay_input) == (b.tau, b.decay_input)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_residual_network_with_batch_norm(dtype, tmp_path):
+    """In float64 the rounding of a folded batch norm does not reach a spike; written twice, the bits are the same."""
+    T = 4
+    net = randomised(folded_resnet(T)).to(dtype)
+    x = torch.rand(T * 3, 2, 8, 8, dtype=dtype)
+    graph = to_nir(net, x, DT)
+    kinds = [type(node).__name__ for node in graph.nodes.values()]
+    assert kinds.count("Conv2d") == 6  # five, and the batch norm that stands alone
+    nir.write(tmp_path / "net.nir", graph)
+    back = from_nir(tmp_path / "net.nir", dtype=dtype)
+    expected = spikes(net, x).unflatten(0, (T, 3))
+    got = spikes(back, x.unflatten(0, (T, 3)))
+    assert 0.05 < expected.mean() < 0.95
+    if dtype == torch.float64:
+        assert torch.equal(got, expected)
+    else:
+        assert (got != expected).float().mean() < 0.02
+    again = from_nir(to_nir(back, x.unflatten(0, (T, 3)), DT), dtype=dtype)
+    assert list(again.nodes) == list(back.nodes)
+    assert torch.equal(spikes(again, x.unflatten(0, (T, 3))), got)
+
+
+def test_convolutions_of_all_kinds():
+    """Oblong kernels, strides, dilation, groups, 'same' padding, sum pools and one dimension."""
+    if_node = lambda: snnfast.IFNode(step_mode="m")  # noqa: E731
+    net = multi_step(
+        nn.Conv2d(4, 6, (3, 1), stride=(1, 2), padding=(2, 0), dilation=(2, 1), groups=2),
+        if_node(),
+        nn.Conv2d(6, 6, 3, padding="same", bias=False),
+        nn.AvgPool2d(2, divisor_override=1),
+        if_node(),
+        nn.Flatten(2),
+        nn.Conv1d(6, 3, 5, stride=2, padding=1),
+        nn.BatchNorm1d(3),
+        if_node(),
+        nn.Flatten(),
+        nn.Linear(3 * 3, 4, bias=False),
+        nn.BatchNorm1d(4),
+        if_node(),
+    )
+    net = randomised(net).double()
+    x = torch.rand(5, 2, 4, 8, 8, dtype=torch.float64) * 2
+    graph = to_nir(net, x, DT)
+    kinds = [type(node).__name__ for node in graph.nodes.values() if not hasattr(node, "r")]
+    assert kinds == ["Input", "Conv2d", "Conv2d", "SumPool2d", "Flatten", "Conv1d", "Flatten", "Affine", "Output"]
+    back = from_nir(graph, dtype=torch.float64)
+    expected = spikes(net, x)
+    assert 0.05 < expected.mean() < 0.95
+    assert torch.equal(spikes(back, x), expected)
+
+
+def test_single_step_and_functional_forms_give_the_same_graph():
+    class Functional(nn.Module):
+        def __init__(self, mode):
+            super().__init__()
+            self.mode = mode
+            self.conv = nn.Conv2d(1, 2, 3)
+            self.sn = snnfast.IFNode(step_mode=mode)
+            self.fc = nn.Linear(2 * 3 * 3, 2)
+
+        def forward(self, x):
+            if self.mode == "m":
+                T = x.shape[0]
+                x = self.sn(self.conv(x.flatten(0, 1)).unflatten(0, (T, -1)))
+                return self.fc(torch.nn.functional.avg_pool2d(x.flatten(0, 1), 2).reshape(x.shape[0], x.shape[1], -1))
+            return self.fc(torch.flatten(torch.nn.functional.avg_pool2d(self.sn(self.conv(x)), 2), 1))
+
+    multi, single = Functional("m"), Functional("s")
+    single.load_state_dict(multi.state_dict())
+    x = torch.rand(4, 3, 1, 8, 8)
+    graphs = [to_nir(multi, x, DT), to_nir(single, x[0], DT)]
+    assert [type(n) for n in graphs[0].nodes.values()] == [type(n) for n in graphs[1].nodes.values()]
+    assert torch.equal(spikes(from_nir(graphs[0]), x), spikes(from_nir(graphs[1]), x))
+    assert torch.equal(spikes(from_nir(graphs[0]), x), spikes(multi, x))
+
+
+class Overridden(nn.Sequential):
+    """A Sequential with a forward of its own."""
+
+    def forward(self, x):
+        return self[0](self[1](x)) + x
+
+
+def test_a_forward_of_its_own_is_not_taken_for_a_sequence():
+    net = Overridden(snnfast.IFNode(step_mode="m"), nn.Linear(3, 3))
+    x = torch.rand(4, 2, 3)
+    assert torch.equal(spikes(from_nir(to_nir(net, x)), x), spikes(net, x))
+
+
+class Branching(nn.Module):
+    """A convolution that feeds more than its batch norm, into which nothing may be folded."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.bn, self.sn = nn.Conv2d(2, 2, 3), nn.BatchNorm2d(2), snnfast.IFNode()
+
+    def forward(self, x):
+        y = self.conv(x)
+        return self.sn(self.bn(y) + y)
+
+
+def test_batch_norm_is_not_folded_into_a_layer_that_others_read():
+    net = randomised(Branching()).double()
+    x = torch.rand(4, 3, 2, 6, 6, dtype=torch.float64)
+    with torch.no_grad():
+        expected = torch.stack([net(x_t) for x_t in x])
+    assert torch.equal(spikes(from_nir(to_nir(net, x[0]), dtype=torch.float64), x), expected)
+
+
+class Widening(nn.Module):
+    """A shortcut without weights, whose new channels are zero."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.sn = nn.Conv2d(2, 5, 3, padding=1), snnfast.IFNode()
+
+    def forward(self, x):
+        return self.sn(self.conv(x) + torch.nn.functional.pad(x, (0, 0, 0, 0, 0, 3)))
+
+
+def test_a_shortcut_padded_with_channels():
+    net = randomised(Widening())
+    x = torch.rand(4, 3, 2, 6, 6)
+    with torch.no_grad():
+        expected = torch.stack([net(x_t) for x_t in x])
+    assert torch.equal(spikes(from_nir(to_nir(net, x[0])), x), expected)
+
+
+def test_networks_made_spiking():
+    """Direct coding: the layers before the first neuron run once; a graph sees the same input at every step."""
+    converter = pytest.importorskip("snnfast.convert.to_spiking")
+    ann = nn.Sequential(
+        *(nn.Conv2d(2, 4, 3, bias=False), nn.BatchNorm2d(4), nn.ReLU(), nn.AvgPool2d(2)),
+        *(nn.Flatten(), nn.Linear(36, 20), nn.ReLU(), nn.Linear(20, 5)),
+    )
+    x = torch.rand(3, 2, 8, 8, dtype=torch.float64) * 2
+    net = converter.to_spiking(randomised(ann).double(), 4, tau=1.5).eval()
+    assert snnfast.analysis.count_synops(net, x).timesteps == 4
+    expected = spikes(net, x)
+    assert expected.std() > 0.05
+    back = from_nir(to_nir(net, x), dtype=torch.float64)
+    assert torch.allclose(spikes(back, x.expand(4, *x.shape)), expected, rtol=1e-9)
+    temporal = converter.to_spiking(ann.double(), 4, tau=1.5, coding="temporal").eval()
+    back = from_nir(to_nir(temporal, x.expand(4, *x.shape)), dtype=torch.float64)
+    assert torch.allclose(spikes(back, x.expand(4, *x.shape)), expected, rtol=1e-9)
+    net.readout = lambda y: y.mean(0)
+    with pytest.raises(ValueError, match="readout=None"):
+        to_nir(net, x)
+
+
+def test_parametric_lif_is_written_with_its_time_constant():
+    net = nn.Sequential(nn.Linear(4, 4), snnfast.ParametricLIFNode(init_tau=3.0, step_mode="m")).double()
+    x = torch.rand(8, 2, 4, dtype=torch.float64) * 4
+    graph = to_nir(net, x, 1e-3)
+    np.testing.assert_allclose(graph.nodes["1"].tau, 3e-3, rtol=1e-6)
+    assert torch.equal(spikes(from_nir(graph, dtype=torch.float64), x), spikes(net, x))
+
+
+@pytest.mark.parametrize("decay_input", [True, False])
+def test_leaky_integrator_readout(decay_input):
+    readout = pytest.importorskip("snnfast.readout")
+    net = nn.Sequential(nn.Linear(3, 2), readout.LI(tau=2.3, decay_input=decay_input, v_reset=0.1, step_mode="m"))
+    x = torch.rand(6, 2, 3)
+    graph = to_nir(net, x, DT)
+    assert isinstance(graph.nodes["1"], nir.LI)
+    assert torch.equal(spikes(from_nir(graph), x), spikes(net, x))
+
+
+def test_export_leaves_the_model_alone():
+    net = randomised(nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3), snnfast.LIFNode(), nn.Dropout()))
+    net.train()
+    net[1].eval()
+    x = torch.rand(2, 3)
+    net(x)
+    v, state = net[2].v.clone(), {k: t.clone() for k, t in net.state_dict().items()}
+    to_nir(net, x, DT)
+    assert torch.equal(net[2].v, v)
+    assert [m.training for m in net] == [True, False, True, True]
+    assert all(torch.equal(t, state[k]) for k, t in net.state_dict().items())
+
+
+# ---- conventions ----
+def test_conventions_stand_in_the_graph(tmp_path):
+    net = nn.Sequential(nn.Linear(2, 2), snnfast.IFNode(), nn.Linear(2, 2), snnfast.LIFNode(tau=3.0, decay_input=False))
+    graph = to_nir(net, torch.zeros(1, 2), 1e-3, comparison=">", if_r="1")
+    assert graph.metadata["dt"] == 1e-3
+    assert (graph.metadata["comparison"], graph.metadata["if_r"]) == (">", "1")
+    assert (graph.nodes["1"].r == 1.0).all()
+    assert (graph.nodes["3"].r == 3.0).all()
+    assert (np.float32(graph.nodes["3"].v_threshold) < 1).all()
+    nir.write(tmp_path / "g.nir", graph)
+    read = nir.read(tmp_path / "g.nir")
+    assert (read.metadata["comparison"], float(read.metadata["dt"])) == (">", 1e-3)
+    assert from_nir(tmp_path / "g.nir").nodes["3"].decay_input is False
+    assert (to_nir(net, torch.zeros(1, 2), 1e-3).nodes["1"].r == 1e3).all()
+
+
+def test_at_the_threshold_itself_the_comparison_decides():
+    graph = nir.NIRGraph.from_list(nir.IF(*(np.full(1, v) for v in (1e4, 1.0, 0.0))))
+    x = torch.full((3, 1, 1), 0.5)
+    assert spikes(from_nir(graph, DT), x).flatten().tolist() == [0, 0, 1]  # NIR's text: v > v_threshold
+    assert spikes(from_nir(graph, DT, comparison=">="), x).flatten().tolist() == [0, 1, 0]
+
+
+def test_parameters_that_no_neuron_has_become_a_scale_of_the_input():
+    """Against NIR's equations, stepped by Euler: each neuron with parameters of its own."""
+    generator = np.random.default_rng(0)
+    n, T, dt, tau = 7, 12, 1e-3, 4e-3
+    r, v_leak = generator.uniform(0.5, 3, n), generator.uniform(-0.3, 0.3, n)
+    v_threshold, v_reset = generator.uniform(0.4, 1.5, n), generator.uniform(-0.4, 0.2, n)
+    x = generator.uniform(0, 2, (T, n))
+    tau_steps = np.full(n, tau / dt)  # the resistance at which a LIF neuron adds its input whole
+    gain = r
+    for leaky, r in ((True, gain), (True, tau_steps), (False, gain)):
+        v, expected = v_reset.copy(), []
+        for x_t in x:
+            v = v + (dt / tau * (v_leak - v + r * x_t) if leaky else dt * 500 * r * x_t)
+            s = v > v_threshold
+            v = np.where(s, v_reset, v)
+            expected.append(s)
+        if leaky:
+            node = nir.LIF(np.full(n, tau), r, v_leak, v_threshold, v_reset)
+        else:
+            node = nir.IF(r * 500, v_threshold, v_reset)
+        net = from_nir(nir.NIRGraph.from_list(node), dt, dtype=torch.float64)
+        got = spikes(net, torch.from_numpy(x)[:, None])[:, 0].numpy().astype(bool)
+        assert 0.05 < np.mean(expected) < 0.95
+        np.testing.assert_array_equal(got, np.array(expected))
+
+
+# ---- the peers, through their own importers ----
+@contextlib.contextmanager
+def quiet():
+    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+        warnings.simplefilter("ignore")
+        yield
+
+
+def run_steps(module, x, stateful=True):
+    """A peer's module over time, its state handed on."""
+    state, out = None, []
+    with torch.no_grad():
+        for x_t in x:
+            y = module(x_t, state) if stateful else module(x_t)
+            y, state = y if isinstance(y, tuple) else (y, None)
+            out.append(y)
+    return torch.stack(out)
+
+
+def in_norse(graph, x, dt=DT):
+    norse = pytest.importorskip("norse.torch.utils.import_nir", reason="norse is not installed")
+    with quiet():
+        return run_steps(norse.from_nir(graph, ignore_warnings=True, dt=dt), x)
+
+
+def in_snntorch(graph, x):
+    snntorch = pytest.importorskip("snntorch.import_nir", reason="snntorch is not installed")
+    with quiet():
+        return run_steps(snntorch.import_from_nir(graph), x)
+
+
+def in_spikingjelly(graph, x, dt=DT):
+    sj = pytest.importorskip("spikingjelly.activation_based.nir_exchange", reason="spikingjelly is not installed")
+    with quiet():
+        return run_steps(sj.import_from_nir(graph, dt=dt), x)
+
+
+def dense_net(kind, depth, width, **config):
+    layers = []
+    for _ in range(depth):
+        layers += [nn.Linear(width, width), kind(step_mode="m", **config)]
+        nn.init.normal_(layers[-2].weight, std=1.5 / width**0.5)
+        nn.init.normal_(layers[-2].bias, mean=0.3, std=0.3)
+    return nn.Sequential(*layers)
+
+
+def assert_same(got, expected):
+    """Equal but for what the peer's other order of roundings moves across the threshold, which is next to nothing."""
+    assert got.shape == expected.shape
+    assert torch.equal(got, expected)
+
+
+dense = {
+    "depth": st.integers(1, 3),
+    "width": st.integers(1, 24),
+    "v_threshold": st.floats(0.3, 1.5),
+    "T": st.integers(1, 12),
+    "seed": st.integers(0, 10**6),
+}
+
+
+@settings(max_examples=25, deadline=None, derandomize=True)
+@given(tau=st.floats(1.2, 20.0), **dense)
+def test_a_lif_graph_has_the_same_spikes_everywhere(tau, depth, width, v_threshold, T, seed):
+    torch.manual_seed(seed)
+    net = dense_net(snnfast.LIFNode, depth, width, tau=tau, v_threshold=v_threshold)
+    x = torch.rand(T, 3, width) * 2
+    expected = spikes(net, x)
+    graph = to_nir(net, x, DT)
+    assert_same(in_norse(graph, x), expected)
+    assert_same(in_spikingjelly(graph, x), expected)
+    assert_same(in_snntorch(graph, x), expected)
+
+
+@settings(max_examples=15, deadline=None, derandomize=True)
+@given(tau=st.floats(1.2, 20.0), **dense)
+def test_a_lif_graph_without_decay_of_the_input(tau, depth, width, v_threshold, T, seed):
+    """r = tau: SpikingJelly and snnTorch read it, Norse does not look at r."""
+    torch.manual_seed(seed)
+    net = dense_net(snnfast.LIFNode, depth, width, tau=tau, v_threshold=v_threshold, decay_input=False)
+    x = torch.rand(T, 3, width)
+    expected = spikes(net, x)
+    graph = to_nir(net, x, DT)
+    assert_same(in_spikingjelly(graph, x), expected)
+    assert_same(in_snntorch(graph, x), expected)
+
+
+@settings(max_examples=25, deadline=None, derandomize=True)
+@given(**dense)
+def test_an_if_graph_in_norse_and_spikingjelly(depth, width, v_threshold, T, seed):
+    torch.manual_seed(seed)
+    net = dense_net(snnfast.IFNode, depth, width, v_threshold=v_threshold)
+    x = torch.rand(T, 3, width)
+    expected = spikes(net, x)
+    assert_same(in_norse(to_nir(net, x, DT, if_r="1", comparison=">"), x), expected)
+    assert_same(in_spikingjelly(to_nir(net, x, DT, if_r="1/dt"), x), expected)
+
+
+def test_differences_that_the_documentation_names():
+    """docs/nir.md says what each peer does not read; when one learns it, the table is to be changed."""
+    x = torch.rand(10, 3, 8) * 3
+    torch.manual_seed(0)
+    no_decay = dense_net(snnfast.LIFNode, 2, 8, decay_input=False)
+    assert not torch.equal(in_norse(to_nir(no_decay, x, DT), x), spikes(no_decay, x))
+    for kind in (snnfast.LIFNode, snnfast.IFNode):
+        reset = dense_net(kind, 1, 8, v_reset=-0.2, v_threshold=0.4)
+        expected = spikes(reset, x)
+        assert 0.05 < expected.mean() < 0.95
+        assert not torch.equal(in_norse(to_nir(reset, x, DT), x), expected)
+        assert torch.equal(in_spikingjelly(to_nir(reset, x, DT), x), expected)
+    with pytest.raises(AssertionError, match="v_leak not supported"):
+        in_snntorch(to_nir(dense_net(snnfast.LIFNode, 1, 8, v_reset=-0.5), x, DT), x)
+    integrate = dense_net(snnfast.IFNode, 2, 8)
+    with pytest.raises(AssertionError, match="r != 1"):
+        in_snntorch(to_nir(integrate, x, DT), x)
+    with pytest.raises(TypeError, match="tuple"):
+        in_snntorch(to_nir(integrate, x, DT, if_r="1"), x)
+    with pytest.raises(ValueError, match="1 / dt"):
+        in_spikingjelly(to_nir(integrate, x, DT, if_r="1"), x)
+    grouped = randomised(nn.Sequential(nn.Conv2d(4, 4, 3, groups=2), snnfast.LIFNode()))
+    image = torch.rand(5, 1, 4, 6, 6) * 2
+    graph = to_nir(grouped, image[0], DT)
+    with torch.no_grad():
+        expected = torch.stack([grouped(x_t) for x_t in image])
+    assert torch.equal(in_norse(graph, image), expected)
+    assert torch.equal(in_snntorch(graph, image), expected)
+    with pytest.raises(NotImplementedError, match="Grouped"):
+        in_spikingjelly(graph, image)
+
+
+def test_strict_comparison_is_exact_in_norse():
+    """Inputs that reach the threshold exactly, which happens all the time with round weights."""
+    net = nn.Sequential(snnfast.IFNode(v_threshold=0.75, step_mode="m"))
+    x = torch.randint(0, 4, (20, 2, 9)) * 0.25
+    expected = spikes(net, x)
+    assert torch.equal(in_norse(to_nir(net, x, DT, if_r="1", comparison=">"), x), expected)
+    assert not torch.equal(in_norse(to_nir(net, x, DT, if_r="1"), x), expected)
+
+
+def test_a_convolutional_residual_graph_in_spikingjelly_and_norse():
+    """NIR's Flatten does not count the batch; Norse gives it to torch, so it gets single samples without one."""
+    T = 6
+
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(3, 3, 3, padding=1)
+            self.sn = snnfast.LIFNode(timesteps=T)
+
+        def forward(self, x):
+            return self.sn(self.conv(x)) + x
+
+    net = nn.Sequential(
+        nn.Conv2d(2, 3, 3, stride=2, padding=1),
+        snnfast.LIFNode(timesteps=T),
+        Block(),
+        nn.Flatten(),
+        nn.Linear(48, 20),
+        snnfast.LIFNode(timesteps=T, v_threshold=0.3),
+    )
+    net = randomised(net)
+    x = torch.rand(T, 1, 2, 8, 8) * 3
+    expected = spikes(net, x.flatten(0, 1)).unflatten(0, (T, 1))
+    assert 0.02 < expected.mean() < 0.98
+    graph = to_nir(net, x.flatten(0, 1), DT)
+    assert_same(in_spikingjelly(graph, x), expected)
+    assert_same(in_norse(graph, x[:, 0])[:, None], expected)
+
+
+def test_a_graph_of_spikingjelly_is_read():
+    sj = pytest.importorskip("spikingjelly.activation_based", reason="spikingjelly is not installed")
+    from spikingjelly.activation_based import functional as sj_functional
+    from spikingjelly.activation_based import nir_exchange
+
+    theirs = nn.Sequential(
+        sj.layer.Conv2d(2, 3, 3),
+        sj.neuron.LIFNode(tau=3.0),
+        sj.layer.Flatten(),
+        sj.layer.Linear(108, 4),
+        sj.neuron.IFNode(),
+    )
+    theirs = randomised(theirs)
+    x = torch.rand(5, 2, 2, 8, 8) * 3
+    graph = nir_exchange.export_to_nir(theirs, x[0], dt=DT)
+    sj_functional.reset_net(theirs)
+    with torch.no_grad():
+        expected = torch.stack([theirs(x_t) for x_t in x])
+    assert 0.02 < expected.mean() < 0.98
+    assert torch.equal(spikes(from_nir(graph, DT, comparison=">="), x), expected)
+
+
+# ---- refusals ----
+class Loop(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.sn = snnfast.IFNode()
+
+    def forward(self, x):
+        return torch.stack([self.sn(x_t) for x_t in x])
+
+
+class Twice(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.sn = snnfast.IFNode(step_mode="m")
+
+    def forward(self, x):
+        return self.sn(self.sn(x))
+
+
+class MeanReadout(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.sn = snnfast.IFNode(step_mode="m")
+
+    def forward(self, x):
+        return self.sn(x).mean(0)
+
+
+class Padding(nn.Module):
+    def forward(self, x):
+        return torch.nn.functional.pad(x, (1, 1))
+
+
+class Doubling(snnfast.neuron.BaseNode):
+    def neuronal_charge(self, x):
+        self.v = self.v + 2 * x
+
+
+X = torch.rand(4, 2, 3)
+IMAGE = torch.rand(2, 3, 8, 8)
+EXPORT = {
+    "soft reset": (nn.Sequential(snnfast.IFNode(v_reset=None, step_mode="m")), X, r"0 has a soft reset.*v_reset=0\.0"),
+    "max pool": (nn.Sequential(nn.Conv2d(3, 3, 3), nn.MaxPool2d(2)), IMAGE, r"MaxPool2d at 1; .*AvgPool2d"),
+    "relu": (nn.Sequential(nn.Linear(3, 3), nn.ReLU()), X[0], r"ReLU at 1; .*to_spiking"),
+    "time loop": (Loop(), X, r"cannot be traced.*time loop"),
+    "shared neuron": (Twice(), X, r"sn is called more than once"),
+    "readout": (MeanReadout(), X, r"operation 'mean'.*before it"),
+    "own neuron": (Doubling(step_mode="m"), X, r"Doubling .*equations of its own"),
+    "no time in the sample": (
+        nn.Sequential(snnfast.IFNode(step_mode="m")),
+        torch.rand(3),
+        r"sample must have the time",
+    ),
+    "circular padding": (nn.Conv2d(3, 3, 3, padding=1, padding_mode="circular"), IMAGE, r"pads with 'circular'"),
+    "ceil_mode": (nn.AvgPool2d(3, ceil_mode=True), IMAGE, r"ceil_mode"),
+    "padding": (Padding(), IMAGE, r"pad pads in another way"),
+    "uneven pool": (nn.AdaptiveAvgPool2d(3), IMAGE, r"does not divide evenly"),
+    "no statistics": (nn.BatchNorm2d(3, track_running_stats=False), IMAGE, r"no running statistics"),
+    "nothing": (nn.Sequential(), X, r"at least one layer"),
+}
+
+
+@pytest.mark.parametrize("case", EXPORT)
+def test_export_refuses(case):
+    model, sample, message = EXPORT[case]
+    with pytest.raises(ValueError, match=message):
+        to_nir(model, sample, DT)
+
+
+def test_export_checks_its_arguments():
+    net = nn.Linear(3, 3)
+    with pytest.raises(TypeError, match=r"model must be .*got list"):
+        to_nir([net], X, DT)
+    with pytest.raises(TypeError, match=r"sample must be .*int64"):
+        to_nir(net, torch.ones(2, 3, dtype=torch.int64), DT)
+    for dt in (0.0, -1.0, float("inf")):
+        with pytest.raises(ValueError, match=r"dt must be a time step in seconds above 0"):
+            to_nir(net, X, dt)
+    with pytest.raises(ValueError, match=r"comparison must be '>=' or '>', got '<'"):
+        to_nir(net, X, DT, comparison="<")
+    with pytest.raises(ValueError, match=r"if_r must be '1/dt' or '1', got '2'"):
+        to_nir(net, X, DT, if_r="2")
+
+
+def of(n, *values):
+    return [np.full(n, v) for v in values]
+
+
+LINEAR = nir.Linear(np.ones((2, 3), np.float32))
+IMPORT = {
+    "unknown node": ([LINEAR, nir.Threshold(np.ones(2))], r"'threshold' of type Threshold.*it has Affine"),
+    "wrong shape": (
+        [LINEAR, nir.Linear(np.ones((2, 4), np.float32))],
+        r"'linear_1' does not fit its input of shape \(2,\)",
+    ),
+    "several taus": ([LINEAR, nir.LIF(np.array([1e-2, 2e-2]), *of(2, 1.0, 0.0, 1.0))], r"'lif' must have one tau"),
+    "tau below dt": ([LINEAR, nir.LIF(*of(2, 1e-5, 1.0, 0.0, 1.0))], r"'lif' must have tau above dt"),
+    "threshold": ([LINEAR, nir.IF(*of(2, 1e4, -1.0))], r"'if' must have v_threshold above v_reset"),
+    "nan weight": ([nir.Linear(np.full((2, 3), np.nan, np.float32))], r"'linear' must have finite weight"),
+    "nan tau": ([LINEAR, nir.LIF(*of(2, np.nan, 1.0, 0.0, 1.0))], r"'lif' must have finite tau"),
+    "bias": ([nir.Affine(np.ones((2, 3), np.float32), np.ones(3, np.float32))], r"'affine' must have a bias of 2"),
+}
+
+
+@pytest.mark.parametrize("case", IMPORT)
+def test_import_refuses(case):
+    nodes, message = IMPORT[case]
+    with pytest.raises(ValueError, match=message):
+        from_nir(nir.NIRGraph.from_list(*nodes, type_check=False), DT)
+
+
+def test_import_refuses_cycles_and_loose_ends():
+    square = nir.Linear(np.ones((3, 3), np.float32))
+    ends = {"input": nir.Input(np.array([3])), "output": nir.Output(np.array([3]))}
+    recurrent = {**ends, "a": nir.IF(*of(3, 1.0, 1.0)), "w": square}
+    edges = [("input", "a"), ("a", "w"), ("w", "a"), ("a", "output")]
+    with pytest.raises(ValueError, match=r"cycle, (a -> w -> a|w -> a -> w): recurrence"):
+        from_nir(nir.NIRGraph(recurrent, edges, type_check=False), DT)
+    with pytest.raises(ValueError, match=r"no edge ends in 'w'"):
+        from_nir(nir.NIRGraph({**ends, "w": square}, [("w", "output")], type_check=False), DT)
+    with pytest.raises(ValueError, match=r"no node 'b'"):
+        from_nir(nir.NIRGraph({**ends, "w": square}, [("input", "b"), ("w", "output")], type_check=False), DT)
+    with pytest.raises(ValueError, match=r"one input and one output"):
+        from_nir(nir.NIRGraph({"input": ends["input"], "w": square}, [("input", "w")], type_check=False), DT)
+    with pytest.raises(ValueError, match=r"dt must be given"):
+        from_nir(nir.NIRGraph.from_list(LINEAR))
+    with pytest.raises(TypeError, match=r"graph must be a nir.NIRGraph or the path.*int"):
+        from_nir(3, DT)
+
+
+def test_import_refuses_broken_files(tmp_path):
+    net = nn.Sequential(nn.Linear(40, 40), snnfast.LIFNode(step_mode="m"))
+    path = tmp_path / "net.nir"
+    nir.write(path, to_nir(net, torch.zeros(1, 1, 40), DT))
+    whole = path.read_bytes()
+    for share in (0.0, 0.01, 0.2, 0.5, 0.9, 0.99):
+        path.write_bytes(whole[: int(share * len(whole))])
+        with pytest.raises(ValueError, match=r"cannot be read from .*net\.nir.*truncated or of another kind"):
+            from_nir(path)
+    path.write_text("not HDF5 at all")
+    with pytest.raises(ValueError, match=r"truncated or of another kind"):
+        from_nir(path)
+    with pytest.raises(FileNotFoundError, match=r"no file .*missing\.nir"):
+        from_nir(tmp_path / "missing.nir")
+
+
+def test_import_names_unknown_types_in_a_file(tmp_path):
+    h5py = pytest.importorskip("h5py")
+    path = tmp_path / "net.nir"
+    nir.write(path, nir.NIRGraph.from_list(LINEAR))
+    with h5py.File(path, "a") as f:
+        del f["node/nodes/linear/type"]
+        f["node/nodes/linear/type"] = "Resonator"
+    with pytest.raises(ValueError, match=r"unknown type: linear \(Resonator\)"):
+        from_nir(path, DT)
