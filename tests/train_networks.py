@@ -45,6 +45,10 @@ def student(
     return Student(num_classes, in_channels, timesteps, width, norm, dropout)
 
 
+def dropped(num_classes: int, in_channels: int, timesteps: int) -> nn.Module:
+    return student(num_classes, in_channels, timesteps, dropout=0.3)
+
+
 class Teacher(nn.Module):
     def __init__(self, classes: int, channels: int, width: int) -> None:
         super().__init__()

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from .errors import CheckpointError
 
-__all__ = ["FORMAT", "VERSION", "Checkpoints", "random_state", "restore_random_state", "write_atomically"]
+__all__ = ["FORMAT", "VERSION", "Checkpoints", "random_state", "restore_random_state", "seed_everything", "write_atomically"]
 
 FORMAT, VERSION = "snnfast-train", 1
 _FILES = ("model.safetensors", "extra.safetensors", "state.pt")
@@ -68,6 +68,13 @@ def _cannot_write(path: Path, size: int, error: OSError) -> str:
         free = shutil.disk_usage(path.parent).free
         return f"{path} ({size:,} bytes) cannot be written: {error.strerror or error}; {free:,} bytes are free there"
     return f"{path} ({size:,} bytes) cannot be written: {error.strerror or error}"
+
+
+def seed_everything(seed: int) -> None:
+    """Seed every global random generator whose state a checkpoint keeps."""
+    torch.manual_seed(seed)
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
 
 
 def random_state() -> dict[str, Any]:

@@ -108,7 +108,7 @@ class Config:
         "machine", None, "number of devices or processes; default: 1, or what torchrun started", metavar="N"
     )
     threads: int | None = _option("machine", None, "CPU threads; results depend on their number", metavar="N")
-    precision: str = _option("machine", "32-true", "arithmetic", choices=("32-true", "bf16-mixed", "16-mixed", "64-true"))
+    precision: str = _option("machine", "32-true", "arithmetic", choices=("32-true", "bf16-mixed", "16-mixed"))
     channels_last: bool = _option("machine", False, "images as NHWC, faster for convolutions on GPUs")
     compile: bool = _option("machine", False, "torch.compile the networks")
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from . import data, models
 from .augment import Augment
-from .checkpoint import write_atomically
+from .checkpoint import seed_everything, write_atomically
 from .config import Config
 from .errors import InputError
 from .objective import Objective, average_time, distiller, repeated
@@ -96,10 +96,8 @@ class _Networks:
         self.example = normal.normalise(dataset.train.gather(few))
 
     def _build(self, what: str, name: str, timesteps: int | None, extra: dict[str, Any], seed: int) -> nn.Module:
-        torch.manual_seed(data.split_seed(self.config.seed, seed))
+        seed_everything(data.split_seed(self.config.seed, seed))
         network = models.build(name, what, self.dataset.classes, self.dataset.channels, timesteps, extra)
-        if self.config.precision == "64-true":
-            network.double()
         if self.fabric.world_size > 1 and self.fabric.device.type == "cuda":
             network = nn.SyncBatchNorm.convert_sync_batchnorm(network)
         return network.to(self.fabric.device)
@@ -152,7 +150,7 @@ class _Networks:
         """The objective of a distilled student."""
         config = self.config
         steps = config.long_timesteps() if self.dataset.has_time and "temporal" in losses else None
-        torch.manual_seed(data.split_seed(config.seed, _LOSSES))
+        seed_everything(data.split_seed(config.seed, _LOSSES))
         example = repeated(self.example, steps)
         made = distiller(losses, config, student, teacher, self.dataset.classes, example)
         return Objective(student, made, steps)
@@ -236,7 +234,7 @@ def _run(config: Config, fabric: Any, display: Display) -> dict[str, Any]:
 
     def train(stage: Stage) -> None:
         trainer = Trainer(config, stage, dataset, fabric, config.out / stage.name, display, logs.epoch)
-        torch.manual_seed(data.split_seed(config.seed, _TRAINING, fabric.global_rank))
+        seed_everything(data.split_seed(config.seed, _TRAINING, fabric.global_rank))
         if config.resume and trainer.resume():
             done = trainer.epoch == stage.epochs
             display.say(f"{stage.name}: {'finished' if done else 'goes on'} at step {trainer.step}")

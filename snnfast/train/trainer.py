@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from .. import functional
 from .augment import Augment
-from .checkpoint import Checkpoints, random_state, restore_random_state, write_atomically
+from .checkpoint import Checkpoints, random_state, restore_random_state, seed_everything, write_atomically
 from .config import Config
 from .data import Dataset, Store, epoch_order, split_seed
 from .errors import InputError, Interrupted, NonFiniteError
@@ -279,7 +279,7 @@ class Trainer:
             restore_random_state(state["random"][rank])
         else:
             self.display.say("the number of processes changed: dropout and the like go on from other random numbers")
-            torch.manual_seed(split_seed(self.config.seed, _TRAINING, step, rank))
+            seed_everything(split_seed(self.config.seed, _TRAINING, step, rank))
         return True
 
     def _not_finite(self, detail: str = "") -> NonFiniteError:
@@ -352,7 +352,7 @@ class Trainer:
             {
                 "epoch": self.epoch + 1,
                 "step": self.step,
-                "learning_rate": self.optimizer.param_groups[0]["lr"],
+                "learning_rate": self.scheduler.base_lrs[0] * self.scheduler.lr_lambdas[0](self.step - 1),
                 "train_loss": loss,
                 "train_accuracy": accuracy,
                 "test_loss": test["loss"],
