@@ -1,0 +1,391 @@
+"""The conversion itself: neurons for activations, in place where a module's own code can stay, by a generated forward
+where it cannot.
+
+Every value in a forward is ``CONSTANT`` (parameters, numbers), ``STATIC`` (``[B, *]``, computed once from an input that
+does not change with time) or ``DYNAMIC`` (``[T * B, *]``). The first neuron on each path repeats its static input; where
+a static tensor meets a dynamic one elsewhere, such as a shortcut around the first block, a :class:`Repeat` goes between.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.nn import functional as F
+
+from ..base import MemoryModule
+from .to_spiking_classes import generated
+from .to_spiking_layers import Dropout, MaxPoolOfRates, Repeat
+from .to_spiking_trace import (
+    RELU,
+    Untraceable,
+    activation_of,
+    functional_activations,
+    is_in_place,
+    is_shape,
+    is_torch_leaf,
+    place,
+    trace,
+)
+
+__all__ = ["DYNAMIC", "STATIC", "Converter", "NeedsTime"]
+
+CONSTANT, STATIC, DYNAMIC = range(3)
+
+_ONLY_KEPT = ("TransformerEncoderLayer", "TransformerDecoderLayer", "GLU", "glu")  # a neuron could not stand for these
+_DROPOUTS = {nn.Dropout: "dropout", nn.Dropout1d: "feature_dropout", nn.Dropout2d: "feature_dropout"}
+_DROPOUTS[nn.Dropout3d] = "feature_dropout"
+_DROPOUT_FUNCTIONS = {F.dropout: "dropout", torch.dropout: "dropout", F.dropout1d: "feature_dropout"}
+_DROPOUT_FUNCTIONS |= {F.dropout2d: "feature_dropout", F.dropout3d: "feature_dropout"}
+_POOLS = (nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d, nn.AdaptiveMaxPool1d, nn.AdaptiveMaxPool2d, nn.AdaptiveMaxPool3d)
+_POOL_FUNCTIONS = {
+    function: module
+    for module in _POOLS[:3]
+    for name in (module.__name__.replace("MaxPool", "max_pool"),)
+    for function in (getattr(F, name), getattr(torch, name))
+} | {
+    getattr(F, name): module
+    for module in _POOLS[3:]
+    for name in (module.__name__.replace("AdaptiveMaxPool", "adaptive_max_pool"),)
+}
+
+
+class NeedsTime(Exception):
+    """A module that would have to be static in one place and dynamic in another: time must start at the input."""
+
+
+class Converter:
+    """One conversion of a model, in place.
+
+    Args:
+        make_neuron: a neuron for one call of an activation; its argument says whether the input is to be repeated.
+        other_activations: ``'error'``, ``'keep'`` or ``'replace'``.
+        pool_rates: whether max-pooling becomes :class:`MaxPoolOfRates`.
+
+    Attributes:
+        untraced: what could not be followed, and so may call one neuron several times in a forward.
+    """
+
+    def __init__(
+        self, make_neuron: Callable[[bool], nn.Module], timesteps: int, other_activations: str, pool_rates: bool
+    ) -> None:
+        self.make_neuron = make_neuron
+        self.timesteps = timesteps
+        self.other_activations = other_activations
+        self.pool_rates = pool_rates
+        self.untraced: list[str] = []
+        self.neurons: set[nn.Module] = set()
+        self.in_place: set[nn.Module] = set()  # those of the neurons that stand for a ReLU(inplace=True)
+        self._added: set[nn.Module] = set()
+        self._replaced: list[nn.Module] = []  # kept alive: the visits below go by identity
+        self._visits: dict[nn.Module, tuple[int, int, int]] = {}  # status in and out, number of changes
+        self._changes = 0
+
+    # ---- modules ----
+    def convert(self, module: nn.Module, path: str, status: int) -> int:
+        """Convert ``module``, called with an input of ``status``; returns the status of its output."""
+        if isinstance(module, MemoryModule) or isinstance(module, torch.jit.ScriptModule):
+            kind = "a spiking module already" if isinstance(module, MemoryModule) else "a scripted module"
+            raise ValueError(f"model must be an ordinary ANN, but {place(path, module)} is {kind}")
+        if module in self._visits:
+            before, after, changes = self._visits[module]
+            if changes:
+                self.untraced.append(f"{place(path, module)} is called more than once in a forward")
+            if before == status:
+                return after
+            if changes:
+                raise NeedsTime
+            del self._visits[module]
+            started = self._changes
+            after = self.convert(module, path, status)
+            if self._changes != started:
+                raise NeedsTime
+            return after
+        started = self._changes
+        if type(module).forward is nn.Sequential.forward:
+            out = status
+            for name in module._modules:
+                out = self._slot(module, name, _join(path, name), out)
+        elif is_torch_leaf(module):
+            out = status
+        else:
+            try:
+                graphs = trace(module)
+            except Untraceable as error:
+                out = self._untraceable(module, path, status, error)
+            else:
+                out = self._traced(module, path, status, graphs)
+        self._visits[module] = status, out, self._changes - started
+        return out
+
+    def _slot(self, parent: nn.Module, name: str, path: str, status: int) -> int:
+        """The child ``name`` of ``parent``, which is called once."""
+        child = parent._modules[name]
+        if child is None or child in self._added:
+            return status
+        if child in self.neurons:  # the same Sequential's slot, met again through another path
+            raise NeedsTime
+        name_of_activation = activation_of(child)
+        if name_of_activation is not None:
+            if not self._wanted(name_of_activation, place(path, child)):
+                return status
+            self._put(parent, name, self._neuron(status != DYNAMIC))
+            return DYNAMIC
+        swapped = self._swapped(child, status)
+        if swapped is not None:
+            self._put(parent, name, swapped)
+            return status
+        return self.convert(child, path, status)
+
+    def _put(self, parent: nn.Module, name: str, module: nn.Module) -> None:
+        old = parent._modules.get(name)
+        if old is not None:
+            self._replaced.append(old)
+            module.train(old.training)
+            if module in self.neurons and is_in_place(old):
+                self.in_place.add(module)
+        else:
+            module.train(parent.training)
+        parent.add_module(name, module)
+        self._changes += 1
+
+    def _neuron(self, repeats: bool) -> nn.Module:
+        neuron = self.make_neuron(repeats)
+        self.neurons.add(neuron)
+        return neuron
+
+    def _add(self, module: nn.Module) -> nn.Module:
+        self._added.add(module)
+        return module
+
+    def _wanted(self, activation: str, where: str) -> bool:
+        """Whether an activation becomes a neuron."""
+        if activation == RELU:
+            return True
+        if self.other_activations == "keep":
+            return False
+        if self.other_activations == "replace" and activation not in _ONLY_KEPT:
+            return True
+        instead = "" if activation in _ONLY_KEPT else ", and 'replace' puts neurons in their place"
+        raise ValueError(
+            f"model must have ReLU activations, but has {activation} at {where}; replace it by a ReLU and train the "
+            f"model again, or choose: other_activations='keep' leaves such activations as they are{instead}"
+        )
+
+    def _swapped(self, module: nn.Module, status: int) -> nn.Module | None:
+        """What stands for a dropout or pooling where there is time."""
+        if status != DYNAMIC:
+            return None
+        if type(module) in _DROPOUTS:
+            return self._add(Dropout(module.p, _DROPOUTS[type(module)], self.timesteps))  # type: ignore[arg-type,index]
+        if self.pool_rates and type(module) in _POOLS:
+            return self._add(MaxPoolOfRates(module, self.timesteps))
+        return None
+
+    def _untraceable(self, module: nn.Module, path: str, status: int, error: Untraceable) -> int:
+        """A module whose forward cannot be followed: only its ReLU modules can be exchanged."""
+        called = functional_activations(module)
+        if called and self.other_activations != "keep":
+            raise ValueError(
+                f"model calls {'; '.join(called)} of {place(path, module)}, whose forward torch.fx cannot follow "
+                f"({error}), so it cannot be exchanged; use an nn.ReLU module there"
+            ) from error
+        started = self._changes
+        for name, child in list(module._modules.items()):
+            if isinstance(child, (nn.ModuleList, nn.ModuleDict)):
+                for key in list(child._modules):
+                    self._slot(child, key, _join(path, f"{name}.{key}"), DYNAMIC)
+            else:
+                self._slot(module, name, _join(path, name), DYNAMIC)
+        if self._changes == started:
+            return status
+        if status != DYNAMIC:
+            raise NeedsTime
+        self.untraced.append(f"{place(path, module)} cannot be followed ({error})")
+        return DYNAMIC
+
+    # ---- graphs ----
+    def _traced(self, module: nn.Module, path: str, status: int, graphs: list[fx.Graph]) -> int:
+        """A module whose forward is known; it gets a generated one if some call in it changes."""
+        sites: list[tuple[str, bool]] = []
+        additions: dict[tuple[str, str], str] = {}
+        walks = [_Walk(self, module, path, graph, sites, additions) for graph in graphs]
+        outs = [walk.run(status) for walk in walks]
+        if len({walk.count for walk in walks}) > 1:
+            raise ValueError(
+                f"model must have the same activations in training and in evaluation, but the forward of "
+                f"{place(path, module)} calls {walks[0].count} and {walks[1].count}"
+            )
+        if len(set(outs)) > 1:
+            raise NeedsTime
+        if any(walk.changed for walk in walks):
+            module.__class__ = generated(type(module), graphs)
+        return outs[0]
+
+
+class _Walk:
+    """One pass through a module's graph, in the order of its calls."""
+
+    def __init__(
+        self,
+        converter: Converter,
+        module: nn.Module,
+        path: str,
+        graph: fx.Graph,
+        sites: list[tuple[str, bool]],
+        additions: dict[tuple[str, str], str],
+    ) -> None:
+        self.converter, self.module, self.path, self.graph = converter, module, path, graph
+        self.sites = sites  # (where the neuron of each call of an activation is, whether it repeats), as found first
+        self.additions = additions
+        self.count = 0
+        self.changed = False
+        self.status: dict[fx.Node, int] = {}
+        self.twins: dict[fx.Node, fx.Node] = {}
+
+    def run(self, status: int) -> int:
+        for node in list(self.graph.nodes):
+            inputs = max((self.status[n] for n in node.all_input_nodes), default=CONSTANT)
+            if node.op == "placeholder":
+                self.status[node] = status
+            elif node.op == "output":
+                if inputs == DYNAMIC:
+                    self._give_time(node)
+                return inputs
+            elif self._is_site(node):
+                self._exchange(node, inputs)
+            else:
+                if inputs == DYNAMIC:
+                    self._give_time(node)
+                self.status[node] = self._call(node, inputs)
+        return CONSTANT
+
+    def _child(self, node: fx.Node) -> nn.Module:
+        return self.module.get_submodule(str(node.target))
+
+    def _is_site(self, node: fx.Node) -> bool:
+        """Whether a neuron takes the place of this call."""
+        thing = self._child(node) if node.op == "call_module" else node
+        if thing in self.converter.neurons:
+            return True
+        activation = activation_of(thing)
+        if activation is None:
+            return False
+        path = _join(self.path, str(node.target)) if isinstance(thing, nn.Module) else self.path
+        owner = thing if isinstance(thing, nn.Module) else self.module
+        return self.converter._wanted(activation, place(path, owner, node))
+
+    def _exchange(self, node: fx.Node, inputs: int) -> None:
+        """A neuron of its own for one call of an activation."""
+        thing = self._child(node) if node.op == "call_module" else node
+        in_place = thing in self.converter.in_place or is_in_place(thing)
+        if self.count == len(self.sites):
+            self.sites.append(self._new_neuron(node, inputs != DYNAMIC))
+        elif self.sites[self.count][1] != (inputs != DYNAMIC):
+            raise NeedsTime
+        name = self.sites[self.count][0]
+        self.count += 1
+        x = node.args[0] if node.args else node.kwargs["input"]
+        new = node
+        if node.op != "call_module" or node.target != name:
+            with self.graph.inserting_before(node):
+                new = self.graph.call_module(name, (x,))
+            node.replace_all_uses_with(new)
+            self.graph.erase_node(node)
+            self.changed = True
+        self.status[new] = DYNAMIC
+        if in_place and isinstance(x, fx.Node):
+            for user in [u for u in x.users if u is not new and u > new]:
+                user.replace_input_with(x, new)
+                self.changed = True
+
+    def _new_neuron(self, node: fx.Node, repeats: bool) -> tuple[str, bool]:
+        converter = self.converter
+        if node.op == "call_module":
+            prefix, _, name = str(node.target).rpartition(".")
+            owner = self.module.get_submodule(prefix)
+            if owner._modules[name] in converter.neurons:  # called before: another neuron beside that one
+                name = _free(owner, name)
+        else:
+            prefix, owner = "", self.module
+            name = _free(owner, getattr(node.target, "__name__", str(node.target)).strip("_"))
+        converter._put(owner, name, converter._neuron(repeats))
+        return _join(prefix, name), repeats
+
+    def _call(self, node: fx.Node, status: int) -> int:
+        """Any other call; returns the status of its result."""
+        if node.op == "call_module":
+            prefix, _, name = str(node.target).rpartition(".")
+            owner = self.module.get_submodule(prefix)
+            return self.converter._slot(owner, name, _join(self.path, str(node.target)), status)
+        if node.op == "call_function" and status == DYNAMIC:
+            self._swap_function(node)
+        return status
+
+    def _swap_function(self, node: fx.Node) -> None:
+        """A functional dropout or max-pooling, where there is time."""
+        converter, target = self.converter, node.target
+        if target in _DROPOUT_FUNCTIONS:
+            given = dict(zip(("input", "p", "training"), node.args, strict=False)) | dict(node.kwargs)
+            p, training = given.get("p", 0.5), given.get("training", given.get("train", True))
+            if training is not True or not isinstance(p, (int, float)):
+                return
+            module: nn.Module = Dropout(p, _DROPOUT_FUNCTIONS[target], converter.timesteps, always=True)  # type: ignore[index]
+        elif converter.pool_rates and target in _POOL_FUNCTIONS:
+            kind = _POOL_FUNCTIONS[target]
+            order = ("input", "kernel_size", "stride", "padding", "dilation", "ceil_mode", "return_indices")
+            if "Adaptive" in kind.__name__:
+                order = ("input", "output_size", "return_indices")
+            given = dict(zip(order, node.args, strict=False)) | dict(node.kwargs)
+            known = inspect.signature(kind.__init__).parameters
+            module = MaxPoolOfRates(kind(**{k: v for k, v in given.items() if k in known}), converter.timesteps)
+        else:
+            return
+        name, x = self._added(target.__name__.strip("_"), module), given["input"]  # type: ignore[union-attr]
+        node.op, node.target, node.args, node.kwargs = "call_module", name, (x,), {}
+        self.changed = True
+
+    def _added(self, name: str, module: nn.Module) -> str:
+        """The name of a stateless module that the calls of a forward share: this one, or an equal one added before."""
+        key = name, repr(module)
+        if key not in self.additions:
+            self.additions[key] = _free(self.module, name)
+            self.converter._put(self.module, self.additions[key], self.converter._add(module))
+        return self.additions[key]
+
+    # ---- static values where there is time ----
+    def _give_time(self, node: fx.Node) -> None:
+        """Repeat the static inputs of a node that has dynamic ones too."""
+        for x in node.all_input_nodes:
+            if self.status[x] == STATIC:
+                node.replace_input_with(x, self._twin(x))
+                self.changed = True
+
+    def _twin(self, x: fx.Node) -> fx.Node:
+        """A static value as it is with time; a batch size, say, is that of the repeated tensor."""
+        if x not in self.twins:
+            with self.graph.inserting_after(x):
+                if is_shape(x):
+                    by_input = {n: self._twin(n) if self.status[n] == STATIC else n for n in x.all_input_nodes}
+                    twin = self.graph.node_copy(x, by_input.__getitem__)
+                else:
+                    twin = self.graph.call_module(self._added("repeat", Repeat(self.converter.timesteps)), (x,))
+            self.status[twin] = DYNAMIC
+            self.twins[x] = twin
+        return self.twins[x]
+
+
+def _join(path: str, name: str) -> str:
+    return f"{path}.{name}" if path and name else path or name
+
+
+def _free(module: nn.Module, name: str) -> str:
+    """``name``, or ``name_2`` and so on where the module has it already."""
+    candidate, i = name, 1
+    while hasattr(module, candidate):
+        i += 1
+        candidate = f"{name}_{i}"
+    return candidate

@@ -1,0 +1,158 @@
+"""The modules that a converted network has besides its neurons; all see time folded into the batch, ``[T * B, *]``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["Dropout", "MaxPoolOfRates", "Repeat", "ScaledNeuron", "prepare_neuron", "repeat"]
+
+
+def repeat(x: Any, T: int) -> Any:
+    """``[B, *]`` -> ``[T * B, *]``, the same at every step and in the same memory format; numbers stay as they are."""
+    if T == 1 or not isinstance(x, Tensor) or x.dim() == 0:
+        return x
+    if x.dim() == 4 and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last):
+        return x.permute(0, 2, 3, 1).expand(T, *(x.shape[i] for i in (0, 2, 3, 1))).flatten(0, 1).permute(0, 3, 1, 2)
+    return x.expand(T, *x.shape).flatten(0, 1)
+
+
+class Repeat(nn.Module):
+    """Repeats what was computed once from a constant input, where it meets what changes with time."""
+
+    def __init__(self, timesteps: int) -> None:
+        super().__init__()
+        self.timesteps = timesteps
+
+    def forward(self, x: Any) -> Any:
+        return repeat(x, self.timesteps)
+
+    def extra_repr(self) -> str:
+        return f"timesteps={self.timesteps}"
+
+
+# ---- neurons ----
+def _start_afresh(neuron: Any, args: Any) -> None:
+    """Forward pre-hook: a call sees all time steps of its sequences, so it starts from the initial state.
+
+    A second call within one forward (gradient checkpointing, a module shared between layers) then has the first one's
+    spikes, or its own, and never a state left over.
+    """
+    if neuron.auto_reset:
+        neuron.reset()
+    elif not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:
+        raise RuntimeError(
+            "a neuron with auto_reset=False was called again by torch.utils.checkpoint, from a later state than in the "
+            "forward. Use snnfast.checkpoint.checkpoint, which restores it, or leave auto_reset at True"
+        )
+
+
+def _repeat_input(neuron: Any, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Forward pre-hook of the first neurons: their input is constant and was computed once."""
+    return (repeat(args[0], neuron.timesteps), *args[1:])
+
+
+def prepare_neuron(neuron: nn.Module, repeats: bool) -> nn.Module:
+    """``neuron`` with the hooks it needs within a converted network."""
+    neuron.auto_reset = True  # type: ignore[assignment]
+    if callable(getattr(neuron, "reset", None)):
+        neuron.register_forward_pre_hook(_start_afresh)
+    if repeats:
+        neuron.register_forward_pre_hook(_repeat_input)
+    return neuron
+
+
+class ScaledNeuron(nn.Module):
+    """A neuron whose spikes count as much as its threshold, so that its mean output is the activation of a ReLU.
+
+    The threshold is part of the ``state_dict`` (``_extra_state``): it belongs to the weights it was found for.
+    """
+
+    def __init__(self, neuron: nn.Module) -> None:
+        super().__init__()
+        self.neuron = neuron
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.neuron(x) * self.neuron.v_threshold
+
+    def set_threshold(self, value: float) -> None:
+        """Spike at ``value`` and start half-way there, which rounds the spike count to the nearest."""
+        neuron: Any = self.neuron
+        neuron.v_threshold = float(value)
+        neuron.set_reset_value("v", float(value) / 2)
+        neuron.reset()
+
+    def get_extra_state(self) -> Tensor:
+        return torch.tensor(self.neuron.v_threshold, dtype=torch.float64)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        self.set_threshold(float(state))
+
+
+class Observer(nn.Module):
+    """A ReLU that remembers the largest activation, or a percentile of all; the network's stand-in for a neuron."""
+
+    def __init__(self, percentile: float, repeats: bool) -> None:
+        super().__init__()
+        self.percentile, self.repeats = percentile, repeats
+        self.threshold = 0.0
+        self.timesteps = 1
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = x.relu()
+        values = y.detach().float().flatten()
+        k = max(1, round(self.percentile / 100 * values.numel()))
+        self.threshold = max(self.threshold, values.kthvalue(k).values.item())
+        return y
+
+
+# ---- dropout and pooling ----
+class Dropout(nn.Module):
+    """Dropout with one mask per sample for all its time steps.
+
+    A mask that changes at each step would average out over time; this is what SpikingJelly does too.
+
+    Args:
+        kind: how :mod:`torch.nn` names it: ``'dropout'`` drops elements, ``'feature_dropout'`` whole channels.
+        always: drop in evaluation too, as a functional call with ``training=True`` does.
+    """
+
+    def __init__(self, p: float, kind: str, timesteps: int, always: bool = False) -> None:
+        super().__init__()
+        self.p, self.kind, self.timesteps, self.always = p, kind, timesteps, always
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not (self.training or self.always) or self.p == 0:
+            return x
+        x = x.unflatten(0, (self.timesteps, -1))
+        mask = getattr(torch, self.kind)(torch.ones_like(x[0]), self.p, True)
+        return (x * mask).flatten(0, 1)
+
+    def extra_repr(self) -> str:
+        return f"p={self.p}, timesteps={self.timesteps}"
+
+
+class MaxPoolOfRates(nn.Module):
+    """Max-pooling of firing rates: the largest spike count of a window so far, as spikes at the steps where it grows.
+
+    A maximum of spikes at each step counts a window's spikes at different steps as if they came from one neuron, which
+    overestimates its largest rate; here the pooled count after each step is exactly the largest count (after the idea
+    of the gated max-pooling of Rueckauer et al., "Conversion of Continuous-Valued Deep Networks to Efficient
+    Event-Driven Networks for Image Classification", Frontiers in Neuroscience 2017).
+    """
+
+    def __init__(self, pool: nn.Module, timesteps: int) -> None:
+        super().__init__()
+        self.pool = pool
+        self.timesteps = timesteps
+
+    def forward(self, x: Tensor) -> Tensor:
+        T = self.timesteps
+        dtype = torch.float64 if x.dtype == torch.float64 else torch.float32  # bfloat16 counts to 256 only
+        counts = self.pool(x.unflatten(0, (T, -1)).cumsum(0, dtype=dtype).flatten(0, 1)).unflatten(0, (T, -1))
+        return torch.diff(counts, dim=0, prepend=torch.zeros_like(counts[:1])).flatten(0, 1).to(x.dtype)
+
+    def extra_repr(self) -> str:
+        return f"timesteps={self.timesteps}"

@@ -1,0 +1,204 @@
+"""Reading a module's ``forward`` with torch.fx: the calls it makes, and which of them are activations."""
+
+from __future__ import annotations
+
+import ast
+import builtins
+import contextlib
+import inspect
+import textwrap
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.nn import functional as F
+
+__all__ = ["Untraceable", "activation_of", "functional_activations", "is_shape", "is_torch_leaf", "trace"]
+
+RELU = "ReLU"
+_RELU_FUNCTIONS = (F.relu, F.relu_, torch.relu, torch.relu_)
+_RELU_METHODS = ("relu", "relu_")
+_OTHER_NAMES = (
+    "relu6 gelu silu mish elu celu selu leaky_relu prelu rrelu hardtanh hardswish hardsigmoid softplus softsign "
+    "tanhshrink logsigmoid sigmoid tanh"
+).split()
+_OTHER_FUNCTIONS = {
+    getattr(place, name + suffix): name
+    for place in (F, torch)
+    for name in _OTHER_NAMES
+    for suffix in ("", "_")
+    if hasattr(place, name + suffix)
+}
+_OTHER_METHODS = {name + suffix for name in _OTHER_NAMES for suffix in ("", "_")}
+_OTHER_MODULES = (
+    nn.ReLU6, nn.GELU, nn.SiLU, nn.Mish, nn.ELU, nn.CELU, nn.SELU, nn.LeakyReLU, nn.PReLU, nn.RReLU, nn.Hardtanh,
+    nn.Hardswish, nn.Hardsigmoid, nn.Softplus, nn.Softsign, nn.Tanhshrink, nn.LogSigmoid, nn.Sigmoid, nn.Tanh, nn.GLU,
+    nn.Threshold, nn.Softshrink, nn.Hardshrink,
+)  # fmt: skip
+_TRANSFORMERS = (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)  # their activation is a function inside
+
+
+class Untraceable(Exception):
+    """torch.fx cannot follow a ``forward``, for the reason given."""
+
+
+class _Tracer(fx.Tracer):
+    """One module's own forward; every module that it calls is a leaf."""
+
+    def __init__(self) -> None:
+        super().__init__(autowrap_modules=())
+        self.record_stack_traces = True
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return True
+
+
+def _names(module: nn.Module) -> list[str]:
+    """The forward's arguments that have no default value: the others are traced with theirs."""
+    parameters = inspect.signature(type(module).forward).parameters.values()
+    kinds = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    if any(p.kind in kinds for p in parameters):
+        raise Untraceable("its forward takes *args or **kwargs")
+    return [p.name for p in list(parameters)[1:] if p.default is inspect.Parameter.empty]
+
+
+@contextlib.contextmanager
+def _as_it_was(module: nn.Module) -> Iterator[None]:
+    """Undo what running a forward does to a module: its mode, its buffers' values, the random numbers drawn."""
+    training, cls = module.training, type(module)
+    buffers = [(b, b.detach().clone()) for b in module.buffers()]
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        try:
+            yield
+        finally:
+            module.training, module.__class__ = training, cls
+            for buffer, value in buffers:
+                buffer.copy_(value)
+
+
+def trace(module: nn.Module) -> list[fx.Graph]:
+    """The graph of ``module.forward``, or that of training and that of evaluation where they differ.
+
+    Raises:
+        Untraceable: torch.fx cannot follow it.
+    """
+    graphs = []
+    for training in (True, False):
+        with _as_it_was(module):
+            cls = type(module)
+            try:
+                names = ", ".join(_names(module))
+                made: dict[str, Any] = {"original": cls.forward}
+                exec(f"def forward(self, {names}): return original(self, {names})", made)
+                module.training = training
+                module.__class__ = type(cls.__name__, (cls,), {"forward": made["forward"]})
+                graphs.append(_Tracer().trace(module))
+            except Untraceable:
+                raise
+            except Exception as error:  # a forward run on proxies may raise anything
+                raise Untraceable(f"{type(error).__name__}: {error}".splitlines()[0]) from error
+    return graphs[:1] if _same(*graphs) else graphs
+
+
+def _same(a: fx.Graph, b: fx.Graph) -> bool:
+    return a.python_code("self").src == b.python_code("self").src
+
+
+def activation_of(thing: nn.Module | fx.Node) -> str | None:
+    """``'ReLU'``, the name of another activation, or ``None``."""
+    if isinstance(thing, nn.Module):
+        if isinstance(thing, nn.ReLU):
+            return RELU
+        return type(thing).__name__ if isinstance(thing, (*_OTHER_MODULES, *_TRANSFORMERS)) else None
+    if thing.op == "call_function":
+        if thing.target in _RELU_FUNCTIONS or _is_clamp(thing, (torch.clamp, torch.clamp_), (torch.clamp_min,)):
+            return RELU
+        return _OTHER_FUNCTIONS.get(thing.target)
+    if thing.op == "call_method":
+        if thing.target in _RELU_METHODS or _is_clamp(thing, ("clamp", "clamp_"), ("clamp_min", "clamp_min_")):
+            return RELU
+        return str(thing.target) if thing.target in _OTHER_METHODS else None
+    return None
+
+
+def _is_clamp(node: fx.Node, both: tuple[Any, ...], below: tuple[Any, ...]) -> bool:
+    """Whether ``node`` clamps at 0 from below only, which is a ReLU by another name."""
+    if node.target not in (*both, *below):
+        return False
+    low = node.args[1] if len(node.args) > 1 else node.kwargs.get("min")
+    high = node.args[2] if len(node.args) > 2 else node.kwargs.get("max")
+    return isinstance(low, (int, float)) and low == 0 and high is None
+
+
+def is_in_place(thing: nn.Module | fx.Node) -> bool:
+    """Whether an activation overwrites its input."""
+    if isinstance(thing, nn.Module):
+        return bool(getattr(thing, "inplace", False))
+    if thing.op == "call_method":
+        return str(thing.target).endswith("_")
+    name = getattr(thing.target, "__name__", "")
+    return name.endswith("_") or bool(thing.kwargs.get("inplace", len(thing.args) > 1 and thing.args[1] is True))
+
+
+def is_shape(node: Any) -> bool:
+    """Whether a node is not a tensor but a shape, a size, or something computed from these."""
+    if not isinstance(node, fx.Node):
+        return False
+    if node.op == "call_method":
+        return node.target in ("size", "dim", "numel", "ndimension", "stride")
+    if node.op != "call_function":
+        return False
+    if node.target is builtins.getattr:
+        return node.args[1] in ("shape", "ndim", "dtype", "device")
+    if getattr(node.target, "__module__", "") in ("_operator", "builtins", "math"):
+        return bool(node.all_input_nodes) and all(map(is_shape, node.all_input_nodes))
+    return False
+
+
+def is_torch_leaf(module: nn.Module) -> bool:
+    """Whether ``module`` is one of torch's own, with nothing of the user's inside."""
+    containers = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
+    return type(module).__module__.startswith("torch.") and not isinstance(module, containers)
+
+
+def functional_activations(module: nn.Module) -> list[str]:
+    """Activations that the source of an untraceable module calls as functions or methods, as ``name, line n``."""
+    found = []
+    names = {*_OTHER_METHODS, *_RELU_METHODS}
+    for cls in type(module).__mro__:
+        if cls.__module__.startswith("torch.") or cls is object:
+            continue
+        for function in vars(cls).values():
+            if not inspect.isfunction(function):
+                continue
+            try:
+                lines, start = inspect.getsourcelines(function)
+            except (OSError, TypeError):
+                continue
+            for node in ast.walk(ast.parse(textwrap.dedent("".join(lines)))):
+                if not isinstance(node, ast.Call):
+                    continue
+                called = node.func
+                if isinstance(called, ast.Name) and called.id in names:
+                    found.append(f"{called.id}, line {start + node.lineno - 1}")
+                elif isinstance(called, ast.Attribute) and called.attr in names:
+                    of_self = isinstance(called.value, ast.Name) and called.value.id == "self"
+                    if not of_self and not _path_of_self(called.value):
+                        found.append(f"{called.attr}, line {start + node.lineno - 1}")
+    return found
+
+
+def _path_of_self(node: ast.expr) -> bool:
+    """Whether an expression is an attribute path from ``self``, such as ``self.block``."""
+    while isinstance(node, ast.Attribute):
+        node = node.value
+    return isinstance(node, ast.Name) and node.id == "self"
+
+
+def place(path: str, module: nn.Module, node: fx.Node | None = None) -> str:
+    """Where something is, for an error: dotted path, class and source line."""
+    where = f"'{path}' ({type(module).__name__})" if path else f"the model's own forward ({type(module).__name__})"
+    trace_lines = (node.meta.get("stack_trace") or node.stack_trace or "") if node is not None else ""
+    files = [line.strip() for line in trace_lines.splitlines() if line.strip().startswith("File ")]
+    return f"{where}, {files[-1]}" if files else where

@@ -1,0 +1,41 @@
+"""What the models share: the step from a finished ANN to its spiking network."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+from ..convert import to_spiking
+
+Neuron = Callable[..., nn.Module]
+
+
+def conv3x3(cin: int, cout: int, stride: int = 1) -> nn.Conv2d:
+    """A 3×3 convolution that keeps the size, followed by a batch norm, so without bias."""
+    return nn.Conv2d(cin, cout, 3, stride, padding=1, bias=False)
+
+
+def conv1x1(cin: int, cout: int, stride: int = 1) -> nn.Conv2d:
+    """A 1×1 convolution without bias."""
+    return nn.Conv2d(cin, cout, 1, stride, bias=False)
+
+
+def finish(ann: nn.Module, timesteps: int | None, neuron: Neuron | None, kwargs: dict[str, Any]) -> Any:
+    """Initialise ``ann`` and, with ``timesteps``, make it spiking.
+
+    Raises:
+        ValueError: arguments for neurons, but no ``timesteps``.
+    """
+    for module in ann.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+    if timesteps is None:
+        if neuron is not None or kwargs:
+            given = ", ".join([*(["neuron"] if neuron is not None else []), *kwargs])
+            raise ValueError(f"timesteps must be given with {given}: without it the model is an ANN and has no neurons")
+        return ann
+    return to_spiking(ann, timesteps, neuron, share_weights=True, **kwargs)
