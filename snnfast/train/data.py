@@ -41,6 +41,8 @@ class TensorStore:
     """A split that lies on the device as a whole."""
 
     def __init__(self, images: np.ndarray | Tensor, labels: np.ndarray | Tensor, device: torch.device | str = "cpu"):
+        if isinstance(images, np.ndarray) and not images.flags.writeable:
+            images = images.copy()  # a view of a file's bytes, which torch will not have
         self.images = torch.as_tensor(images).to(device)
         self.labels = torch.as_tensor(labels).long().to(device)
 

@@ -113,6 +113,8 @@ class _Networks:
             if config.neuron != "if":
                 extra.setdefault("tau" if config.neuron == "lif" else "init_tau", config.tau)
             extra.setdefault("detach_reset", True)
+            if self.dataset.has_time:
+                extra.setdefault("coding", "temporal")
         network = self._build("student", config.student, config.timesteps, extra, _STUDENT)
         self._check("student", config.student, network, (config.timesteps, 2, self.dataset.classes))
         return network

@@ -85,16 +85,20 @@ def repeated(frames: Tensor, steps: int | None) -> Tensor:
 
 
 def _stages(model: nn.Module) -> list[str]:
-    """Paths of a network's stages: direct children of one name and a rising number, in order."""
+    """Paths of a network's stages in order: numbered children (``layer1`` …), the list ``layers``, or what comes before
+    each pooling of a chain ``features``."""
     groups: dict[str, list[str]] = {}
-    for name, _ in model.named_children():
+    for name, child in model.named_children():
         stem = name.rstrip("0123456789")
         if stem and stem != name:
             groups.setdefault(stem, []).append(name)
-    for stem in ("layer", "stage", "block", "group"):
-        if stem in groups:
-            return groups[stem]
-    return []
+        elif isinstance(child, nn.ModuleList):
+            groups[name] = [f"{name}.{i}" for i in range(len(child))]
+        elif name == "features" and isinstance(child, nn.Sequential):
+            pools = [i for i, m in enumerate(child) if "Pool" in type(m).__name__]
+            ends = {i - 1 for i in (*pools, len(child)) if i and i - 1 not in pools}
+            groups[name] = [f"{name}.{i}" for i in sorted(ends)]
+    return next((groups[stem] for stem in ("layers", "layer", "stages", "stage", "features") if stem in groups), [])
 
 
 def _pairs(config: Config, student: nn.Module, teacher: nn.Module) -> dict[str, str]:

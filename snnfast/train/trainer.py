@@ -234,6 +234,7 @@ class Trainer:
             "position": {"epoch": self.epoch, "batch": self.batch},
             "sums": self.sums.cpu(),
             "terms": self.terms.cpu(),
+            "names": list(self.stage.objective.names),
             "rate": self.rate,
             "history": self.history,
             "seconds": [self.seconds, self.data_seconds],
@@ -273,6 +274,7 @@ class Trainer:
         self.epoch, self.batch = state["position"]["epoch"], state["position"]["batch"]
         self.sums.copy_(state["sums"])
         self.terms, self.rate, self.history = state["terms"], state["rate"], state["history"]
+        self.stage.objective.names = tuple(state["names"])
         self.seconds, self.data_seconds = state["seconds"]
         rank = self.fabric.global_rank
         if len(state["random"]) == self.fabric.world_size:
