@@ -57,8 +57,9 @@ class Config:
         "it is not trained then", metavar="FILE",
     )  # fmt: skip
     neuron: str = _option(
-        "networks", "lif", "neuron of the student", choices=("if", "lif", "plif")
-    )
+        "networks", "lif", "neuron of a student of snnfast.models: hard reset, ATan surrogate, input not scaled by tau; "
+        "--model-args changes that, as in v_reset=None", choices=("if", "lif", "plif"),
+    )  # fmt: skip
     tau: float = _option("networks", 2.0, "time constant of lif and plif, in time steps", metavar="TAU")
     timesteps: int = _option("networks", 4, "time steps T of the student (T_s)", metavar="T")
     model_args: list[str] = _option(

@@ -86,6 +86,19 @@ def _only_run_in(folder: Path) -> Iterator[None]:
         yield
 
 
+def _neuron(config: Config) -> dict[str, Any]:
+    """Neuron arguments of snnfast.models' students: inputs are not scaled down by tau, so that normalised ones fire."""
+    from .. import neuron, surrogate
+
+    options: dict[str, Any] = {"surrogate_function": surrogate.ATan(), "detach_reset": True}
+    if config.neuron == "if":
+        return options | {"neuron": neuron.IFNode}
+    options["decay_input"] = False
+    if config.neuron == "lif":
+        return options | {"neuron": neuron.LIFNode, "tau": config.tau}
+    return options | {"neuron": neuron.ParametricLIFNode, "init_tau": config.tau}
+
+
 class _Networks:
     """Builds the networks of a run, on their device and in their layout."""
 
@@ -107,12 +120,7 @@ class _Networks:
         config = self.config
         extra = models.arguments(config.model_args, "--model-args")
         if ":" not in config.student:
-            from .. import neuron
-
-            extra.setdefault("neuron", {"if": neuron.IFNode, "lif": neuron.LIFNode, "plif": neuron.ParametricLIFNode}[config.neuron])
-            if config.neuron != "if":
-                extra.setdefault("tau" if config.neuron == "lif" else "init_tau", config.tau)
-            extra.setdefault("detach_reset", True)
+            extra = _neuron(config) | extra
             if self.dataset.has_time:
                 extra.setdefault("coding", "temporal")
         network = self._build("student", config.student, config.timesteps, extra, _STUDENT)

@@ -101,10 +101,16 @@ def _stages(model: nn.Module) -> list[str]:
     return next((groups[stem] for stem in ("layers", "layer", "stages", "stage", "features") if stem in groups), [])
 
 
+def _end(model: nn.Module) -> list[str]:
+    """Where the last features are: the last stage, or the activation after it in pre-activation networks."""
+    children = dict(model.named_children())
+    return ["relu"] if {"bn", "relu"} <= set(children) else _stages(model)[-1:]
+
+
 def _pairs(config: Config, student: nn.Module, teacher: nn.Module) -> dict[str, str]:
     if config.feature_pairs:
         return dict(pair.split("=") for pair in config.feature_pairs)  # type: ignore[misc]
-    ends = [_stages(m)[-1:] for m in (student, teacher)]
+    ends = [_end(m) for m in (student, teacher)]
     if not all(ends):
         raise InputError("--distill feature needs --feature-pairs STUDENT=TEACHER: these networks have no stages by name")
     return {ends[0][0]: ends[1][0]}
