@@ -27,12 +27,39 @@ from snnfast.train.errors import CheckpointError
 
 TESTS = Path(__file__).parent
 # Dropout, augmentation, adapters and two networks: every kind of state that a resumed run must bring back.
-RUN = (
-    "--data mnist --train-samples 128 --test-samples 40 --student train_networks:dropped "
-    "--teacher train_networks:teacher --timesteps 2 --distill logit,feature,spatial --epochs 2 "
-    "--teacher-epochs 1 --batch-size 16 --augment crop,randaugment --checkpoint-steps 1 --robustness-samples 0 "
-    "--no-tensorboard --threads 1 --device cpu"
-).split()
+RUN = [
+    "--data",
+    "mnist",
+    "--train-samples",
+    "128",
+    "--test-samples",
+    "40",
+    "--student",
+    "train_networks:dropped",
+    "--teacher",
+    "train_networks:teacher",
+    "--timesteps",
+    "2",
+    "--distill",
+    "logit,feature,spatial",
+    "--epochs",
+    "2",
+    "--teacher-epochs",
+    "1",
+    "--batch-size",
+    "16",
+    "--augment",
+    "crop,randaugment",
+    "--checkpoint-steps",
+    "1",
+    "--robustness-samples",
+    "0",
+    "--no-tensorboard",
+    "--threads",
+    "1",
+    "--device",
+    "cpu",
+]
 
 
 @pytest.fixture(scope="module")
@@ -227,7 +254,9 @@ def test_full_disk_keeps_the_last_checkpoint(
 
 
 @pytest.mark.usefixtures("one_thread")
-def test_nan_loss_stops_and_keeps_the_last_checkpoint(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_nan_loss_stops_and_keeps_the_last_checkpoint(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
     out = tmp_path / "run"
     assert _main(data, out, "--student", "train_networks:not_a_number", "--distill", "none") == 3
     message = capsys.readouterr().err
@@ -397,7 +426,13 @@ def test_random_generators_come_back() -> None:
     state = random_state()
 
     def draw() -> list[float]:
-        return [random.random(), random.gauss(0, 1), np.random.standard_normal(), np.random.rand(), torch.rand(1).item()]
+        return [
+            random.random(),
+            random.gauss(0, 1),
+            np.random.standard_normal(),
+            np.random.rand(),
+            torch.rand(1).item(),
+        ]
 
     first = draw()
     assert draw() != first

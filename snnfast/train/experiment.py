@@ -37,7 +37,9 @@ def _fabric(config: Config) -> Any:
     if kind == "auto":
         kind = "cuda" if torch.cuda.is_available() else "cpu"
     elif kind == "cuda" and not torch.cuda.is_available():
-        raise InputError("--device cuda: torch sees no CUDA device here (python -m snnfast says more); use --device cpu")
+        raise InputError(
+            "--device cuda: torch sees no CUDA device here (python -m snnfast says more); use --device cpu"
+        )
     if kind == "cpu" and config.precision == "16-mixed":
         raise InputError("--precision 16-mixed needs a GPU; --precision bf16-mixed works on a CPU")
     devices, nodes = config.devices or 1, 1
@@ -45,7 +47,9 @@ def _fabric(config: Config) -> Any:
         local = int(os.environ["LOCAL_WORLD_SIZE"])
         devices, nodes = local, int(os.environ["WORLD_SIZE"]) // local
         if config.devices not in (None, local):
-            raise InputError(f"--devices {config.devices} does not match the {local} processes that torchrun started here")
+            raise InputError(
+                f"--devices {config.devices} does not match the {local} processes that torchrun started here"
+            )
     parts = devices * nodes * config.accumulate
     if config.batch_size % parts:
         raise InputError(
@@ -105,7 +109,10 @@ class _Networks:
     def __init__(self, config: Config, dataset: data.Dataset, fabric: Any) -> None:
         self.config, self.dataset, self.fabric = config, dataset, fabric
         normal = Augment((), dataset.mean, dataset.std, dataset.has_time)
-        few = torch.arange(2, device=dataset.train.labels.device) % len(dataset.train)
+        # So many images that no dimension of theirs is mistaken for time.
+        taken = (config.timesteps, config.long_timesteps(), dataset.channels)
+        self.count = next(n for n in (2, 3, 5, 7) if n not in taken)
+        few = torch.arange(self.count, device=dataset.train.labels.device) % len(dataset.train)
         self.example = normal.normalise(dataset.train.gather(few))
 
     def _build(self, what: str, name: str, timesteps: int | None, extra: dict[str, Any], seed: int) -> nn.Module:
@@ -124,7 +131,7 @@ class _Networks:
             if self.dataset.has_time:
                 extra.setdefault("coding", "temporal")
         network = self._build("student", config.student, config.timesteps, extra, _STUDENT)
-        self._check("student", config.student, network, (config.timesteps, 2, self.dataset.classes))
+        self._check("student", config.student, network, (config.timesteps, self.count, self.dataset.classes))
         return network
 
     def teacher(self) -> nn.Module:
@@ -134,7 +141,7 @@ class _Networks:
         network = self._build("teacher", config.teacher, None, extra, _TEACHER)
         if self.dataset.has_time:
             average_time(network)
-        self._check("teacher", config.teacher, network, (2, self.dataset.classes))
+        self._check("teacher", config.teacher, network, (self.count, self.dataset.classes))
         if config.teacher_checkpoint is not None:
             weights = models.load_weights(config.teacher_checkpoint)
             models.fill(network, weights, f"--teacher-checkpoint {config.teacher_checkpoint}")
@@ -153,7 +160,7 @@ class _Networks:
         if not isinstance(output, Tensor) or tuple(output.shape) != shape:
             got = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
             meaning = "[T, B, classes]" if len(shape) == 3 else "[B, classes]"
-            raise InputError(f"--{what} {name} must give logits {meaning} = {shape} for two images, got {got}")
+            raise InputError(f"--{what} {name} must give logits {meaning} = {shape} for {self.count} images, got {got}")
         network.train()
 
     def distilled(self, losses: tuple[str, ...], student: nn.Module, teacher: nn.Module | None) -> Objective:

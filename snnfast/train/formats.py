@@ -13,7 +13,7 @@ import tarfile
 import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 
@@ -235,14 +235,15 @@ def recordings(folder: Path, train: bool) -> Iterator[tuple[str, int, bytes]]:
 
 
 def _archived(path: Path, split: str) -> Iterator[tuple[str, int, bytes]]:
+    unpacked = read_bytes(path)  # first, because tarfile takes a truncated stream for a short archive
     try:
-        with tarfile.open(path) as archive:  # packed streams read forwards only: take all that may be listed
+        with tarfile.open(fileobj=io.BytesIO(unpacked), mode="r:") as archive:
             contents = {}
             for member in archive:
                 if member.isfile() and member.name.endswith((".bs2", ".txt")):
-                    file: BinaryIO | Any = archive.extractfile(member)
+                    file: Any = archive.extractfile(member)
                     contents[member.name.rsplit("/", 1)[-1]] = file.read()
-    except (tarfile.TarError, EOFError, OSError, lzma.LZMAError, zlib.error) as error:
+    except (tarfile.TarError, EOFError, OSError) as error:
         raise InputError(f"{path} ({path.stat().st_size:,} bytes) is truncated or damaged: {error}") from None
     lists = sorted(name for name in contents if name.startswith(split) and name.endswith(".txt"))
     if not lists:

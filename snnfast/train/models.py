@@ -64,9 +64,7 @@ def arguments(pairs: Sequence[str], option: str) -> dict[str, Any]:
     return found
 
 
-def build(
-    name: str, what: str, classes: int, channels: int, timesteps: int | None, extra: dict[str, Any]
-) -> nn.Module:
+def build(name: str, what: str, classes: int, channels: int, timesteps: int | None, extra: dict[str, Any]) -> nn.Module:
     """A network, called as the models of snnfast are: ``f(num_classes=…, in_channels=…, timesteps=…, **extra)``.
 
     Args:
@@ -160,7 +158,7 @@ def fill(model: nn.Module, weights: dict[str, Tensor], where: str) -> None:
     """
     own = model.state_dict()
     lacking, foreign = (sorted(set(a) - set(b)) for a, b in ((own, weights), (weights, own)))
-    shapes = [k for k in own if k in weights and own[k].shape != weights[k].shape]
+    shapes = [k for k in sorted(own) if k in weights and own[k].shape != weights[k].shape]
     if lacking or foreign or shapes:
         parts = [f"{len(names)} {what} ({', '.join(names[:3])})" for names, what in
                  ((lacking, "missing"), (foreign, "unknown"), (shapes, "of another shape")) if names]  # fmt: skip

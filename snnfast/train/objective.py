@@ -112,7 +112,9 @@ def _pairs(config: Config, student: nn.Module, teacher: nn.Module) -> dict[str, 
         return dict(pair.split("=") for pair in config.feature_pairs)  # type: ignore[misc]
     ends = [_end(m) for m in (student, teacher)]
     if not all(ends):
-        raise InputError("--distill feature needs --feature-pairs STUDENT=TEACHER: these networks have no stages by name")
+        raise InputError(
+            "--distill feature needs --feature-pairs STUDENT=TEACHER: these networks have no stages by name"
+        )
     return {ends[0][0]: ends[1][0]}
 
 

@@ -60,8 +60,14 @@ class Display:
     @contextlib.contextmanager
     def stage(self, name: str, trainer: Trainer) -> Iterator[Callable[[Trainer], None]]:
         """A bar for one stage; what it yields is called with the trainer to move it."""
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-        from rich.progress import TimeRemainingColumn
+        from rich.progress import (
+            BarColumn,
+            MofNCompleteColumn,
+            Progress,
+            TextColumn,
+            TimeElapsedColumn,
+            TimeRemainingColumn,
+        )
 
         columns = (
             TextColumn("{task.description}"), BarColumn(None), MofNCompleteColumn(), TimeElapsedColumn(),

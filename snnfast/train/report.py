@@ -36,7 +36,9 @@ class Logs:
             try:
                 from torch.utils.tensorboard import SummaryWriter
             except ImportError:
-                raise InputError("TensorBoard logs need tensorboard: pip install snnfast[train]; or --no-tensorboard") from None
+                raise InputError(
+                    "TensorBoard logs need tensorboard: pip install snnfast[train]; or --no-tensorboard"
+                ) from None
             self.make = SummaryWriter
 
     def epoch(self, name: str, history: list[dict[str, Any]]) -> None:
@@ -155,7 +157,10 @@ def write_report(
         for name, network in networks.items():
             results[name]["operations"] = _operations(network, dataset, normal)
         curves = {name: r["history"] for name, r in results.items() if r["history"]}
-        for file, key, label in (("accuracy", "test_accuracy", "test accuracy [%]"), ("loss", "train_loss", "training loss")):
+        for file, key, label in (
+            ("accuracy", "test_accuracy", "test accuracy [%]"),
+            ("loss", "train_loss", "training loss"),
+        ):
             plot_accuracy({n: [e[key] for e in h] for n, h in curves.items()}, out / f"{file}.png", ylabel=label)
         spiking = {name: r["firing_rates"] for name, r in results.items() if r["firing_rates"]}
         if spiking:
@@ -184,14 +189,22 @@ def _table(results: Mapping[str, dict[str, Any]]) -> str:
     rows = [head, tuple("---" if i == 0 else "---:" for i in range(len(head)))]
     plain = results.get("plain", {}).get("test_accuracy")
     for name, r in results.items():
-        difference = "" if plain is None or name in ("plain", "teacher") else f"{100 * (r['test_accuracy'] - plain):+.2f}"
+        difference = (
+            "" if plain is None or name in ("plain", "teacher") else f"{100 * (r['test_accuracy'] - plain):+.2f}"
+        )
         operations = r["operations"]
         memory = r["peak_memory"]
         rows.append(
             (
-                name, f"{100 * r['test_accuracy']:.2f} %", difference, _number(r["firing_rate"], ".3f"),
-                f"{r['parameters']:,}", f"{operations['macs']:,.0f}", f"{operations['acs']:,.0f}",
-                f"{operations['energy_pj'] / 1e6:.2f}", _number(r["seconds"], ".0f"),
+                name,
+                f"{100 * r['test_accuracy']:.2f} %",
+                difference,
+                _number(r["firing_rate"], ".3f"),
+                f"{r['parameters']:,}",
+                f"{operations['macs']:,.0f}",
+                f"{operations['acs']:,.0f}",
+                f"{operations['energy_pj'] / 1e6:.2f}",
+                _number(r["seconds"], ".0f"),
                 _number(None if memory is None else memory / 1e6, ",.0f"),
             )  # fmt: skip
         )

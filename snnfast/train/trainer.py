@@ -223,7 +223,9 @@ class Trainer:
             torch.distributed.all_gather_object(states, random_state())
         if not fabric.is_global_zero:
             return
-        bad = [k for k, v in self.stage.network.state_dict().items() if v.is_floating_point() and not v.isfinite().all()]
+        bad = [
+            k for k, v in self.stage.network.state_dict().items() if v.is_floating_point() and not v.isfinite().all()
+        ]
         if bad or not self.sums.isfinite().all():
             raise self._not_finite(f"; {', '.join(bad[:3])} of the network are not finite" if bad else "")
         state = {
@@ -254,7 +256,11 @@ class Trainer:
             return False
         step, weights, extra, state = found
         mine, theirs = self.stage.identity, json.loads(state["identity"])
-        other = [f"{k} ({theirs.get(k)} there, {mine.get(k)} now)" for k in {**mine, **theirs} if mine.get(k) != theirs.get(k)]
+        other = [
+            f"{k} ({theirs.get(k)} there, {mine.get(k)} now)"
+            for k in {**mine, **theirs}
+            if mine.get(k) != theirs.get(k)
+        ]
         if other:
             raise InputError(
                 f"{self.checkpoints.path(step)} was made with other options: {', '.join(other)}; give those again, or "
@@ -310,7 +316,9 @@ class Trainer:
             except KeyboardInterrupt:
                 good = self.checkpoints.steps()
                 where = f"the checkpoint of step {good[-1]} is kept" if good else "no checkpoint was written yet"
-                raise Interrupted(f"{self.stage.name}: stopped at step {self.step}; {where}: go on with --resume") from None
+                raise Interrupted(
+                    f"{self.stage.name}: stopped at step {self.step}; {where}: go on with --resume"
+                ) from None
         return self.history
 
     def _epoch(self, asked: list[str], bar: Any) -> None:
