@@ -105,15 +105,15 @@ def test_truncated_gzip_is_named(tmp_path: Path) -> None:
 
 
 def test_missing_files_and_counts(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="lacks train-images-idx3-ubyte .*--download"):
+    with pytest.raises(InputError, match=r"lacks train-images-idx3-ubyte .*--download"):
         data.load("mnist", tmp_path)
-    with pytest.raises(InputError, match="is not a folder.*or add --download"):
+    with pytest.raises(InputError, match=r"is not a folder.*or add --download"):
         data.load("mnist", tmp_path / "nowhere")
     with pytest.raises(InputError, match="--data mnist needs --data-dir"):
         data.load("mnist", None)
     mnist(tmp_path)
     write_idx(tmp_path / "train-labels-idx1-ubyte.gz", np.zeros(29))
-    with pytest.raises(InputError, match="30 images, .* 29 labels"):
+    with pytest.raises(InputError, match=r"30 images, .* 29 labels"):
         data.load("mnist", tmp_path)
     write_idx(tmp_path / "train-labels-idx1-ubyte.gz", np.full(30, 12))
     with pytest.raises(InputError, match="labels must be 0 to 9, got 12 for image 0"):
@@ -170,10 +170,10 @@ def test_damaged_cifar_is_named(tmp_path: Path) -> None:
     ):
         data.load("cifar10", tmp_path)
     path.write_bytes(b"\x0b" + content[1:])
-    with pytest.raises(InputError, match="data_batch_3.bin: labels must be 0 to 9, got 11"):
+    with pytest.raises(InputError, match=r"data_batch_3.bin: labels must be 0 to 9, got 11"):
         data.load("cifar10", tmp_path)
     path.unlink()
-    with pytest.raises(InputError, match="lacks data_batch_3.bin"):
+    with pytest.raises(InputError, match=r"lacks data_batch_3.bin"):
         data.load("cifar10", tmp_path)
 
 

@@ -1,5 +1,6 @@
 """The training command from end to end, its options and what it refuses (snnfast.train)."""
 
+# ruff: noqa: E402 (skips come before imports)
 from __future__ import annotations
 
 import csv

@@ -1,9 +1,11 @@
 """The options of a run, stated once: fields of a dataclass, from which the command line and YAML files are read."""
 
+# ruff: noqa: RUF009 (_option makes dataclass fields)
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import importlib
 import sys
 import types
 import typing
@@ -57,8 +59,8 @@ class Config:
         "it is not trained then", metavar="FILE",
     )  # fmt: skip
     neuron: str = _option(
-        "networks", "lif", "neuron of a student of snnfast.models: hard reset, ATan surrogate, input not scaled by tau; "
-        "--model-args changes that, as in v_reset=None", choices=("if", "lif", "plif"),
+        "networks", "lif", "neuron of a student of snnfast.models: hard reset, ATan surrogate, input not scaled by "
+        "tau; --model-args changes that, as in v_reset=None", choices=("if", "lif", "plif"),
     )  # fmt: skip
     tau: float = _option("networks", 2.0, "time constant of lif and plif, in time steps", metavar="TAU")
     timesteps: int = _option("networks", 4, "time steps T of the student (T_s)", metavar="T")
@@ -286,7 +288,7 @@ def _parser() -> argparse.ArgumentParser:
         kind, _, many = _plain_type(f.name)
         extra = {k: v for k, v in f.metadata.items() if k not in ("group", "help")}
         text = f.metadata["help"]
-        default = f.default_factory() if f.default_factory is not dataclasses.MISSING else f.default
+        default: Any = f.default_factory() if f.default_factory is not dataclasses.MISSING else f.default
         if kind is bool:
             extra["action"] = argparse.BooleanOptionalAction if default else "store_true"
         else:
@@ -302,7 +304,7 @@ def _parser() -> argparse.ArgumentParser:
 def _from_yaml(path: Path) -> dict[str, Any]:
     """Options of a YAML file; anything wrong in it is named with its line."""
     try:
-        import yaml
+        yaml: Any = importlib.import_module("yaml")
     except ImportError:
         raise InputError("--config needs PyYAML: pip install snnfast[train]") from None
     try:

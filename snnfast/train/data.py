@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import zlib
 from collections.abc import Callable, Iterator
@@ -156,6 +157,8 @@ def load(
         if not folder.is_dir():
             remedy = ", or add --download" if name in download.SOURCES else ""
             raise InputError(f"--data-dir {folder} is not a folder: give the one that holds {name}'s files{remedy}")
+    train: Store
+    test: Store
     if name == "imagefolder":
         from .imagefolder import load_imagefolder
 
@@ -313,7 +316,7 @@ def _items(source: Any) -> Iterator[tuple[Any, int]]:
 
 def _tonic(folder: Path, timesteps: int, seed: int, image_size: int | None, kind: str) -> Any:
     try:
-        import tonic
+        tonic = importlib.import_module("tonic")
     except ImportError:
         raise InputError(f"--data {kind.lower()} reads its recordings through tonic: pip install tonic") from None
     if not (folder / kind).is_dir():

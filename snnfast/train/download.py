@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 from pathlib import Path
+from typing import Any
 
 from .errors import InputError
 
@@ -42,7 +44,7 @@ def fetch(name: str, folder: Path) -> None:
     if name not in SOURCES:
         raise InputError(f"--download knows {', '.join(SOURCES)}, not {name}: put its files in a folder (--data-dir)")
     try:
-        import pooch
+        pooch: Any = importlib.import_module("pooch")
     except ImportError:
         raise InputError("--download needs pooch: pip install snnfast[train]") from None
     base, files, packed = SOURCES[name]

@@ -18,10 +18,11 @@ from .augment import Augment
 from .checkpoint import seed_everything, write_atomically
 from .config import Config
 from .errors import InputError
+from .evaluation import evaluate
 from .objective import Objective, average_time, distiller, repeated
-from .progress import Display
+from .progress import Display, history_csv
 from .report import Logs, write_report
-from .trainer import Stage, Trainer, _csv, evaluate
+from .trainer import Stage, Trainer
 
 __all__ = ["run"]
 
@@ -225,8 +226,8 @@ def _run(config: Config, fabric: Any, display: Display) -> dict[str, Any]:
     )
     if len(dataset.train) < config.batch_size:
         raise InputError(
-            f"--batch-size {config.batch_size} is more than the {len(dataset.train)} training images: there would be no "
-            "batch"
+            f"--batch-size {config.batch_size} is more than the {len(dataset.train)} training images: there would be "
+            "no batch"
         )
     display.say(
         f"{dataset.name}: {len(dataset.train):,} training and {len(dataset.test):,} test images, {dataset.classes} "
@@ -256,7 +257,7 @@ def _run(config: Config, fabric: Any, display: Display) -> dict[str, Any]:
             done = trainer.epoch == stage.epochs
             display.say(f"{stage.name}: {'finished' if done else 'goes on'} at step {trainer.step}")
             if fabric.is_global_zero and trainer.history:
-                write_atomically(config.out / stage.name / "log.csv", _csv(trainer.history))
+                write_atomically(config.out / stage.name / "log.csv", history_csv(trainer.history))
         history = trainer.run()
         results[stage.name] = _result(stage.network, history)
         trained[stage.name] = stage.network

@@ -109,7 +109,7 @@ def _end(model: nn.Module) -> list[str]:
 
 def _pairs(config: Config, student: nn.Module, teacher: nn.Module) -> dict[str, str]:
     if config.feature_pairs:
-        return dict(pair.split("=") for pair in config.feature_pairs)  # type: ignore[misc]
+        return dict(pair.split("=") for pair in config.feature_pairs)
     ends = [_end(m) for m in (student, teacher)]
     if not all(ends):
         raise InputError(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import csv
+import io
 import resource
 import sys
 from collections.abc import Callable, Iterator
@@ -16,7 +18,7 @@ from .errors import InputError
 if TYPE_CHECKING:
     from .trainer import Trainer
 
-__all__ = ["Display", "peak_memory", "reset_peak_memory"]
+__all__ = ["Display", "history_csv", "peak_memory", "reset_peak_memory"]
 
 
 def reset_peak_memory(device: torch.device) -> None:
@@ -101,3 +103,17 @@ def _figures(trainer: Trainer) -> str:
         shown += f" ({', '.join(f'{n} {t:.3f}' for n, t in terms)})"
     shown += f" acc {right:.1%}"
     return shown if trainer.rate is None else f"{shown} rate {trainer.rate:.3f}"
+
+
+def history_csv(history: list[dict[str, Any]]) -> bytes:
+    """A stage's history as a table: a row for each epoch, a column for each term and layer."""
+    rows = []
+    for entry in history:
+        row = {k: v for k, v in entry.items() if not isinstance(v, dict)}
+        row |= {f"term {k}": v for k, v in entry["terms"].items()}
+        rows.append(row | {f"rate {k}": v for k, v in entry["firing_rates"].items()})
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(dict.fromkeys(k for row in rows for k in row)), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue().encode()

@@ -206,7 +206,7 @@ def _table(results: Mapping[str, dict[str, Any]]) -> str:
                 f"{operations['energy_pj'] / 1e6:.2f}",
                 _number(r["seconds"], ".0f"),
                 _number(None if memory is None else memory / 1e6, ",.0f"),
-            )  # fmt: skip
+            )
         )
     widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
     return "\n".join("| " + " | ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)) + " |" for row in rows)
@@ -228,7 +228,8 @@ def _markdown(config: Config, report: dict[str, Any]) -> str:
 
 Accuracies are those of the last epoch, differences in points to the plain student of the same seed: one seed says
 little, compare several. MACs, ACs and energy are per image, on {_OPERATIONS_SAMPLES} test images; energy is an estimate
-(4.6 pJ per MAC, 0.9 pJ per AC: 45 nm, Horowitz 2014). Memory is the peak of the whole process on a CPU, of tensors on a GPU.
+(4.6 pJ per MAC, 0.9 pJ per AC: 45 nm, Horowitz 2014). Memory is the peak of the whole process on a CPU, of tensors on
+a GPU.
 
 {machine["device"]}, {machine["processes"]} process(es), {machine["threads"]} CPU threads; {used}.
 {report["data"]["training images"]:,} training and {report["data"]["test images"]:,} test images;

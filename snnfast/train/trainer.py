@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import csv
-import io
 import json
 import math
 import signal
@@ -16,20 +14,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .. import functional
 from .augment import Augment
 from .checkpoint import Checkpoints, random_state, restore_random_state, seed_everything, write_atomically
 from .config import Config
-from .data import Dataset, Store, epoch_order, split_seed
+from .data import Dataset, epoch_order, split_seed
 from .errors import InputError, Interrupted, NonFiniteError
+from .evaluation import evaluate, laid_out
 from .models import fill, neuron_layers
-from .objective import Objective, readout
-from .progress import Display, peak_memory, reset_peak_memory
+from .objective import Objective
+from .progress import Display, history_csv, peak_memory, reset_peak_memory
 
-__all__ = ["Stage", "Trainer", "evaluate", "make_optimizer"]
+__all__ = ["Stage", "Trainer", "make_optimizer"]
 
 _SHOW_EVERY = 10  # steps between looks at the loss, which make a GPU wait
 _TRAINING, _AUGMENTATION = 12, 13  # what a seed is for
@@ -88,58 +85,6 @@ def _schedule(config: Config, optimizer: Any, per_epoch: int, epochs: int) -> to
     return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
 
 
-@torch.no_grad()
-def evaluate(
-    network: nn.Module,
-    store: Store,
-    augment: Augment,
-    batch_size: int,
-    fabric: Any = None,
-    layout: torch.memory_format = torch.contiguous_format,
-) -> dict[str, Any]:
-    """Accuracy and loss on a split, and the firing rate of each layer (spikes per neuron and time step).
-
-    Processes take every n-th image each and add up.
-    """
-    from ..analysis import FiringRateMonitor
-
-    world, rank = (fabric.world_size, fabric.global_rank) if fabric is not None else (1, 0)
-    layers = list(neuron_layers(network))
-    training = network.training
-    network.eval()
-    device = store.labels.device
-    sums = torch.zeros(3, dtype=torch.float64, device=device)  # right answers, loss, images
-    with contextlib.ExitStack() as stack:
-        monitor = stack.enter_context(FiringRateMonitor(network)) if layers else None
-        if fabric is not None:
-            stack.enter_context(fabric.autocast())
-        for indices in torch.arange(rank, len(store), world, device=device).split(batch_size):
-            functional.reset_net(network)
-            inputs = laid_out(augment.normalise(store.gather(indices)), layout)
-            labels = store.labels[indices]
-            logits = readout(network(inputs)).float()
-            right = (logits.argmax(1) == labels).sum()
-            loss = F.cross_entropy(logits, labels, reduction="sum")
-            sums += torch.stack((right, loss, torch.tensor(len(labels), device=device))).double()
-        rates = monitor.rates() if monitor is not None else {}
-        mean_rate = monitor.mean() if monitor is not None else None
-    functional.reset_net(network)
-    network.train(training)
-    if world > 1:
-        # Every process saw as many images but one: the rates' plain mean will do.
-        figures = torch.tensor([mean_rate or 0.0, *rates.values()], dtype=torch.float64, device=device)
-        sums, figures = fabric.all_reduce(sums, reduce_op="sum"), fabric.all_reduce(figures, reduce_op="mean")
-        rates = dict(zip(rates, figures[1:].tolist(), strict=True))
-        mean_rate = figures[0].item() if monitor is not None else None
-    right_answers, loss_sum, images = sums.tolist()
-    return {"accuracy": right_answers / images, "loss": loss_sum / images, "rate": mean_rate, "rates": rates}
-
-
-def laid_out(inputs: Tensor, layout: torch.memory_format) -> Tensor:
-    """``[B, C, H, W]`` in a memory layout; event frames ``[T, B, C, H, W]`` keep theirs."""
-    return inputs.contiguous(memory_format=layout) if inputs.dim() == 4 else inputs
-
-
 @contextlib.contextmanager
 def _stop_signals(immediately: bool) -> Iterator[list[str]]:
     """Ctrl-C and SIGTERM as entries of a list, looked at between steps; the second one stops at once."""
@@ -193,7 +138,7 @@ class Trainer:
         self.checkpoints = Checkpoints(folder / "checkpoints", display.say, readonly=not fabric.is_global_zero)
         self.layout = torch.channels_last if config.channels_last else torch.contiguous_format
         if config.channels_last:
-            stage.network.to(memory_format=torch.channels_last)
+            stage.network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         if config.compile:
             # In place and outermost: keys stay bare, and evaluation's hooks see the network itself.
             stage.objective.compile()
@@ -295,8 +240,8 @@ class Trainer:
         kept = f"the checkpoint of step {good[-1]} is intact" if good else "no checkpoint was written yet"
         terms = ", ".join(f"{n} {t:.4g}" for n, t in zip(self.stage.objective.names, self.terms.tolist(), strict=False))
         return NonFiniteError(
-            f"{self.stage.name}: the loss is not finite at epoch {self.epoch + 1}, step {self.step} (last terms: {terms})"
-            f"{detail}; {kept}. Try a smaller --lr, --clip 1, or --precision 32-true"
+            f"{self.stage.name}: the loss is not finite at epoch {self.epoch + 1}, step {self.step} (last terms: "
+            f"{terms}){detail}; {kept}. Try a smaller --lr, --clip 1, or --precision 32-true"
         )
 
     # ---- training ----
@@ -343,8 +288,8 @@ class Trainer:
                 self.save()
                 if asked:
                     raise Interrupted(
-                        f"{self.stage.name}: {asked[0]} at epoch {self.epoch + 1}, step {self.step}; a checkpoint is in "
-                        f"{self.checkpoints.path(self.step)}: go on with --resume"
+                        f"{self.stage.name}: {asked[0]} at epoch {self.epoch + 1}, step {self.step}; a checkpoint is "
+                        f"in {self.checkpoints.path(self.step)}: go on with --resume"
                     )
         self.seconds += time.perf_counter() - started
         self._end_epoch()
@@ -379,7 +324,7 @@ class Trainer:
         self.sums.zero_()
         self.save()
         if self.fabric.is_global_zero:
-            write_atomically(self.folder / "log.csv", _csv(self.history))
+            write_atomically(self.folder / "log.csv", history_csv(self.history))
             self.on_epoch(self.stage.name, self.history)
         self.display.epoch(self.stage.name, self.stage.epochs, self.history[-1])
 
@@ -425,16 +370,3 @@ class Trainer:
         from ..analysis import FiringRateMonitor
 
         return FiringRateMonitor(self.stage.network)
-
-
-def _csv(history: list[dict[str, Any]]) -> bytes:
-    rows = []
-    for entry in history:
-        row = {k: v for k, v in entry.items() if not isinstance(v, dict)}
-        row |= {f"term {k}": v for k, v in entry["terms"].items()}
-        rows.append(row | {f"rate {k}": v for k, v in entry["firing_rates"].items()})
-    text = io.StringIO()
-    writer = csv.DictWriter(text, list(dict.fromkeys(k for row in rows for k in row)), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return text.getvalue().encode()
