@@ -253,6 +253,16 @@ def test_options_of_the_machine_change_little(
     assert losses(tmp_path / "run", "distilled-logit") == pytest.approx(single, rel=2e-2)
 
 
+@pytest.mark.slow
+@pytest.mark.usefixtures("no_report")
+def test_compiled_training(data: Path, tmp_path: Path) -> None:
+    more = ["--distill", "none", "--no-tensorboard", "--epochs", "1"]
+    assert train(data, tmp_path / "eager", *more) == 0
+    assert train(data, tmp_path / "compiled", *more, "--compile") == 0
+    assert losses(tmp_path / "compiled") == pytest.approx(losses(tmp_path / "eager"), rel=1e-3)
+    assert "rate layer1.2" in (tmp_path / "compiled" / "plain" / "log.csv").read_text()
+
+
 @pytest.mark.usefixtures("no_report")
 def test_clipping_and_schedules_do_something(data: Path, tmp_path: Path) -> None:
     found = {}

@@ -121,7 +121,9 @@ class Config:
     threads: int | None = _option("machine", None, "CPU threads; results depend on their number", metavar="N")
     precision: str = _option("machine", "32-true", "arithmetic", choices=("32-true", "bf16-mixed", "16-mixed"))
     channels_last: bool = _option("machine", False, "images as NHWC, faster for convolutions on GPUs")
-    compile: bool = _option("machine", False, "torch.compile the networks")
+    compile: bool = _option(
+        "machine", False, "torch.compile the teacher's and the plain student's training; distilled ones run as they are"
+    )
 
     out: Path = _option("output", Path("runs/snnfast"), "folder of checkpoints, logs and report", metavar="DIR")
     resume: bool = _option("output", False, "go on from the checkpoints in --out (or start, if there are none)")

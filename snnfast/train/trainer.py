@@ -139,7 +139,7 @@ class Trainer:
         self.layout = torch.channels_last if config.channels_last else torch.contiguous_format
         if config.channels_last:
             stage.network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        if config.compile:
+        if config.compile and stage.kind != "distilled":  # a Distiller's hooks come and go, which compiled code ignores
             # In place and outermost: keys stay bare, and evaluation's hooks see the network itself.
             stage.objective.compile()
         optimizer = make_optimizer(config, stage.objective)
