@@ -1,0 +1,382 @@
+"""The options of a run, stated once: fields of a dataclass, from which the command line and YAML files are read."""
+
+# ruff: noqa: RUF009 (_option makes dataclass fields)
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import importlib
+import sys
+import types
+import typing
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, NoReturn
+
+from .augment import KINDS
+from .data import EVENTS, NAMES
+from .errors import InputError, nearest
+
+__all__ = ["LOSSES", "Config", "parse"]
+
+LOSSES = ("logit", "per-step", "feature", "temporal", "spatial", "confidence")
+TEACHERLESS = frozenset(("temporal", "spatial", "confidence"))
+
+
+def _option(group: str, default: Any, help: str, **extra: Any) -> Any:
+    metadata = {"group": group, "help": help, **extra}
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+@dataclass
+class Config:
+    """All options of a run; see ``python -m snnfast.train --help``."""
+
+    data: str = _option("data", "mnist5k", "data set", choices=NAMES)
+    data_dir: Path | None = _option("data", None, "folder of its files", metavar="DIR")
+    download: bool = _option("data", False, "fetch missing files, with checksums (needs a network)")
+    train_samples: int | None = _option("data", None, "train on a class-balanced subset of N images", metavar="N")
+    test_samples: int | None = _option("data", None, "test on a class-balanced subset of N images", metavar="N")
+    image_size: int | None = _option(
+        "data", None, "side of imagefolder's images (224) or of DVS frames (64)", metavar="N"
+    )
+    augment: str = _option(
+        "data", "auto", f"comma-separated of {', '.join(KINDS)}; none; auto: by data set", metavar="LIST"
+    )
+
+    student: str = _option(
+        "networks", "wrn16_2", "NAME of snnfast.models, or module:function, called with num_classes, in_channels and "
+        "timesteps", metavar="NAME",
+    )  # fmt: skip
+    teacher: str = _option(
+        "networks", "resnet18", "NAME of snnfast.models, module:function, timm:NAME or torchvision:NAME", metavar="NAME"
+    )
+    teacher_checkpoint: Path | None = _option(
+        "networks", None, "trained weights of the teacher (.safetensors, .pt or a checkpoint of this command); "
+        "it is not trained then", metavar="FILE",
+    )  # fmt: skip
+    neuron: str = _option(
+        "networks", "lif", "neuron of a student of snnfast.models: hard reset, ATan surrogate, input not scaled by "
+        "tau; --model-args changes that, as in v_reset=None", choices=("if", "lif", "plif"),
+    )  # fmt: skip
+    tau: float = _option("networks", 2.0, "time constant of lif and plif, in time steps", metavar="TAU")
+    timesteps: int = _option("networks", 4, "time steps T of the student (T_s)", metavar="T")
+    model_args: list[str] = _option(
+        "networks", [], "further arguments of the student's function, such as width=2", metavar="KEY=VALUE"
+    )
+    teacher_args: list[str] = _option(
+        "networks", [], "further arguments of the teacher's function", metavar="KEY=VALUE"
+    )
+
+    distill: list[str] = _option(
+        "distillation", ["logit"], f"losses of a distilled student, joined by commas: {', '.join(LOSSES)}; several "
+        "lists train several students; none: only the plain one", metavar="LIST",
+    )  # fmt: skip
+    no_plain: bool = _option("distillation", False, "do not train the plain student for comparison")
+    temperature: float = _option("distillation", 4.0, "softening of logit, temporal and spatial targets", metavar="X")
+    task_weight: float = _option("distillation", 1.0, "weight of the cross-entropy with the labels", metavar="X")
+    logit_weight: float = _option("distillation", 1.0, "weight of logit and per-step", metavar="X")
+    feature_weight: float = _option("distillation", 1.0, "weight of feature", metavar="X")
+    temporal_weight: float = _option(
+        "distillation", 0.5, "weight of temporal, confidence, and per-step's self-term", metavar="X"
+    )
+    spatial_weight: float = _option("distillation", 0.5, "weight of spatial", metavar="X")
+    feature_pairs: list[str] = _option(
+        "distillation", [], "layers for feature, by dotted path; default: the last stages of both",
+        metavar="STUDENT=TEACHER",
+    )  # fmt: skip
+    spatial_layers: list[str] = _option(
+        "distillation", [], "layers for spatial, by dotted path; default: the last stage but one", metavar="PATH"
+    )
+    timesteps_teacher: int | None = _option(
+        "distillation", None, "time steps T_t of temporal, more than --timesteps; default: twice as many", metavar="T"
+    )
+    cache_teacher: bool = _option(
+        "distillation", False, "compute the teacher's logits once for the whole training set (needs --augment none)"
+    )
+
+    epochs: int = _option("training", 20, "passes of each student over the training data", metavar="N")
+    teacher_epochs: int | None = _option(
+        "training", None, "passes of the teacher; 0: as it is; default: as many", metavar="N"
+    )
+    batch_size: int = _option("training", 64, "images of an optimiser step, over all devices", metavar="N")
+    accumulate: int = _option("training", 1, "split each batch into N parts to save memory", metavar="N")
+    optimizer: str = _option("training", "adamw", "optimiser", choices=("adamw", "adam", "sgd"))
+    lr: float = _option("training", 2e-3, "peak learning rate", metavar="X")
+    weight_decay: float = _option(
+        "training", 1e-2, "weight decay, not on biases, norms and time constants", metavar="X"
+    )
+    schedule: str = _option("training", "cosine", "learning rate over time", choices=("cosine", "onecycle", "constant"))
+    warmup: float = _option("training", 1.0, "epochs of linear warm-up (cosine, constant)", metavar="N")
+    clip: float | None = _option("training", None, "largest norm of the gradient", metavar="X")
+    seed: int = _option("training", 0, "of weights, data order and augmentation", metavar="N")
+
+    device: str = _option("machine", "auto", "auto, cpu, cuda ...", metavar="NAME")
+    devices: int | None = _option(
+        "machine", None, "number of devices or processes; default: 1, or what torchrun started", metavar="N"
+    )
+    threads: int | None = _option("machine", None, "CPU threads; results depend on their number", metavar="N")
+    precision: str = _option("machine", "32-true", "arithmetic", choices=("32-true", "bf16-mixed", "16-mixed"))
+    channels_last: bool = _option("machine", False, "images as NHWC, faster for convolutions on GPUs")
+    compile: bool = _option(
+        "machine", False, "torch.compile the teacher's and the plain student's training; distilled ones run as they are"
+    )
+
+    out: Path = _option("output", Path("runs/snnfast"), "folder of checkpoints, logs and report", metavar="DIR")
+    resume: bool = _option("output", False, "go on from the checkpoints in --out (or start, if there are none)")
+    checkpoint_steps: int = _option(
+        "output", 500, "steps between checkpoints; each epoch's end makes one anyway", metavar="N"
+    )
+    no_tensorboard: bool = _option("output", False, "write no TensorBoard logs")
+    robustness_samples: int = _option(
+        "output", 200, "test images for the report's noise robustness curves; 0: none", metavar="N"
+    )
+
+    # ---- checks ----
+    def check(self) -> Config:
+        """Refuse what cannot work, before anything is read; returns the configuration.
+
+        Raises:
+            InputError: naming the option, its value and what would do.
+        """
+        for name, minimum in (
+            *(("timesteps", 1), ("epochs", 1), ("batch_size", 1), ("accumulate", 1), ("checkpoint_steps", 1)),
+            *(("train_samples", 1), ("test_samples", 1), ("teacher_epochs", 0), ("devices", 1), ("threads", 1)),
+            *(("seed", 0), ("image_size", 8), ("robustness_samples", 0)),
+        ):
+            value = getattr(self, name)
+            if value is not None and value < minimum:
+                raise InputError(f"{flag(name)} must be a whole number from {minimum}, got {value}")
+        for name in ("temperature", "lr", "clip"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < float("inf"):
+                raise InputError(f"{flag(name)} must be positive, got {value}")
+        if not 1 < self.tau < float("inf"):
+            raise InputError(f"--tau must be more than 1 (a time constant, in time steps), got {self.tau}")
+        for name in ("task", "logit", "feature", "temporal", "spatial"):
+            value = getattr(self, f"{name}_weight")
+            if not 0 <= value < float("inf"):
+                raise InputError(f"--{name}-weight must be 0 or more, got {value}")
+        for name in ("weight_decay", "warmup"):
+            if not 0 <= getattr(self, name) < float("inf"):
+                raise InputError(f"{flag(name)} must be 0 or more, got {getattr(self, name)}")
+        if self.batch_size % self.accumulate:
+            raise InputError(f"--batch-size {self.batch_size} must be divisible by --accumulate {self.accumulate}")
+        runs = self.distilled()
+        if any("temporal" in losses for losses in runs) and self.long_timesteps() <= self.timesteps:
+            raise InputError(
+                f"--timesteps-teacher must be more than --timesteps ({self.timesteps}), got {self.long_timesteps()}"
+            )
+        if self.cache_teacher:
+            if self.augmentation():
+                raise InputError("--cache-teacher needs --augment none: augmented images have other logits each time")
+            if any("feature" in losses for losses in runs):
+                raise InputError("--cache-teacher keeps logits only: leave feature out of --distill")
+        for pair in self.feature_pairs:
+            if pair.count("=") != 1 or not all(pair.split("=")):
+                raise InputError(f"--feature-pairs must be STUDENT=TEACHER, got {pair!r}")
+        if self.no_plain and not runs:
+            raise InputError("--no-plain with --distill none leaves nothing to train")
+        return self
+
+    def distilled(self) -> list[tuple[str, ...]]:
+        """The losses of each distilled student.
+
+        Raises:
+            InputError: an unknown loss, or one given twice.
+        """
+        runs = []
+        for text in self.distill:
+            losses = tuple(part.strip() for part in text.split(",") if part.strip())
+            if losses == ("none",):
+                continue
+            for loss in losses:
+                if loss not in LOSSES:
+                    raise InputError(f"--distill must be of {', '.join(LOSSES)}, got {loss!r}{nearest(loss, LOSSES)}")
+            if not losses or len(set(losses)) < len(losses):
+                raise InputError(f"--distill must name each loss once, got {text!r}")
+            if losses in runs:
+                raise InputError(f"--distill {text} is there twice")
+            runs.append(losses)
+        return runs
+
+    def needs_teacher(self) -> bool:
+        """Whether a loss asks for a teacher."""
+        return any(set(losses) - TEACHERLESS for losses in self.distilled())
+
+    def long_timesteps(self) -> int:
+        """T_t, the steps of the self-distillation's target."""
+        return self.timesteps_teacher or 2 * self.timesteps
+
+    def augmentation(self) -> tuple[str, ...]:
+        """The kinds of augmentation, ``auto`` resolved."""
+        if self.augment == "none":
+            return ()
+        if self.augment == "auto":
+            # A mirrored digit or gesture is another one.
+            return ("crop", "flip") if self.data in ("cifar10", "cifar100", "imagefolder", "cifar10dvs") else ("crop",)
+        return tuple(part.strip() for part in self.augment.split(","))
+
+    def identity(self, kind: str) -> dict[str, Any]:
+        """The options that decide the weights of a stage: "teacher", "plain" or "distilled"."""
+        names = {f.name for f in fields(self) if f.metadata["group"] in ("data", "training")}
+        names |= {"precision", "channels_last", "compile"}
+        names -= {"data_dir", "download", "test_samples"}
+        teacher = {"teacher", "teacher_args", "teacher_epochs"}
+        student = {"student", "model_args", "neuron", "tau", "timesteps"}
+        names -= teacher
+        if kind == "teacher":
+            names |= teacher | ({"timesteps"} if self.data in EVENTS else set())
+        else:
+            names |= student
+        if kind == "distilled":
+            names |= {f.name for f in fields(self) if f.metadata["group"] == "distillation"} - {"distill", "no_plain"}
+            names |= {"teacher", "teacher_args"}
+        return {k: v for k, v in self.record().items() if k in names}
+
+    def record(self) -> dict[str, Any]:
+        """All options as plain values, for checkpoints and reports."""
+        return {
+            k: str(v) if isinstance(v, Path) else list(v) if isinstance(v, list) else v
+            for k, v in dataclasses.asdict(self).items()
+        }
+
+
+def flag(name: str) -> str:
+    """The command line's spelling of a field."""
+    return "--" + name.replace("_", "-")
+
+
+def _plain_type(name: str) -> tuple[type, bool, bool]:
+    """A field's scalar type, whether it may be None, and whether it is a list."""
+    kind = typing.get_type_hints(Config)[name]
+    optional = isinstance(kind, types.UnionType)
+    if optional:
+        kind = next(k for k in typing.get_args(kind) if k is not types.NoneType)
+    if typing.get_origin(kind) is list:
+        return typing.get_args(kind)[0], optional, True
+    return kind, optional, False
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        if message.startswith("unrecognized arguments:"):
+            first = message.split(": ", 1)[1].split()[0]
+            message += nearest(first.split("=")[0], [flag(f.name) for f in fields(Config)])
+        raise InputError(message)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="snnfast-train",
+        description="Train a teacher, a plain spiking network and distilled ones, and compare them.",
+        epilog="example: snnfast-train --data mnist5k --teacher resnet18 --student wrn16_2 --timesteps 4 "
+        "--distill logit,feature --out runs/first",
+        allow_abbrev=False,
+        argument_default=argparse.SUPPRESS,
+        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=34, width=110),
+    )
+    parser.add_argument(
+        "--config", type=Path, metavar="FILE", help="YAML file of options by these names; the command line wins over it"
+    )
+    groups: dict[str, Any] = {}
+    for f in fields(Config):
+        group = f.metadata["group"]
+        if group not in groups:
+            groups[group] = parser.add_argument_group(group)
+        kind, _, many = _plain_type(f.name)
+        extra = {k: v for k, v in f.metadata.items() if k not in ("group", "help")}
+        text = f.metadata["help"]
+        default: Any = f.default_factory() if f.default_factory is not dataclasses.MISSING else f.default
+        if kind is bool:
+            extra["action"] = argparse.BooleanOptionalAction if default else "store_true"
+        else:
+            extra["type"] = kind
+            if many:
+                extra["nargs"] = "+"
+            if default not in (None, []):
+                text += f" (default: {' '.join(default) if many else default})"
+        groups[group].add_argument(flag(f.name), help=text.replace("%", "%%"), **extra)
+    return parser
+
+
+def _from_yaml(path: Path) -> dict[str, Any]:
+    """Options of a YAML file; anything wrong in it is named with its line."""
+    try:
+        yaml: Any = importlib.import_module("yaml")
+    except ImportError:
+        raise InputError("--config needs PyYAML: pip install snnfast[train]") from None
+    try:
+        text = path.read_text()
+        root = yaml.compose(text, Loader=yaml.SafeLoader)
+        values = yaml.safe_load(text) or {}
+    except OSError as error:
+        raise InputError(f"--config {path} cannot be read: {error.strerror}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"--config {path} is not YAML: {error}") from None
+    if not isinstance(values, dict):
+        raise InputError(f"--config {path}, line 1: must be lines of the form 'option: value'")
+    lines = {key.value: key.start_mark.line + 1 for key, _ in root.value} if root is not None else {}
+    if root is not None and len(lines) < len(root.value):
+        seen: set[str] = set()
+        for key, _ in root.value:
+            if key.value in seen:
+                raise InputError(f"--config {path}, line {key.start_mark.line + 1}: {key.value!r} is there twice")
+            seen.add(key.value)
+    known = {f.name for f in fields(Config)}
+    options = {}
+    for key, value in values.items():
+        where = f"--config {path}, line {lines.get(str(key), '?')}"
+        name = str(key).replace("-", "_")
+        if name not in known:
+            raise InputError(f"{where}: unknown option {key!r}{nearest(name, known)}")
+        options[name] = _converted(name, value, where)
+    return options
+
+
+def _converted(name: str, value: Any, where: str) -> Any:
+    kind, optional, many = _plain_type(name)
+    if value is None and optional:
+        return None
+    if many:
+        items = value if isinstance(value, list) else [value]
+        return [_converted_scalar(kind, name, item, where) for item in items]
+    value = _converted_scalar(kind, name, value, where)
+    choices = next(f for f in fields(Config) if f.name == name).metadata.get("choices")
+    if choices and value not in choices:
+        raise InputError(f"{where}: {name} must be one of {', '.join(choices)}, got {value!r}{nearest(value, choices)}")
+    return value
+
+
+def _converted_scalar(kind: type, name: str, value: Any, where: str) -> Any:
+    if kind is bool or isinstance(value, bool):
+        if not isinstance(value, bool) or kind is not bool:
+            raise InputError(
+                f"{where}: {name} must be {'true or false' if kind is bool else kind.__name__}, got {value!r}"
+            )
+        return value
+    if isinstance(value, (dict, list)) or value is None or (kind is int and isinstance(value, float)):
+        raise InputError(f"{where}: {name} must be {kind.__name__}, got {value!r}")
+    try:
+        return kind(value)
+    except ValueError:
+        raise InputError(f"{where}: {name} must be {kind.__name__}, got {value!r}") from None
+
+
+def parse(argv: Sequence[str] | None = None) -> Config:
+    """The configuration that a command line (and the YAML file that it names) asks for, checked.
+
+    Raises:
+        InputError: an unknown option or a value that cannot work, with the remedy.
+
+    Example:
+        >>> parse(["--timesteps", "2", "--distill", "logit,feature"]).distilled()
+        [('logit', 'feature')]
+    """
+    given = vars(_parser().parse_args(sys.argv[1:] if argv is None else argv))
+    path = given.pop("config", None)
+    options = _from_yaml(path) if path is not None else {}
+    return Config(**{**options, **given}).check()

@@ -1,0 +1,449 @@
+"""Nothing is lost: kills at any moment, damaged files, full disks, NaN, Ctrl-C (snnfast.train.checkpoint)."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import random
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("safetensors", reason="snnfast[train] is not installed")
+pytest.importorskip("lightning_fabric", reason="snnfast[train] is not installed")
+
+from snnfast.train import checkpoint, cli, trainer
+from snnfast.train.checkpoint import Checkpoints, random_state, restore_random_state
+from snnfast.train.errors import CheckpointError
+
+TESTS = Path(__file__).parent
+# Dropout, augmentation, adapters and two networks: every kind of state that a resumed run must bring back.
+RUN = [
+    "--data",
+    "mnist",
+    "--train-samples",
+    "128",
+    "--test-samples",
+    "40",
+    "--student",
+    "train_networks:dropped",
+    "--teacher",
+    "train_networks:teacher",
+    "--timesteps",
+    "2",
+    "--distill",
+    "logit,feature,spatial",
+    "--epochs",
+    "2",
+    "--teacher-epochs",
+    "1",
+    "--batch-size",
+    "16",
+    "--augment",
+    "crop,randaugment",
+    "--checkpoint-steps",
+    "1",
+    "--robustness-samples",
+    "0",
+    "--no-tensorboard",
+    "--threads",
+    "1",
+    "--device",
+    "cpu",
+]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small MNIST of noise around ten patterns, in idx files."""
+    folder = tmp_path_factory.mktemp("mnist")
+    rng = np.random.default_rng(0)
+    patterns = rng.integers(0, 200, (10, 28, 28))
+    for prefix, count in (("train", 200), ("t10k", 50)):
+        labels = np.arange(count) % 10
+        images = (patterns[labels] + rng.integers(0, 55, (count, 28, 28))).astype(np.uint8)
+        header = [2051, count, 28, 28]
+        (folder / f"{prefix}-images-idx3-ubyte").write_bytes(np.array(header, ">i4").tobytes() + images.tobytes())
+        content = np.array([2049, count], ">i4").tobytes() + labels.astype(np.uint8).tobytes()
+        (folder / f"{prefix}-labels-idx1-ubyte").write_bytes(content)
+    return folder
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _networks():
+    sys.path.insert(0, str(TESTS))
+    yield
+    sys.path.remove(str(TESTS))
+
+
+@pytest.fixture
+def one_thread():
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("uninterrupted") / "run"
+    threads = torch.get_num_threads()
+    assert _main(data, out, "--checkpoint-steps", "100") == 0
+    torch.set_num_threads(threads)
+    return out
+
+
+def _environment() -> dict[str, str]:
+    path = os.pathsep.join(filter(None, (str(TESTS.parent), str(TESTS), os.environ.get("PYTHONPATH"))))
+    return {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+
+
+def _main(data: Path, out: Path, *more: str) -> int:
+    return cli.main([*RUN, "--data-dir", str(data), "--out", str(out), *more])
+
+
+def assert_same_run(a: Path, b: Path) -> None:
+    """Weights, adapters, optimiser and history bit for bit; times differ."""
+    networks = sorted(p.parent.name for p in a.glob("*/model.safetensors"))
+    assert networks == ["distilled-logit-feature-spatial", "plain", "teacher"]
+    for name in networks:
+        assert (a / name / "model.safetensors").read_bytes() == (b / name / "model.safetensors").read_bytes(), name
+        loaded = [Checkpoints(out / name / "checkpoints").latest() for out in (a, b)]
+        assert loaded[0][0] == loaded[1][0]
+        for i in (1, 2):
+            assert loaded[0][i].keys() == loaded[1][i].keys()
+            assert all(torch.equal(t, loaded[1][i][k]) for k, t in loaded[0][i].items())
+        states = [result[3] for result in loaded]
+        for state in states:
+            for entry in state["history"]:
+                for key in ("seconds", "data_share", "peak_memory"):
+                    del entry[key]
+            del state["seconds"], state["rate"]
+        assert _flat(states[0]) == _flat(states[1])
+
+
+def _flat(value: object) -> object:
+    if isinstance(value, torch.Tensor):
+        return (str(value.dtype), value.tolist())
+    if isinstance(value, dict):
+        return {k: _flat(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_flat(v) for v in value]
+    return value
+
+
+# ---- killed and resumed ----
+KILLER = """
+import os, random, signal, sys, time
+import torch
+torch.set_num_threads(1)
+import lightning_fabric, safetensors.torch, snnfast.distill, snnfast.analysis, matplotlib.figure
+from snnfast.train import cli, experiment
+rng, kills, arguments = random.Random(int(sys.argv[1])), 0, sys.argv[2:]
+while True:
+    child = os.fork()  # imports are done: a kill hits training, not the start of Python
+    if child == 0:
+        os._exit(cli.main(arguments))
+    deadline = time.monotonic() + rng.uniform(0.15, 0.7)
+    while True:
+        pid, status = os.waitpid(child, os.WNOHANG)
+        if pid:
+            print(kills, os.waitstatus_to_exitcode(status))
+            sys.exit(os.waitstatus_to_exitcode(status))
+        if time.monotonic() > deadline and kills < 12:
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+            kills += 1
+            break
+        time.sleep(0.001)
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_killed_at_random_times_ends_with_the_same_bits(data: Path, uninterrupted: Path, tmp_path: Path) -> None:
+    out = tmp_path / "killed"
+    seed = random.SystemRandom().randrange(10**6)
+    command = [sys.executable, "-c", KILLER, str(seed), *RUN, "--data-dir", str(data), "--out", str(out), "--resume"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200, check=False, env=_environment())
+    assert done.returncode == 0, f"seed {seed}: {done.stdout}{done.stderr}"
+    assert int(done.stdout.split()[0]) >= 3, f"too few kills, seed {seed}: {done.stdout}{done.stderr}"
+    assert "goes on at step" in done.stderr
+    assert_same_run(uninterrupted, out)
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_killed_as_a_user_would(data: Path, uninterrupted: Path, tmp_path: Path) -> None:
+    out = tmp_path / "killed"
+    command = [sys.executable, "-m", "snnfast.train", *RUN, "--data-dir", str(data), "--out", str(out)]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=_environment())
+    deadline = time.monotonic() + 60
+    while not list(out.glob("teacher/checkpoints/step-*")):
+        assert time.monotonic() < deadline
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.002)
+    process.kill()
+    process.wait()
+    assert process.returncode == -signal.SIGKILL
+    assert not (out / "report.json").exists()
+    assert _main(data, out, "--resume") == 0
+    assert_same_run(uninterrupted, out)
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_interrupted_between_any_two_steps(
+    data: Path, uninterrupted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """Ctrl-C every third step: a checkpoint, exit code 130, and the same bits in the end."""
+    step = trainer.Trainer._step
+    counted = 0
+
+    def interrupted(self: trainer.Trainer, batch: torch.Tensor) -> None:
+        nonlocal counted
+        counted += 1
+        if counted % 3 == 0:
+            os.kill(os.getpid(), signal.SIGINT)
+        step(self, batch)
+
+    monkeypatch.setattr(trainer.Trainer, "_step", interrupted)
+    out = tmp_path / "run"
+    codes = []
+    while not codes or codes[-1] == 130:
+        codes.append(_main(data, out, "--resume"))
+        assert len(codes) < 40
+        if codes[-1] == 130:
+            assert "go on with --resume" in capsys.readouterr().err
+    assert codes[-1] == 0
+    assert len(codes) == 14  # 40 steps
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert_same_run(uninterrupted, out)
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_full_disk_keeps_the_last_checkpoint(
+    data: Path, uninterrupted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    write = checkpoint._write
+    written = 0
+
+    def full(path: Path, content: bytes) -> None:
+        nonlocal written
+        written += len(content)
+        if written > 300_000:
+            path.write_bytes(content[:100])
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        write(path, content)
+
+    monkeypatch.setattr(checkpoint, "_write", full)
+    out = tmp_path / "run"
+    assert _main(data, out) == 4
+    message = capsys.readouterr().err
+    assert "No space left on device" in message
+    assert "is intact: make room, then go on with --resume" in message
+    monkeypatch.undo()
+    assert not list(out.glob("*/checkpoints/.tmp*"))
+    assert _main(data, out, "--resume") == 0
+    assert_same_run(uninterrupted, out)
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_nan_loss_stops_and_keeps_the_last_checkpoint(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    out = tmp_path / "run"
+    assert _main(data, out, "--student", "train_networks:not_a_number", "--distill", "none") == 3
+    message = capsys.readouterr().err
+    assert "the loss is not finite at epoch 1, step 5" in message
+    assert "the checkpoint of step 4 is intact" in message
+    step, weights, _, _ = Checkpoints(out / "plain" / "checkpoints").latest()
+    assert step == 4
+    assert all(t.isfinite().all() for t in weights.values())
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_resuming_something_else_is_refused(data: Path, uninterrupted: Path, capsys: pytest.CaptureFixture) -> None:
+    assert _main(data, uninterrupted) == 2
+    assert "holds checkpoints: add --resume" in capsys.readouterr().err
+    assert _main(data, uninterrupted, "--resume", "--lr", "0.5") == 2
+    assert "lr (0.002 there, 0.5 now)" in capsys.readouterr().err
+    fcntl = pytest.importorskip("fcntl")
+    with (uninterrupted / ".lock").open() as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        assert _main(data, uninterrupted, "--resume") == 2
+    assert "another run is writing there" in capsys.readouterr().err
+
+
+# ---- the files ----
+def _state(value: int) -> tuple[dict, dict, dict]:
+    model = {"w": torch.full((300, 300), float(value)), "n": torch.tensor(value)}
+    return model, {"a": torch.full((3,), float(value))}, {"value": value, "random": random_state()}
+
+
+def _value(found: tuple) -> int:
+    """The value that a checkpoint was made with, once all its parts agree on it."""
+    step, model, extra, state = found
+    assert step == state["value"] == int(model["n"]) == float(model["w"].unique()) == float(extra["a"].unique())
+    return step
+
+
+def test_a_crash_at_any_write_leaves_a_whole_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stop the program before each of its operations on files in turn, and in the middle of each write."""
+
+    class Crash(BaseException):
+        pass
+
+    rmtree = checkpoint.shutil.rmtree
+    seen = set()
+    for crash_at in range(1, 100):
+        folder = tmp_path / str(crash_at)
+        checkpoints = Checkpoints(folder)
+        checkpoints.save(1, *_state(1))
+        checkpoints.save(2, *_state(2))
+        if crash_at % 2:  # the step that is written is there already, but damaged
+            checkpoints.save(3, *_state(3))
+            (checkpoints.path(3) / "state.pt").write_bytes(b"")
+        count = 0
+
+        def tick(crash_at: int = crash_at) -> None:
+            nonlocal count
+            count += 1
+            if count >= crash_at:
+                raise Crash
+
+        def write(path: Path, content: bytes) -> None:
+            path.write_bytes(content[: len(content) // 2])
+            tick()
+            path.write_bytes(content)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(checkpoint, "_write", write)
+            patch.setattr(checkpoint, "_sync_folder", lambda folder: tick())
+            for name in ("rename", "mkdir"):
+                original = getattr(Path, name)
+                patch.setattr(Path, name, lambda self, *a, _o=original, **k: (tick(), _o(self, *a, **k))[1])
+            patch.setattr(checkpoint.shutil, "rmtree", lambda *a, **k: (tick(), rmtree(*a, **k)))
+            try:
+                checkpoints.save(3, *_state(3))
+                finished = True
+            except Crash:
+                finished = False
+        after = Checkpoints(folder, say=lambda message: None)
+        assert not list(folder.glob(".tmp-*"))
+        seen.add(_value(after.latest()))
+        if finished:
+            assert _value(after.latest()) == 3
+            break
+    assert finished
+    assert crash_at > 8
+    assert seen == {2, 3}
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "extra.safetensors", "state.pt", "manifest.json"])
+@pytest.mark.parametrize("damage", ["truncated", "altered", "missing"])
+def test_damaged_checkpoint_is_named_and_the_one_before_taken(tmp_path: Path, name: str, damage: str) -> None:
+    said: list[str] = []
+    checkpoints = Checkpoints(tmp_path, said.append)
+    for value in (1, 2, 3):
+        checkpoints.save(value, *_state(value))
+    assert checkpoints.steps() == [2, 3]  # the newest and the one before
+    path = checkpoints.path(3) / name
+    content = path.read_bytes()
+    if damage == "truncated":
+        path.write_bytes(content[: len(content) // 2])
+    elif damage == "altered":
+        middle = len(content) // 2
+        path.write_bytes(content[:middle] + bytes([content[middle] ^ 255]) + content[middle + 1 :])
+    else:
+        path.unlink()
+    assert _value(checkpoints.latest()) == 2
+    assert len(said) == 1
+    assert str(checkpoints.path(3)) in said[0]
+    (checkpoints.path(2) / "manifest.json").unlink()
+    with pytest.raises(CheckpointError, match="no good checkpoint is left"):
+        checkpoints.latest()
+
+
+def test_foreign_and_newer_formats_are_refused(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(1, *_state(1))
+    path = checkpoints.path(1) / "manifest.json"
+    manifest = json.loads(path.read_text())
+    path.write_text(json.dumps(manifest | {"version": 99}))
+    with pytest.raises(CheckpointError, match="format version 99, this program reads 1"):
+        checkpoints.load(1)
+    path.write_text(json.dumps({"format": "other"}))
+    with pytest.raises(CheckpointError, match="not a checkpoint of snnfast-train"):
+        checkpoints.load(1)
+    path.write_text("[]")
+    with pytest.raises(CheckpointError, match="not a checkpoint"):
+        checkpoints.load(1)
+
+
+def test_no_code_is_run_by_loading(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path)
+
+    class Evil:
+        def __reduce__(self):
+            return (os.mkdir, (str(tmp_path / "evil"),))
+
+    model, extra, state = _state(1)
+    checkpoints.save(1, model, extra, state | {"history": Evil()})
+    with contextlib.suppress(Exception):
+        checkpoints.load(1)
+    assert not (tmp_path / "evil").exists()
+
+
+def test_size_limit_of_the_system(tmp_path: Path) -> None:
+    """A real refusal by the kernel, in the middle of a file."""
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(1, *_state(1))
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, before[1]))  # the weights take 360,000
+    try:
+        with pytest.raises(CheckpointError, match=r"File too large.*the checkpoint of step 1 is intact"):
+            checkpoints.save(2, *_state(2))
+        path = tmp_path / "file"
+        path.write_bytes(b"old")
+        with pytest.raises(CheckpointError, match="cannot be written"):
+            checkpoint.write_atomically(path, bytes(300_000))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert path.read_bytes() == b"old"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "step-00000001"]
+    assert _value(checkpoints.latest()) == 1
+
+
+def test_random_generators_come_back() -> None:
+    random.seed(1), np.random.seed(2), torch.manual_seed(3)
+    np.random.standard_normal()  # leaves a second value in store
+    state = random_state()
+
+    def draw() -> list[float]:
+        return [
+            random.random(),
+            random.gauss(0, 1),
+            np.random.standard_normal(),
+            np.random.rand(),
+            torch.rand(1).item(),
+        ]
+
+    first = draw()
+    assert draw() != first
+    restore_random_state(state)
+    assert draw() == first
+
+
+def test_tied_weights_are_kept(tmp_path: Path) -> None:
+    shared = torch.arange(6.0)
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(1, {"a": shared, "b": shared, "t": shared.view(2, 3).T}, {}, {})
+    _, model, _, _ = checkpoints.latest()
+    assert torch.equal(model["a"], model["b"])
+    assert torch.equal(model["t"], shared.view(2, 3).T)
