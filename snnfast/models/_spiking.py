@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from ..convert import to_spiking
+from ..convert.to_spiking import to_spiking
 
 Neuron = Callable[..., nn.Module]
 
