@@ -333,7 +333,7 @@ class Scaled(SurrogateFunction):
         if isinstance(gain, bool) or not isinstance(gain, (int, float)) or not math.isfinite(gain):
             raise ValueError(f"gain must be a finite number, got {gain!r}")
         super().__init__(surrogate.alpha, surrogate.spiking)
-        self.surrogate = surrogate
+        self.surrogate: SurrogateFunction = surrogate
         self.factor = float(gain)
         self.gain = self.factor * surrogate.gain
         self.id = surrogate.id  # type: ignore[misc]
@@ -382,6 +382,16 @@ def recognise(surrogate: SurrogateLike) -> SurrogateLike:
 
 def is_fused(surrogate: SurrogateLike) -> bool:
     """Whether the kernels know this surrogate: one of the eight, unchanged and spiking, or one of those scaled."""
-    if type(surrogate) is Scaled:
-        return is_fused(surrogate.surrogate) and surrogate.spiking
-    return type(surrogate) in SURROGATES and surrogate.spiking  # type: ignore[union-attr]
+    kind: Any = type(surrogate)
+    if isinstance(surrogate, Scaled):
+        return surrogate.spiking and is_fused(surrogate.surrogate)
+    if kind in SURROGATES:
+        return surrogate.spiking  # type: ignore[union-attr]
+    # torch.export traces modules behind subclasses of its own, which change none of this.
+    return (
+        isinstance(surrogate, SURROGATES)
+        and kind.derivative is SurrogateFunction.derivative
+        and kind.forward is SurrogateFunction.forward
+        and any(kind._derivative is known._derivative for known in SURROGATES)
+        and surrogate.spiking
+    )

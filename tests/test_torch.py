@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import torch
 from conftest import flat, kernel_backends, own_parameters
@@ -321,3 +323,22 @@ def test_a_dispatch_mode_sees_the_op():
     with Watch():
         functional.if_multi_step(torch.randn(4, 3))
     assert "snnfast.multi_step.default" in seen
+
+
+def test_export_keeps_the_fused_op_where_neurons_share_a_surrogate():
+    shared = surrogate.ATan()
+
+    class Net(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first = snnfast.LIFNode(step_mode="m", surrogate_function=shared)
+            self.second = snnfast.LIFNode(step_mode="m", surrogate_function=shared)
+
+        def forward(self, x):
+            snnfast.functional.reset_net(self)
+            return self.second(self.first(x))
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of the state, which export sees assigned
+        program = torch.export.export(Net(), (torch.randn(4, 2, 4),))
+    assert [str(n.target) for n in program.graph.nodes].count("snnfast.multi_step.default") == 2

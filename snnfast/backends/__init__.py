@@ -37,6 +37,7 @@ def check_name(backend: str) -> str:
     return backend
 
 
+@torch.compiler.assume_constant_result
 def choose(backend: str, device: torch.device) -> int:
     """The backend that serves ``device`` under the name ``backend``: ``NATIVE``, ``TRITON`` or ``REFERENCE``.
 
