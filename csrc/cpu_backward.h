@@ -247,13 +247,84 @@ double backward_tile(const Call& c, int64_t begin, int64_t end, const BackwardSc
   return grad_decay;
 }
 
+// The usual call of four steps, one loop over neurons with the tape in registers: the loads of the next neurons overlap
+// the arithmetic of these, and nothing but the gradients is written.
+template <class Neuron, class T, bool stream>
+double backward_four_steps(const Call& c, int64_t begin, int64_t end) {
+  constexpr int kT = 4;
+  using R = typename StateOf<T>::type;
+  using Vector = typename VectorOf<R>::type;
+  const T* const x = static_cast<const T*>(c.x) + begin;
+  const T* const grad_s = static_cast<const T*>(c.grad_s) + begin;
+  T* const grad_x = static_cast<T*>(c.grad_x) + begin;
+  const R* const v0 = static_cast<const R*>(c.state[0]);
+  const R* const grad_v = static_cast<const R*>(c.grad_final_state[0]);
+  R* const grad_v0 = static_cast<R*>(c.grad_state[0]);
+  const int64_t N = c.N;
+  const R v_init = R(c.v_init);
+  constexpr int64_t further = kPrefetchBytes / 4 / int64_t(sizeof(T));
+  Vector decay_lanes{};
+  R decay_rest{};
+  with_known_reset<false>(params_of<R>(c), [&](const Params<R> p) __attribute__((always_inline)) {
+    for_each_in_row<R, stream>(grad_x, end - begin, [&](auto tag, int64_t i) __attribute__((always_inline)) {
+      using V = decltype(tag);
+      const V own[kMaxOwn] = {};
+      V state[1], h[kT], before[kT], derivative[kT];
+      state[0] = v0 ? load(v0 + begin + i, (V*)nullptr) : broadcast<V>(v_init);
+      for (int t = 0; t < kT; ++t) {
+        V tape[1];
+        __builtin_prefetch(x + t * N + i + further);
+        __builtin_prefetch(grad_s + t * N + i + further);
+        before[t] = state[0];
+        Neuron::step(load(x + t * N + i, (V*)nullptr), state, tape, own, p);
+        h[t] = tape[0];
+      }
+      switch (p.surrogate) {
+#define SNNFAST_CASE(id, Surrogate)                                                           \
+  case id:                                                                                    \
+    for (int t = 0; t < kT; ++t)                                                              \
+      derivative[t] = Surrogate::template derivative<V>(h[t] - p.threshold, p.alpha, p.gain); \
+    break;
+        SNNFAST_SURROGATES(SNNFAST_CASE)
+#undef SNNFAST_CASE
+      }
+      V grad_state[1] = {grad_v ? load(grad_v + begin + i, (V*)nullptr) : V{}};
+      ParameterGradients<V> grads{};
+      for (int t = kT - 1; t >= 0; --t) {
+        const V tape[1] = {h[t]}, start[1] = {before[t]};
+        const V out = Neuron::step_backward(load(grad_s + t * N + i, (V*)nullptr), grad_state, tape, start,
+                                            derivative[t], own, p, grads);
+        store<stream>(grad_x + t * N + i, out);
+      }
+      if (grad_v0) store<false>(grad_v0 + begin + i, grad_state[0]);
+      if constexpr (Neuron::kLearnable) {
+        if constexpr (sizeof(V) == sizeof(R))
+          decay_rest += grads.decay;
+        else
+          decay_lanes += grads.decay;
+      }
+    });
+  });
+  double sum = decay_rest;
+  for (int i = 0; i < int(sizeof(Vector) / sizeof(R)); ++i) sum += decay_lanes[i];
+  return sum;
+}
+
+template <class Neuron, class R>
+constexpr bool kFewStates = Neuron::kOwn == 0 && sizeof(R) == sizeof(float);
+
 template <class Neuron, class T, bool stream, class R>
 void backward_block(const Call& c, int64_t index, int64_t begin, int64_t end,
                     const BackwardScratch<Neuron, R>& memory) {
   double grad_decay = 0;
-  const int64_t tile = c.T <= kFewSteps ? kTile : end - begin;
-  for (int64_t b = begin; b < end; b += tile)
-    grad_decay += backward_tile<Neuron, T, stream>(c, b, smaller(b + tile, end), memory);
+  const bool rows_aligned = !stream || (c.N * sizeof(T)) % kVectorBytes == 0;
+  if (kFewStates<Neuron, R> && c.T == 4 && c.grad_s && !c.grad_v_seq && rows_aligned) {
+    if constexpr (kFewStates<Neuron, R>) grad_decay = backward_four_steps<Neuron, T, stream>(c, begin, end);
+  } else {
+    const int64_t tile = c.T <= kFewSteps ? kTile : end - begin;
+    for (int64_t b = begin; b < end; b += tile)
+      grad_decay += backward_tile<Neuron, T, stream>(c, b, smaller(b + tile, end), memory);
+  }
   if (Neuron::kLearnable) static_cast<double*>(c.grad_decay_partial)[index] = grad_decay;
   if (stream) store_fence();
 }

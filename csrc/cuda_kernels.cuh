@@ -151,7 +151,10 @@ struct OwnParameters {
 // ---- dynamics of a thread's neurons ----
 template <class Neuron, class R>
 SNNFAST_DEVICE Params<R> with_decay(Params<R> p, const Call& c) {
-  if constexpr (Neuron::kLearnable) p.decay = *static_cast<const R*>(c.decay);
+  if constexpr (Neuron::kLearnable) {
+    p.decay = *static_cast<const R*>(c.decay);
+    p.kept = R(1) - p.decay;
+  }
   return p;
 }
 

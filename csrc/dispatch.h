@@ -62,6 +62,7 @@ inline Params<R> params_of(const Call& c) {
   p.tau = R(c.tau);
   p.inv_tau = R(1) / R(c.tau);
   p.decay = c.decay ? *static_cast<const R*>(c.decay) : R(0);
+  p.kept = R(1) - (c.decay ? p.decay : p.inv_tau);
   p.alpha = R(c.alpha);
   p.gain = R(c.gain);
   p.surrogate = c.surrogate;
@@ -70,6 +71,7 @@ inline Params<R> params_of(const Call& c) {
   p.soft_reset = c.flags & kSoftReset;
   p.zero_reset = !p.soft_reset && p.v_reset == R(0);
   p.detach_reset = c.flags & kDetachReset;
+  p.strict = c.flags & kStrict;
   p.multi_spike = c.flags & kMultiSpike;
   p.resets = !(c.flags & kNoReset);
   return p;

@@ -52,6 +52,7 @@ struct Params {
   R tau;
   R inv_tau;
   R decay;  // learnable 1 / tau
+  R kept;   // what a step keeps of the potential: 1 - 1 / tau or 1 - decay, for gradients
   R alpha;  // of the surrogate
   R gain;   // a factor on its derivative
   int surrogate;
@@ -60,6 +61,7 @@ struct Params {
   bool soft_reset;
   bool zero_reset;  // a hard reset to 0: a term less. It shows in the sign of a zero and nowhere else
   bool detach_reset;
+  bool strict;
   bool multi_spike;
   bool resets;
 };
@@ -136,8 +138,8 @@ struct ChargeFireReset {
   static SNNFAST_FN V fire(V h, const V (&own)[kMaxOwn], const Params<R>& p) {
     const V one = broadcast<V>(R(1));
     if constexpr (kOwn > 0) {
-      if constexpr (Charge::kStrict) return select(h > own[kThreshold], one, V{});
-      if (p.multi_spike) return select(h > R(0), one, V{}) * truncate(h / own[kThreshold]);
+      if (Charge::kStrict || p.strict) return select(h > own[kThreshold], one, V{});
+      if (p.multi_spike) return select(h > R(0), one, V{}) * truncate(h / own[kThreshold]) + V{};  // + V{}: no -0
       return select(h >= own[kThreshold], one, V{});
     }
     return select(h >= p.fire_at, one, V{});
@@ -166,12 +168,16 @@ struct ChargeFireReset {
   template <class V, class R>
   static SNNFAST_FN V fire_and_reset_backward(V grad_s, V grad_v, V h, V derivative, const V (&own)[kMaxOwn],
                                               const Params<R>& p, ParameterGradients<V>& grads) {
-    const V s = fire(h, own, p);
-    if (!p.detach_reset) grad_s += grad_v * (p.soft_reset ? -threshold(own, p) : p.v_reset - h);
-    const V through_reset = p.soft_reset ? grad_v : grad_v * (R(1) - s);
-    const V through_fire = grad_s * derivative;
-    if constexpr (kOwn > 0) grads.own[kThreshold] -= p.soft_reset ? through_fire + grad_v * s : through_fire;
-    return through_fire + through_reset;
+    if (!p.detach_reset) {
+      const V by_spike = p.soft_reset ? -threshold(own, p) : broadcast<V>(p.v_reset) - h;
+      grad_s = multiply_add(grad_v, by_spike, grad_s);
+    }
+    if constexpr (kOwn > 0) {
+      const V s = fire(h, own, p), through_fire = grad_s * derivative;
+      grads.own[kThreshold] -= p.soft_reset ? through_fire + grad_v * s : through_fire;
+      return through_fire + (p.soft_reset ? grad_v : grad_v * (R(1) - s));
+    }
+    return multiply_add(grad_s, derivative, p.soft_reset ? grad_v : select(h >= p.fire_at, V{}, grad_v));
   }
 };
 
@@ -206,7 +212,7 @@ struct LIFCharge : SimpleCharge {
   template <class V, class R>
   static SNNFAST_FN V backward(V grad_h, V, V, V, const V (&)[kMaxOwn], const Params<R>& p, V& grad_v,
                                ParameterGradients<V>&) {
-    grad_v = grad_h - grad_h * p.inv_tau;
+    grad_v = grad_h * p.kept;
     return p.decay_input ? grad_h * p.inv_tau : grad_h;
   }
 };
@@ -223,7 +229,7 @@ struct ParametricLIFCharge : SimpleCharge {
   template <class V, class R>
   static SNNFAST_FN V backward(V grad_h, V h, V v, V, const V (&)[kMaxOwn], const Params<R>& p, V& grad_v,
                                ParameterGradients<V>& grads) {
-    grad_v = grad_h - grad_h * p.decay;
+    grad_v = grad_h * p.kept;
     if (!p.decay_input) {
       grads.decay -= grad_h * (v - p.v_reset);
       return grad_h;

@@ -116,6 +116,27 @@ SNNFAST_FN Float64Vector multiply_add(Float64Vector a, Float64Vector b, Float64V
 #endif
 }
 
+// a / b for gradients, by the processor's estimate of a reciprocal and one Newton step: the relative error is below
+// 2e-7. An infinite b, whose step would be Inf * 0, counts as the largest number; NaN stays.
+SNNFAST_FN Float32Vector quotient(Float32Vector a, Float32Vector b) {
+#if defined(__AVX512F__)
+  b = (Float32Vector)_mm512_min_ps(_mm512_set1_ps(3e38f), (__m512)b);
+  const auto r = (Float32Vector)_mm512_rcp14_ps((__m512)b);
+#elif defined(__AVX2__)
+  b = (Float32Vector)_mm256_min_ps(_mm256_set1_ps(3e38f), (__m256)b);
+  const auto r = (Float32Vector)_mm256_rcp_ps((__m256)b);
+#elif defined(__SSE2__)
+  b = (Float32Vector)_mm_min_ps(_mm_set1_ps(3e38f), (__m128)b);
+  const auto r = (Float32Vector)_mm_rcp_ps((__m128)b);
+#else
+  return a / b;
+#endif
+#if defined(__SSE2__)
+  const Float32Vector residual = multiply_add(-b, r, broadcast<Float32Vector>(1.0f));
+  return a * multiply_add(r, residual, r);
+#endif
+}
+
 // What is large is whole already, and Inf and NaN stay.
 SNNFAST_FN Float32Vector truncate(Float32Vector a) {
   const auto whole = __builtin_convertvector(__builtin_convertvector(a, Int32Vector), Float32Vector);

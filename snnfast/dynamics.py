@@ -86,7 +86,8 @@ class Neuron:
 
     ``step(x, state, p) -> (spike, state)`` advances one time step; ``states`` names the state variables, the potential
     first; ``learnable`` tells whether the neuron takes ``decay``, a 0-d tensor with a gradient; ``own`` names the
-    parameters that may differ from neuron to neuron and have gradients.
+    parameters that may differ from neuron to neuron and have gradients; ``strict`` tells that a spike always needs more
+    than the threshold.
     """
 
     name: str
@@ -95,6 +96,7 @@ class Neuron:
     states: tuple[str, ...] = ("v",)
     learnable: bool = False
     own: tuple[str, ...] = ()
+    strict: bool = False
 
 
 def fire(h: Tensor, p: Parameters) -> Tensor:
@@ -192,12 +194,26 @@ NEURONS: tuple[Neuron, ...] = (
     Neuron("LIF", 1, _charge_fire_reset(charge_lif)),
     Neuron("ParametricLIF", 2, _charge_fire_reset(charge_parametric_lif), learnable=True),
     Neuron("ExponentialLIF", 3, _charge_fire_reset(charge_exponential_lif), own=_OWN),
-    Neuron("BoxLIF", 4, _charge_fire_reset(charge_box_lif), own=_OWN),
-    Neuron("CurrentLIF", 5, step_current_lif, states=("v", "i"), own=_OWN_WITH_CURRENT),
-    Neuron("Leaky", 6, _delayed_reset(current=False, at_once=False), own=_OWN),
-    Neuron("LeakyAtOnce", 7, _delayed_reset(current=False, at_once=True), own=_OWN),
-    Neuron("Synaptic", 8, _delayed_reset(current=True, at_once=False), states=("v", "i"), own=_OWN_WITH_CURRENT),
-    Neuron("SynapticAtOnce", 9, _delayed_reset(current=True, at_once=True), states=("v", "i"), own=_OWN_WITH_CURRENT),
+    Neuron("BoxLIF", 4, _charge_fire_reset(charge_box_lif), own=_OWN, strict=True),
+    Neuron("CurrentLIF", 5, step_current_lif, states=("v", "i"), own=_OWN_WITH_CURRENT, strict=True),
+    Neuron("Leaky", 6, _delayed_reset(current=False, at_once=False), own=_OWN, strict=True),
+    Neuron("LeakyAtOnce", 7, _delayed_reset(current=False, at_once=True), own=_OWN, strict=True),
+    Neuron(
+        "Synaptic",
+        8,
+        _delayed_reset(current=True, at_once=False),
+        states=("v", "i"),
+        own=_OWN_WITH_CURRENT,
+        strict=True,
+    ),
+    Neuron(
+        "SynapticAtOnce",
+        9,
+        _delayed_reset(current=True, at_once=True),
+        states=("v", "i"),
+        own=_OWN_WITH_CURRENT,
+        strict=True,
+    ),
 )
 IF, LIF, PARAMETRIC_LIF, EXPONENTIAL_LIF, BOX_LIF, CURRENT_LIF, LEAKY, LEAKY_AT_ONCE, SYNAPTIC, SYNAPTIC_AT_ONCE = (
     NEURONS

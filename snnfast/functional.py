@@ -181,6 +181,7 @@ def multi_step(
     registry's entry names, each of one element or broadcastable to one time step.
     """
     surrogate_function = recognise(surrogate_function)
+    strict = strict or neuron.strict
     dtype = dynamics.state_dtype(x_seq.dtype)
     if decay is not None and decay.dtype != dtype:
         decay = decay.to(dtype)
