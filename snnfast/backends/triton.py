@@ -92,7 +92,8 @@ def block_size(neuron: int, T: int, state: torch.dtype) -> int:
 def split_time(T: int, flags: int) -> tuple[int, int, int]:
     """``(chunks, chunk, rest)`` with ``T = chunks * chunk + rest`` and ``rest`` above 0; one piece while T is small."""
     # Counts of spikes are quotients, which the compiler keeps in registers next to the tape.
-    if T <= (_CHUNK if flags & MULTI_SPIKE else _LONGEST_UNROLLED):
+    longest = _CHUNK if flags & MULTI_SPIKE else _LONGEST_UNROLLED
+    if longest >= T:
         return 0, 0, T
     chunks = (T - 1) // _CHUNK
     return chunks, _CHUNK, T - chunks * _CHUNK
