@@ -161,6 +161,11 @@ def test_registers_do_not_spill(neuron: Neuron, T: int, dtype: torch.dtype, tmp_
         assert spilled_bytes(compile_kernel(name, constants(neuron), T, dtype), tmp_path) == 0
 
 
+def test_registers_do_not_spill_with_several_spikes(tmp_path: Path) -> None:
+    c = constants(dynamics.EXPONENTIAL_LIF, MULTI_SPIKE | DECAY_INPUT | SOFT_RESET)
+    assert spilled_bytes(compile_kernel("backward", c, 32, torch.float32), tmp_path) == 0
+
+
 @pytest.mark.parametrize(
     ("neuron", "T"),
     [(dynamics.IF, 4), (dynamics.LIF, 16), (dynamics.EXPONENTIAL_LIF, 4), (dynamics.SYNAPTIC_AT_ONCE, 16)],
@@ -265,7 +270,7 @@ def test_all_surrogates_compile() -> None:
 
 
 def test_without_a_reset() -> None:
-    """A neuron that only counts its threshold's crossings reads no threshold to subtract."""
+    """The subtraction of the threshold is left out when compiling, not multiplied by zero."""
     for neuron in NEURONS[dynamics.LEAKY.id :]:
         ptx = compile_kernel("forward", constants(neuron, STRICT | NO_RESET), 1, torch.float32).asm["ptx"]
         resetting = compile_kernel("forward", constants(neuron, STRICT | SOFT_RESET), 1, torch.float32).asm["ptx"]

@@ -157,16 +157,17 @@ def test_forward_has_the_bits_of_the_loop(neuron: Neuron, flags: int, dtype: tor
 
 
 def test_strict_is_strict() -> None:
-    """A potential of exactly the threshold, which random numbers do not meet."""
-    for neuron in NEURONS:
-        for strict in (0, STRICT):
-            given = inputs(neuron, 2, 3, torch.float32, False, each=0)
-            one = torch.ones(())
-            given = given._replace(x=torch.tensor([[0.5, 1.0, 1.5]] * 2))
-            given = given._replace(**dict.fromkeys(neuron.own, one), **({"decay": one} if neuron.learnable else {}))
-            c = constants_for(neuron, SOFT_RESET | strict)._replace(threshold=1.0, tau=1.0, v_leak=0.0, v_init=0.0)
-            got = check_forward(c, given)
-            assert got.s[0].tolist() == [0.0, 0.0 if strict else 1.0, 1.0], neuron.name
+    """A potential of exactly the threshold, which random numbers do not meet, forward and backward."""
+    one = torch.ones(())
+    for neuron, strict in itertools.product(NEURONS, (0, STRICT)):
+        x = torch.tensor([[0.5, 1.0, 1.5]] * 2, requires_grad=True)
+        given = Inputs(x, **dict.fromkeys(neuron.own, one), decay=one if neuron.learnable else None)
+        c = constants_for(neuron, strict)._replace(threshold=1.0, tau=1.0, v_reset=0.0, v_leak=0.0, v_init=0.0)
+        assert run(c, given).s[0].tolist() == [0.0, 0.0 if strict else 1.0, 1.0], neuron.name
+        check_forward(c, given)
+        both = ops.multi_step(given, c, backends.TRITON), ops._reference(given, c)
+        got, expected = (torch.autograd.grad(s.sum() + v.sum(), x)[0] for s, v, *_ in both)
+        torch.testing.assert_close(got, expected, msg=lambda m, n=neuron: f"{n.name}: {m}")
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..dynamics import DETACH_RESET, NEURONS, STORE_V_SEQ, Constants, Inputs, state_dtype
+from ..dynamics import DETACH_RESET, MULTI_SPIKE, NEURONS, STORE_V_SEQ, Constants, Inputs, state_dtype
 
 try:
     import triton
@@ -89,9 +89,11 @@ def block_size(neuron: int, T: int, state: torch.dtype) -> int:
     return block // 2 if state == torch.float64 else block
 
 
-def split_time(T: int) -> tuple[int, int, int]:
+def split_time(T: int, flags: int) -> tuple[int, int, int]:
     """``(chunks, chunk, rest)`` with ``T = chunks * chunk + rest`` and ``rest`` above 0; one piece while T is small."""
-    if T <= _LONGEST_UNROLLED:
+    # Counts of spikes are quotients, which the compiler keeps in registers next to the tape.
+    longest = _CHUNK if flags & MULTI_SPIKE else _LONGEST_UNROLLED
+    if longest >= T:
         return 0, 0, T
     chunks = (T - 1) // _CHUNK
     return chunks, _CHUNK, T - chunks * _CHUNK
@@ -108,7 +110,7 @@ def _plan(
 ) -> tuple[tuple[Any, ...], dict[str, Any], dict[str, Any], int]:
     """For both kernels the numbers, for each its compile-time arguments, and the number of chunks."""
     state = state_dtype(dtype)
-    chunks, chunk, rest = split_time(T)
+    chunks, chunk, rest = split_time(T, c.flags)
     numbers = (c.threshold, c.v_reset, c.v_leak, c.tau, 1.0 / c.tau, c.v_init, c.alpha, 0.5 / c.alpha, c.gain)
     flags = c.flags & ~STORE_V_SEQ  # which the pointer tells
     shared = {
