@@ -1,0 +1,5 @@
+"""Models that people already have: :func:`accelerate` their neurons, :func:`unroll` their single-step code."""
+
+from .accelerate import Report, Verification, accelerate, restore, verify
+
+__all__ = ["Report", "Verification", "accelerate", "restore", "verify"]

@@ -1,0 +1,141 @@
+"""snnTorch's Leaky and Synaptic (1.0.0): a reset that comes a step late, from the stored potential, without gradient.
+
+Potentials and spikes are float32, as snnTorch's spikes always are; any other input runs its own ``forward``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import snntorch
+import torch
+from snntorch import surrogate as their_surrogate
+from torch import Tensor, nn
+
+from ... import dynamics, functional, surrogate
+from .base import Fused, Plan, of_this_step, served
+
+# The function that made a surrogate: how the numbers in its closure give a fused one.
+_MAKERS: dict[str, Callable[..., surrogate.SurrogateFunction]] = {
+    "atan": lambda alpha: surrogate.ATan(float(alpha)),
+    "fast_sigmoid": lambda slope: surrogate.Scaled(surrogate.SoftSign(float(slope)), 2 / slope),
+    "sigmoid": lambda slope: surrogate.Sigmoid(float(slope)),
+}
+
+
+def is_neuron(module: nn.Module) -> bool:
+    return isinstance(module, snntorch.SpikingNeuron)
+
+
+def fused_surrogate(spike_grad: Any) -> surrogate.SurrogateFunction | str:
+    """The fused surrogate that computes a ``spike_grad`` of ``snntorch.surrogate``, or why there is none."""
+    name, _, inner = getattr(spike_grad, "__qualname__", "").partition(".<locals>.")
+    if getattr(spike_grad, "__module__", "") != their_surrogate.__name__ or inner != "inner" or name not in _MAKERS:
+        return f"spike_grad {name or type(spike_grad).__name__} is not a fused surrogate"
+    values = dict(zip(spike_grad.__code__.co_freevars, (c.cell_contents for c in spike_grad.__closure__), strict=True))
+    if not all(isinstance(v, (int, float)) and v > 0 for v in values.values()):
+        return f"spike_grad {name} has {values}, and the fused one needs numbers above 0"
+    return _MAKERS[name](**values)
+
+
+class LeakyPlan(Plan):
+    def __init__(self, module: Any, neuron: dynamics.Neuron, graded: bool, watched: tuple[Tensor, ...], **kw: Any) -> None:
+        super().__init__(neuron, watched, **kw)
+        self.graded = graded
+        self.returns_states = module.output or not module.init_hidden
+
+
+class FusedLeaky(Fused):
+    peer = snntorch.Leaky
+    state_names = frozenset({"mem", "reset"})
+    methods = ("forward", "fire", "mem_reset", "_base_state_function", "_base_sub", "_base_zero", "_base_int")
+    neurons = (dynamics.LEAKY_AT_ONCE, dynamics.LEAKY)
+    own_names: tuple[str, ...] = ("threshold", "beta")
+
+    @classmethod
+    def plan(cls, module: Any) -> LeakyPlan | str:
+        if module.surrogate_disable:
+            return "surrogate_disable=True: its spikes have no gradient"
+        if module.inhibition:
+            return "inhibition couples the neurons of a layer"
+        if module.state_quant:
+            return "state_quant rounds the state at every step"
+        kind = fused_surrogate(module.spike_grad)
+        if isinstance(kind, str):
+            return kind
+        functions = {cls.peer._base_sub: 0, cls.peer._base_zero: 1, cls.peer._base_int: 2}
+        mechanism = functions.get(getattr(module.state_function, "__func__", None))
+        if mechanism is None or (not module.reset_delay and mechanism != int(module.reset_mechanism_val)):
+            return "reset_mechanism was changed after the neuron was made, which snnTorch follows only in part"
+        graded = module.graded_spikes_factor
+        if graded.numel() != 1 or (float(graded.detach()) == 0 and not module.reset_delay):
+            return f"graded_spikes_factor is {graded.tolist()}; one number other than 0 is needed"
+        if any(getattr(module, name).dim() and getattr(module, name).dtype != torch.float32 for name in cls.own_names):
+            return f"{' or '.join(cls.own_names)} holds other numbers than float32, which would widen the state"
+        return LeakyPlan(
+            module,
+            cls.neurons[bool(module.reset_delay)],
+            graded.requires_grad or float(graded.detach()) != 1,
+            (graded, module.reset_mechanism_val),
+            v_reset=0.0 if mechanism == 1 else None,
+            resets=mechanism != 2,
+            strict=True,
+            surrogate_function=kind,
+        )
+
+    def _own(self: Any) -> tuple[Tensor, ...]:
+        return self.threshold, self.beta.clamp(0, 1)
+
+    def _over_time(self: Any, x_seq: Tensor, state: Any, plan: LeakyPlan, store_v_seq: bool = False) -> Any:
+        """``[T, *]`` -> spikes ``[T, *]``, state after the last step, potentials ``[T, *]`` or ``None``."""
+        s, state, v_seq = functional.multi_step(
+            plan.neuron, x_seq, state, None, self._own(), store_v_seq=store_v_seq, **plan.keywords
+        )
+        return s * self.graded_spikes_factor if plan.graded else s, state, v_seq
+
+    def forward(self: Any, input_: Any, mem: Any = None) -> Any:
+        plan = self._plan()
+        if type(plan) is str or not served(input_) or (mem is not None and self.init_hidden):
+            return super().forward(input_, mem)  # type: ignore[misc]
+        buffers = self._buffers
+        v = buffers["mem"] if mem is None else mem
+        if v.shape != input_.shape:
+            v = 0.0
+        elif not of_this_step(v, input_):
+            return super().forward(input_, mem)  # type: ignore[misc]
+        s, v, _ = self._over_time(input_.unsqueeze(0), v, plan)
+        buffers["mem"] = v
+        s = s.squeeze(0)
+        return (s, v) if plan.returns_states else s
+
+
+class FusedSynaptic(FusedLeaky):
+    peer = snntorch.Synaptic
+    state_names = frozenset({"mem", "syn", "reset"})
+    methods = (*FusedLeaky.methods, "_base_state_reset_zero")
+    neurons = (dynamics.SYNAPTIC_AT_ONCE, dynamics.SYNAPTIC)
+    own_names = ("threshold", "beta", "alpha")
+
+    def _own(self: Any) -> tuple[Tensor, ...]:
+        return self.threshold, self.beta.clamp(0, 1), self.alpha.clamp(0, 1)
+
+    def forward(self: Any, input_: Any, syn: Any = None, mem: Any = None) -> Any:
+        plan = self._plan()
+        given = syn is not None or mem is not None
+        if type(plan) is str or not served(input_) or (given and self.init_hidden):
+            return super(FusedLeaky, self).forward(input_, syn, mem)  # type: ignore[misc]
+        buffers = self._buffers
+        state = [buffers["mem"] if mem is None else mem, buffers["syn"] if syn is None else syn]
+        for k, value in enumerate(state):
+            if value.shape != input_.shape:
+                state[k] = 0.0
+            elif not of_this_step(value, input_):
+                return super(FusedLeaky, self).forward(input_, syn, mem)  # type: ignore[misc]
+        s, (v, i), _ = self._over_time(input_.unsqueeze(0), tuple(state), plan)
+        buffers["mem"], buffers["syn"] = v, i
+        s = s.squeeze(0)
+        return (s, i, v) if plan.returns_states else s
+
+
+FUSED = {mixin.peer: mixin for mixin in (FusedLeaky, FusedSynaptic)}
