@@ -8,7 +8,19 @@ torch.Size([16, 2, 4])
 
 from . import functional, neuron, surrogate
 from ._version import __version__
-from .convert import accelerate, restore, verify
+from .convert import accelerate, restore, unroll, verify
 from .neuron import IFNode, LIFNode, ParametricLIFNode
 
-__all__ = ["IFNode", "LIFNode", "ParametricLIFNode", "__version__", "accelerate", "functional", "neuron", "restore", "surrogate", "verify"]
+__all__ = [
+    "IFNode",
+    "LIFNode",
+    "ParametricLIFNode",
+    "__version__",
+    "accelerate",
+    "functional",
+    "neuron",
+    "restore",
+    "surrogate",
+    "unroll",
+    "verify",
+]

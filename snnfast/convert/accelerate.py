@@ -23,9 +23,7 @@ __all__ = ["Report", "Verification", "accelerate", "restore", "verify"]
 
 def _table(rows: list[tuple[str, ...]]) -> str:
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join(
-        "  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows
-    )
+    return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows)
 
 
 class Neuron(NamedTuple):
@@ -163,9 +161,10 @@ class Verification:
         for title, found in (("spikes", self.spikes), ("output", self.outputs), ("gradient", self.gradients)):
             rows += [(f"{title} {c.name}", f"{c.elements}", f"{c.differing}", f"{c.relative:.1e}") for c in found]
         before, after = self.seconds
+        same = "the same" if self.ok else "NOT the same"
         return (
-            f"{_table(rows)}\n{'the same' if self.ok else 'NOT the same'} (tolerance {self.tolerance:.0e}); forward and "
-            f"backward {before * 1e3:.2f} ms, accelerated {after * 1e3:.2f} ms, {before / after:.1f} times"
+            f"{_table(rows)}\n{same} (tolerance {self.tolerance:.0e}); forward and backward "
+            f"{before * 1e3:.2f} ms, accelerated {after * 1e3:.2f} ms, {before / after:.1f} times"
         )
 
 
@@ -175,7 +174,9 @@ def _compare(name: str, a: Tensor | None, b: Tensor | None) -> Compared:
         count = 0 if same else (a if a is not None else b).numel()  # type: ignore[union-attr]
         return Compared(name, count, count, 0.0 if same else float("inf"))
     if a.shape != b.shape or a.dtype != b.dtype:
-        return Compared(f"{name} {tuple(a.shape)} {a.dtype} vs {tuple(b.shape)} {b.dtype}", a.numel(), a.numel(), float("inf"))
+        return Compared(
+            f"{name} {tuple(a.shape)} {a.dtype} vs {tuple(b.shape)} {b.dtype}", a.numel(), a.numel(), float("inf")
+        )
     differing = int(((a != b) & ~((a != a) & (b != b))).sum())
     if not differing or not a.is_floating_point():
         return Compared(name, a.numel(), differing, float(differing > 0))

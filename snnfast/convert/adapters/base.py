@@ -53,6 +53,9 @@ class Fused:
             self.__dict__.pop("_snnfast_plan", None)
         super().__setattr__(name, value)
 
+    def _unrolled(self, x_seq: Tensor, args: Any, kwargs: Any, used: set[int] | None) -> Any:
+        return NotImplemented
+
     def _apply(self, *args: Any, **kwargs: Any) -> Any:
         self.__dict__.pop("_snnfast_plan", None)
         return super()._apply(*args, **kwargs)  # type: ignore[misc]
@@ -62,6 +65,19 @@ class Fused:
         if isinstance(state, dict):
             state = {name: value for name, value in state.items() if name != "_snnfast_plan"}
         return _new, (self.snnfast_replaced, _mixin_of(type(self))), state, *rest
+
+
+class FinalState:
+    """A state after the last step, which there is no sequence of."""
+
+    def __init__(self, state: Any) -> None:
+        self.state = state
+
+    def __getattr__(self, name: str) -> Any:
+        raise ValueError(
+            f"forward uses {name} of a state that Norse's neuron returned: unroll has that state after the last step "
+            "only. Return the state as it is"
+        )
 
 
 class Plan:
@@ -96,7 +112,9 @@ def _new(replaced: type[nn.Module], mixin: type[Fused]) -> Any:
 
 def adapters() -> list[ModuleType]:
     """The adapters of the libraries that are loaded."""
-    return [importlib.import_module(f"{__package__}.{name}") for name, holds in LIBRARIES.items() if holds in sys.modules]
+    return [
+        importlib.import_module(f"{__package__}.{name}") for name, holds in LIBRARIES.items() if holds in sys.modules
+    ]
 
 
 def find(module: nn.Module) -> tuple[type[Fused] | None, str]:

@@ -6,6 +6,7 @@ state is the same. Potentials are float32; any other input runs Norse's own code
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -14,11 +15,13 @@ from norse.torch.functional.iaf import IAFFeedForwardState, iaf_feed_forward_ste
 from norse.torch.functional.lif import LIFFeedForwardState, lif_feed_forward_step
 from norse.torch.functional.lif_box import LIFBoxFeedForwardState, lif_box_feed_forward_step
 from norse.torch.functional.reset import reset_subtract, reset_value
-from norse.torch.module import iaf, lif, lif_box, snn
+from norse.torch.module import iaf, lif, lif_box, lift, snn
+from norse.torch.module.regularization import RegularizationCell
+from norse.torch.module.sequential import RecurrentSequential, SequentialState
 from torch import Tensor, nn
 
 from ... import dynamics, functional, surrogate
-from .base import Fused, Plan, number, served
+from .base import FinalState, Fused, Plan, number, served
 
 # method: the fused surrogate for its alpha. SuperSpike ignores alpha in the installed version.
 METHODS: dict[str, Callable[[float], surrogate.SurrogateFunction]] = {
@@ -29,8 +32,23 @@ METHODS: dict[str, Callable[[float], surrogate.SurrogateFunction]] = {
 }
 
 
+_CONTAINERS = (SequentialState, RecurrentSequential, lift.Lift, RegularizationCell)
+
+
 def is_neuron(module: nn.Module) -> bool:
     return isinstance(module, (snn.SNNCell, snn.SNN, snn.SNNRecurrentCell, snn.SNNRecurrent))
+
+
+def is_stateful(module: nn.Module) -> bool:
+    return (
+        type(module).__module__.startswith(snn.__name__.rpartition(".")[0])
+        and "state" in inspect.signature(module.forward).parameters
+        and not isinstance(module, _CONTAINERS)
+    ) or is_neuron(module)
+
+
+def is_multi_step(module: nn.Module) -> bool:
+    return isinstance(module, (snn.SNN, snn.SNNRecurrent))
 
 
 class NorsePlan(Plan):
@@ -103,7 +121,7 @@ class FusedCell(Fused):
             return v_start if len(self.neuron.states) == 1 else (v_start, 0.0)
         found = []
         for t in state:
-            if not isinstance(t, Tensor) or t.device != step.device and t.dim():
+            if not isinstance(t, Tensor) or (t.device != step.device and t.dim()):
                 return None
             if t.shape != step.shape:
                 if t.dim():
@@ -116,10 +134,19 @@ class FusedCell(Fused):
 
     def _over_time(self: Any, x_seq: Tensor, start: Any, plan: NorsePlan) -> tuple[Tensor, Any]:
         """``[T, *]`` -> spikes ``[T, *]`` and Norse's state after the last step."""
-        s, state, _ = functional.multi_step(
-            plan.neuron, x_seq, start, None, self._own(x_seq.device), **plan.keywords
-        )
+        s, state, _ = functional.multi_step(plan.neuron, x_seq, start, None, self._own(x_seq.device), **plan.keywords)
         return s, self.State(*state) if isinstance(state, tuple) else self.State(state)
+
+    def _unrolled(self: Any, x_seq: Tensor, args: Any, kwargs: Any, used: set[int] | None) -> Any:
+        """One call over time for :func:`snnfast.unroll`, with time folded into the batch of what it returns."""
+        plan, state = self._plan(), args[0] if args else kwargs.get("state")
+        if type(plan) is str or not served(x_seq[0]):
+            return NotImplemented
+        start = self._start(state, x_seq[0], plan.v_start)
+        if start is None:
+            return NotImplemented
+        s, state = self._over_time(x_seq, start, plan)
+        return s.flatten(0, 1), FinalState(state)
 
     def forward(self: Any, input_tensor: Any, state: Any = None) -> Any:
         plan = self._plan()

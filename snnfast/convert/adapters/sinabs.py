@@ -14,11 +14,19 @@ from sinabs.layers.stateful_layer import StatefulLayer
 from torch import Tensor, nn
 
 from ... import dynamics, functional, surrogate
-from .base import Fused, Plan, number
+from .base import Fused, Plan
 
 
 def is_neuron(module: nn.Module) -> bool:
     return isinstance(module, StatefulLayer)
+
+
+def is_stateful(module: nn.Module) -> bool:
+    return isinstance(module, StatefulLayer)
+
+
+def is_multi_step(module: nn.Module) -> bool:
+    return True
 
 
 def fused_surrogate(kind: Any, threshold: Tensor) -> surrogate.SurrogateFunction | str:
@@ -49,7 +57,7 @@ class FusedLIF(Fused):
         if module.record_states:
             return "record_states=True keeps the state of every step"
         if module.spike_fn not in (activation.MultiSpike, activation.SingleSpike):
-            return f"spike_fn {getattr(module.spike_fn, '__name__', module.spike_fn)} is neither MultiSpike nor SingleSpike"
+            return f"spike_fn {module.spike_fn!r} is neither MultiSpike nor SingleSpike"
         if type(module.reset_fn) is not activation.MembraneSubtract or module.reset_fn.subtract_value is not None:
             return f"reset_fn {module.reset_fn!r} is not a subtraction of the threshold"
         threshold = module.spike_threshold

@@ -5,6 +5,7 @@ Potentials and spikes are float32, as snnTorch's spikes always are; any other in
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -28,6 +29,18 @@ def is_neuron(module: nn.Module) -> bool:
     return isinstance(module, snntorch.SpikingNeuron)
 
 
+def is_stateful(module: nn.Module) -> bool:
+    return isinstance(module, snntorch.SpikingNeuron)
+
+
+def is_multi_step(module: nn.Module) -> bool:
+    return not hasattr(module, "reset_delay") and type(module).__name__ in (
+        "StateLeaky",
+        "LinearLeaky",
+        "AssociativeLeaky",
+    )
+
+
 def fused_surrogate(spike_grad: Any) -> surrogate.SurrogateFunction | str:
     """The fused surrogate that computes a ``spike_grad`` of ``snntorch.surrogate``, or why there is none."""
     name, _, inner = getattr(spike_grad, "__qualname__", "").partition(".<locals>.")
@@ -40,7 +53,9 @@ def fused_surrogate(spike_grad: Any) -> surrogate.SurrogateFunction | str:
 
 
 class LeakyPlan(Plan):
-    def __init__(self, module: Any, neuron: dynamics.Neuron, graded: bool, watched: tuple[Tensor, ...], **kw: Any) -> None:
+    def __init__(
+        self, module: Any, neuron: dynamics.Neuron, graded: bool, watched: tuple[Tensor, ...], **kw: Any
+    ) -> None:
         super().__init__(neuron, watched, **kw)
         self.graded = graded
         self.returns_states = module.output or not module.init_hidden
@@ -94,6 +109,34 @@ class FusedLeaky(Fused):
         )
         return s * self.graded_spikes_factor if plan.graded else s, state, v_seq
 
+    def _unrolled(self: Any, x_seq: Tensor, args: Any, kwargs: Any, used: set[int] | None) -> Any:
+        """One call over time for :func:`snnfast.unroll`, with time folded into the batch of what it returns."""
+        plan, step = self._plan(), x_seq[0]
+        names = tuple(inspect.signature(self.forward).parameters)[1:]
+        given = {**dict(zip(names, args)), **kwargs}  # noqa: B905 (fewer arguments than names)
+        if type(plan) is str or not served(step) or (self.init_hidden and any(v is not None for v in given.values())):
+            return NotImplemented
+        buffers = self._buffers
+        state = [buffers[name] if given.get(name) is None else given[name] for name in reversed(names)]  # mem first
+        for k, value in enumerate(state):
+            if value.shape != step.shape:
+                state[k] = 0.0
+            elif not of_this_step(value, step):
+                return NotImplemented
+        mem = len(names)  # its place in what is returned
+        wanted = plan.returns_states and (used is None or mem in used)
+        s, after, v_seq = self._over_time(x_seq, tuple(state) if mem > 1 else state[0], plan, wanted)
+        for name, value in zip(reversed(names), after if mem > 1 else (after,), strict=True):
+            buffers[name] = value
+        s = s.flatten(0, 1)
+        if not plan.returns_states:
+            return s
+        potentials = None if v_seq is None else v_seq.flatten(0, 1)
+        if mem == 1:
+            return s, potentials
+        currents = self._currents(x_seq, state[1]) if used is None or 1 in used else None
+        return s, currents, potentials
+
     def forward(self: Any, input_: Any, mem: Any = None) -> Any:
         plan = self._plan()
         if type(plan) is str or not served(input_) or (mem is not None and self.init_hidden):
@@ -119,6 +162,13 @@ class FusedSynaptic(FusedLeaky):
 
     def _own(self: Any) -> tuple[Tensor, ...]:
         return self.threshold, self.beta.clamp(0, 1), self.alpha.clamp(0, 1)
+
+    def _currents(self: Any, x_seq: Tensor, syn: Any) -> Tensor:
+        """The current after each step, which is the potential of a leaky neuron that never resets."""
+        own = self.threshold.detach(), self.alpha.clamp(0, 1)
+        return functional.multi_step(
+            dynamics.LEAKY, x_seq, syn, None, own, v_reset=None, resets=False, strict=True, store_v_seq=True
+        )[2].flatten(0, 1)  # type: ignore[union-attr]
 
     def forward(self: Any, input_: Any, syn: Any = None, mem: Any = None) -> Any:
         plan = self._plan()

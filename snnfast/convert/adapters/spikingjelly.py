@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 import torch
+from spikingjelly.activation_based import base as their_base
 from spikingjelly.activation_based import neuron as theirs
 from spikingjelly.activation_based import surrogate as their_surrogate
 from torch import Tensor, nn
@@ -20,6 +21,14 @@ _DTYPES = (torch.float32, torch.float64)
 
 def is_neuron(module: nn.Module) -> bool:
     return isinstance(module, (theirs.BaseNode, theirs.SimpleBaseNode))
+
+
+def is_stateful(module: nn.Module) -> bool:
+    return isinstance(module, their_base.MemoryModule)
+
+
+def is_multi_step(module: nn.Module) -> bool:
+    return False  # its step_mode says
 
 
 class NodePlan(Plan):
