@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from ... import dynamics, functional, surrogate
 from .base import FinalState, Fused, Plan, number, served
+from .onestep import one_step
 
 # method: the fused surrogate for its alpha. SuperSpike ignores alpha in the installed version.
 METHODS: dict[str, Callable[[float], surrogate.SurrogateFunction]] = {
@@ -153,8 +154,8 @@ class FusedCell(Fused):
         if type(plan) is not str and served(input_tensor):
             start = self._start(state, input_tensor, plan.v_start)
             if start is not None:
-                s, state = self._over_time(input_tensor.unsqueeze(0), start, plan)
-                return s.squeeze(0), state
+                s, state = one_step(plan, input_tensor, start, self._own(input_tensor.device))
+                return s, self.State(*state) if type(state) is tuple else self.State(state)
         return super().forward(input_tensor, state)  # type: ignore[misc]
 
 

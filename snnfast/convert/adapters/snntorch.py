@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ... import dynamics, functional, surrogate
 from .base import Fused, Plan, of_this_step, served
+from .onestep import one_step
 
 # The function that made a surrogate: how the numbers in its closure give a fused one.
 _MAKERS: dict[str, Callable[..., surrogate.SurrogateFunction]] = {
@@ -147,9 +148,10 @@ class FusedLeaky(Fused):
             v = 0.0
         elif not of_this_step(v, input_):
             return super().forward(input_, mem)  # type: ignore[misc]
-        s, v, _ = self._over_time(input_.unsqueeze(0), v, plan)
+        s, v = one_step(plan, input_, v, self._own())
         buffers["mem"] = v
-        s = s.squeeze(0)
+        if plan.graded:
+            s = s * self.graded_spikes_factor
         return (s, v) if plan.returns_states else s
 
 
@@ -182,9 +184,10 @@ class FusedSynaptic(FusedLeaky):
                 state[k] = 0.0
             elif not of_this_step(value, input_):
                 return super(FusedLeaky, self).forward(input_, syn, mem)  # type: ignore[misc]
-        s, (v, i), _ = self._over_time(input_.unsqueeze(0), tuple(state), plan)
+        s, (v, i) = one_step(plan, input_, tuple(state), self._own())
         buffers["mem"], buffers["syn"] = v, i
-        s = s.squeeze(0)
+        if plan.graded:
+            s = s * self.graded_spikes_factor
         return (s, i, v) if plan.returns_states else s
 
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ... import dynamics, functional, surrogate
 from .base import Fused, Plan
+from .onestep import one_step
 
 SURROGATES: dict[type, type[surrogate.SurrogateFunction]] = {
     getattr(their_surrogate, ours.__name__): ours for ours in surrogate.SURROGATES
@@ -74,32 +75,35 @@ class FusedNode(Fused):
             **more,
         )
 
-    def _run(self: Any, x_seq: Tensor, plan: NodePlan) -> tuple[Tensor, Tensor | None]:
+    def _start(self: Any, x: Tensor, shape: torch.Size) -> Any:
+        """The potential before a step of ``shape``: kept, cast to ``x``'s dtype and device, or started afresh."""
         v = self._memories["v"]
         if isinstance(v, Tensor):
-            if v.shape != x_seq.shape[1:]:
-                v = 0.0 if self.v_reset is None else self.v_reset
-            elif v.dtype is not x_seq.dtype or v.device != x_seq.device:
-                v = v.to(device=x_seq.device, dtype=x_seq.dtype)
-        decay = self.w.sigmoid() if plan.neuron.learnable else None
-        s, v, v_seq = functional.multi_step(plan.neuron, x_seq, v, decay, **plan.keywords)
-        self._memories["v"] = v
-        return s, v_seq
+            if v.shape != shape:
+                return 0.0 if self.v_reset is None else self.v_reset
+            if v.dtype is not x.dtype or v.device != x.device:
+                return v.to(device=x.device, dtype=x.dtype)
+        return v
 
     def single_step_forward(self: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
         plan = self._plan()
         if args or kwargs or type(plan) is str or not _served(x, 1):
             return super().single_step_forward(x, *args, **kwargs)  # type: ignore[misc]
-        s, v_seq = self._run(x.unsqueeze(0), plan)
-        if v_seq is not None:
-            self._append_v_seq(self._memories["v"])
-        return s.squeeze(0)
+        decay = self.w.sigmoid() if plan.neuron.learnable else None
+        s, v = one_step(plan, x, self._start(x, x.shape), (), decay)
+        self._memories["v"] = v
+        if plan.keywords["store_v_seq"]:
+            self._append_v_seq(v)
+        return s
 
     def multi_step_forward(self: Any, x_seq: Any, *args: Any, **kwargs: Any) -> Any:
         plan = self._plan()
         if args or kwargs or type(plan) is str or not _served(x_seq, 2):
             return super().multi_step_forward(x_seq, *args, **kwargs)  # type: ignore[misc]
-        s, self.__dict__["v_seq"] = self._run(x_seq, plan)
+        v = self._start(x_seq, x_seq.shape[1:])
+        decay = self.w.sigmoid() if plan.neuron.learnable else None
+        s, self._memories["v"], v_seq = functional.multi_step(plan.neuron, x_seq, v, decay, **plan.keywords)
+        self.__dict__["v_seq"] = v_seq
         return s
 
 
