@@ -22,7 +22,7 @@ from .base import Plan
 class _Call:
     """What the kernels need beside tensors, for one plan and one number that the potential starts from."""
 
-    __slots__ = ("constants", "has_current")
+    __slots__ = ("config", "constants", "has_current")
 
     def __init__(self, plan: Plan, v_init: float) -> None:
         k = plan.keywords
@@ -38,57 +38,85 @@ class _Call:
             plan.neuron.id, kind.id, kind.alpha, kind.gain, flags, k.get("v_threshold", 1.0), k.get("v_reset", 0.0),
             k.get("tau", 2.0), k.get("v_leak", 0.0), v_init,
         )  # fmt: skip
+        self.config = native._config(self.constants)
         self.has_current = len(plan.neuron.states) > 1
 
 
-def _forward(call: _Call, tensors: tuple[Tensor | None, ...]) -> tuple[Tensor, Tensor, Tensor | None]:
+def _addresses(tensors: tuple[Any, ...]) -> tuple[int, ...]:
+    """``native._addresses``, for what :func:`one_step` lets through."""
+    x, v, i, decay, threshold, beta, current_decay = tensors
+    if threshold is None:
+        return x.data_ptr(), 0 if v is None else v.data_ptr(), 0, 0 if decay is None else decay.data_ptr(), 0, 0, 0, 0
+    each = (1 if threshold.numel() > 1 else 0) | (2 if beta.numel() > 1 else 0)
+    third = 0
+    if current_decay is not None:
+        each |= 4 if current_decay.numel() > 1 else 0
+        third = current_decay.data_ptr()
+    return (
+        x.data_ptr(), 0 if v is None else v.data_ptr(), 0 if i is None else i.data_ptr(), 0, threshold.data_ptr(),
+        beta.data_ptr(), third, each,
+    )  # fmt: skip
+
+
+def _forward(call: _Call, tensors: tuple[Any, ...]) -> tuple[Any, ...]:
     x = tensors[0]
-    s, v = torch.empty_like(x), torch.empty_like(x)  # type: ignore[arg-type]
-    i = torch.empty_like(v) if call.has_current else None
-    native.forward(call.constants, Inputs(x.unsqueeze(0), *tensors[1:]), s, v, i, None)  # type: ignore[union-attr]
-    return s, v, i
+    s, v = torch.empty_like(x), torch.empty_like(x)
+    i = torch.empty_like(x) if call.has_current else None
+    native._C.cpu_forward(
+        call.config, torch.get_num_threads(), native._DTYPE[x.dtype], 1, x.numel(), *_addresses(tensors), s.data_ptr(),
+        v.data_ptr(), 0 if i is None else i.data_ptr(), 0,
+    )  # fmt: skip
+    return (s, v) if i is None else (s, v, i)
 
 
 class _Step(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, call: _Call, *tensors: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    def forward(ctx: Any, call: _Call, *tensors: Tensor | None) -> tuple[Any, ...]:
         ctx.save_for_backward(*tensors)
         ctx.call = call
         ctx.set_materialize_grads(False)
         return _forward(call, tensors)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_s: Any, grad_v: Any, grad_i: Any = None) -> tuple[Tensor | None, ...]:
         saved = ctx.saved_tensors
-        if grads[0] is None and grads[1] is None and grads[2] is None:
+        if grad_s is None and grad_v is None and grad_i is None:
             return (None,) * 8
-        own_gradients = any(ctx.needs_input_grad[5:])
-        x = saved[0]
+        own_gradients = saved[4] is not None and any(ctx.needs_input_grad[5:])
         if torch.is_grad_enabled():  # create_graph: a backward that can be differentiated again
-            grad_s = None if grads[0] is None else grads[0].unsqueeze(0)
-            given = Inputs(x.unsqueeze(0), *saved[1:])
-            found = ops._MultiStepBackward.apply(
-                grad_s, *grads[1:], None, *given, *ctx.call.constants, backends.NATIVE, own_gradients
-            )
-            found = ops._wanted(found, given, own_gradients)
-            return None, found[0].squeeze(0), *found[1:]
-        grad_s, grad_v, grad_i = (g if g is None or g.is_contiguous() else g.contiguous() for g in grads)
+            return None, *_differentiable_backward(ctx.call, saved, (grad_s, grad_v, grad_i), own_gradients)
+        x, v, i, decay = saved[:4]
+        if grad_s is not None and not grad_s.is_contiguous():
+            grad_s = grad_s.contiguous()
+        if grad_v is not None and not grad_v.is_contiguous():
+            grad_v = grad_v.contiguous()
+        if grad_i is not None and not grad_i.is_contiguous():
+            grad_i = grad_i.contiguous()
         grad_x = torch.empty_like(x)
-        state = [None if t is None else torch.empty_like(x) for t in saved[1:3]]
-        grad_decay = None if saved[3] is None else torch.zeros_like(saved[3])
-        own = [torch.empty_like(x) if own_gradients and t is not None else None for t in saved[4:]]
-        native.backward(
-            ctx.call.constants,
-            (grad_s, grad_v, grad_i, None),
-            Inputs(x.unsqueeze(0), *saved[1:]),
-            grad_x,
-            *state,
-            grad_decay,
-            *own,
-        )
+        grad_v0 = None if v is None else torch.empty_like(x)
+        grad_i0 = None if i is None else torch.empty_like(x)
+        own: Any = (None, None, None)
         if own_gradients:
-            own = [None if g is None else g.sum_to_size(t.shape) for g, t in zip(own, saved[4:], strict=True)]
-        return None, grad_x, *state, grad_decay, *own
+            own = tuple(None if t is None else torch.empty_like(x) for t in saved[4:])
+        sum_decay = native._C.cpu_backward(
+            ctx.call.config, torch.get_num_threads(), native._DTYPE[x.dtype], 1, x.numel(), *_addresses(saved),
+            0 if grad_s is None else grad_s.data_ptr(), 0 if grad_v is None else grad_v.data_ptr(),
+            0 if grad_i is None else grad_i.data_ptr(), 0, grad_x.data_ptr(), 0 if v is None else grad_v0.data_ptr(),
+            0 if i is None else grad_i0.data_ptr(), *(0 if t is None else t.data_ptr() for t in own),
+        )  # fmt: skip
+        grad_decay = None if decay is None else torch.full_like(decay, sum_decay)
+        if own_gradients:
+            own = (None if g is None else g.sum_to_size(t.shape) for g, t in zip(own, saved[4:], strict=True))
+        return None, grad_x, grad_v0, grad_i0, grad_decay, *own
+
+
+def _differentiable_backward(call: _Call, saved: Any, grads: Any, own_gradients: bool) -> tuple[Any, ...]:
+    grad_s, grad_v, grad_i = grads
+    given = Inputs(saved[0].unsqueeze(0), *saved[1:])
+    grads = (None if grad_s is None else grad_s.unsqueeze(0), grad_v, grad_i, None)
+    found = ops._MultiStepBackward.apply(*grads, *given, *call.constants, backends.NATIVE, own_gradients)
+    grad_x, *others = ops._wanted(found, given, own_gradients)
+    return grad_x.squeeze(0), *others
 
 
 def _dense(t: Any, x: Tensor) -> bool:
@@ -109,6 +137,7 @@ def one_step(
         or not _dense(i, x)
         or (decay is not None and decay.dtype is not x.dtype)
         or not x.numel()
+        or x.is_cuda
         or backends.choose("auto", x.device) != backends.NATIVE
         or not ops._is_plain(x)
     ):
@@ -135,10 +164,10 @@ def one_step(
         call = plan.calls[v_init] = _Call(plan, v_init)
     tensors = (x, v, i if isinstance(i, Tensor) else None, decay, threshold, beta, current_decay)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
-        s, v, i = _Step.apply(call, *tensors)
+        found = _Step.apply(call, *tensors)
     else:
-        s, v, i = _forward(call, tensors)
-    return s, (v, i) if call.has_current else v
+        found = _forward(call, tensors)
+    return found[0], found[1:] if call.has_current else found[1]
 
 
 def _general(plan: Plan, x: Tensor, state: Any, own: tuple[Tensor, ...], decay: Tensor | None) -> tuple[Tensor, Any]:

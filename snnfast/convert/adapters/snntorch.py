@@ -60,6 +60,16 @@ class LeakyPlan(Plan):
         super().__init__(neuron, watched, **kw)
         self.graded = graded
         self.returns_states = module.output or not module.init_hidden
+        self._clamped: dict[int, tuple[int, Tensor]] = {}  # of a buffer: its version and its clamped value
+
+    def clamped(self, decay: Tensor) -> Tensor:
+        """``decay.clamp(0, 1)``, kept while a decay that is not learnt is not written."""
+        if decay.requires_grad:
+            return decay.clamp(0, 1)
+        kept = self._clamped.get(id(decay))  # the module holds it as long as it holds the plan
+        if kept is None or kept[0] != decay._version:
+            kept = self._clamped[id(decay)] = decay._version, decay.clamp(0, 1)
+        return kept[1]
 
 
 class FusedLeaky(Fused):
@@ -100,13 +110,13 @@ class FusedLeaky(Fused):
             surrogate_function=kind,
         )
 
-    def _own(self: Any) -> tuple[Tensor, ...]:
-        return self.threshold, self.beta.clamp(0, 1)
+    def _own(self: Any, plan: LeakyPlan) -> tuple[Tensor, ...]:
+        return self.threshold, plan.clamped(self.beta)
 
     def _over_time(self: Any, x_seq: Tensor, state: Any, plan: LeakyPlan, store_v_seq: bool = False) -> Any:
         """``[T, *]`` -> spikes ``[T, *]``, state after the last step, potentials ``[T, *]`` or ``None``."""
         s, state, v_seq = functional.multi_step(
-            plan.neuron, x_seq, state, None, self._own(), store_v_seq=store_v_seq, **plan.keywords
+            plan.neuron, x_seq, state, None, self._own(plan), store_v_seq=store_v_seq, **plan.keywords
         )
         return s * self.graded_spikes_factor if plan.graded else s, state, v_seq
 
@@ -148,7 +158,7 @@ class FusedLeaky(Fused):
             v = 0.0
         elif not of_this_step(v, input_):
             return super().forward(input_, mem)  # type: ignore[misc]
-        s, v = one_step(plan, input_, v, self._own())
+        s, v = one_step(plan, input_, v, self._own(plan))
         buffers["mem"] = v
         if plan.graded:
             s = s * self.graded_spikes_factor
@@ -162,8 +172,8 @@ class FusedSynaptic(FusedLeaky):
     neurons = (dynamics.SYNAPTIC_AT_ONCE, dynamics.SYNAPTIC)
     own_names = ("threshold", "beta", "alpha")
 
-    def _own(self: Any) -> tuple[Tensor, ...]:
-        return self.threshold, self.beta.clamp(0, 1), self.alpha.clamp(0, 1)
+    def _own(self: Any, plan: LeakyPlan) -> tuple[Tensor, ...]:
+        return self.threshold, plan.clamped(self.beta), plan.clamped(self.alpha)
 
     def _currents(self: Any, x_seq: Tensor, syn: Any) -> Tensor:
         """The current after each step, which is the potential of a leaky neuron that never resets."""
@@ -184,7 +194,7 @@ class FusedSynaptic(FusedLeaky):
                 state[k] = 0.0
             elif not of_this_step(value, input_):
                 return super(FusedLeaky, self).forward(input_, syn, mem)  # type: ignore[misc]
-        s, (v, i) = one_step(plan, input_, tuple(state), self._own())
+        s, (v, i) = one_step(plan, input_, tuple(state), self._own(plan))
         buffers["mem"], buffers["syn"] = v, i
         if plan.graded:
             s = s * self.graded_spikes_factor
