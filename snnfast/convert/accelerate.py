@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import statistics
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -21,7 +21,7 @@ from .adapters.base import Fused, find, fused_class
 __all__ = ["Report", "Verification", "accelerate", "restore", "verify"]
 
 
-def _table(rows: list[tuple[str, ...]]) -> str:
+def _table(rows: Sequence[tuple[str, ...]]) -> str:
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows)
 
@@ -60,7 +60,7 @@ def _check_module(model: Any) -> None:
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
 
 
-def _library_class(module: nn.Module) -> str:
+def _library_class(module: Any) -> str:
     cls = type(module).snnfast_replaced if isinstance(module, Fused) else type(module)
     return f"{cls.__module__.partition('.')[0]}.{cls.__name__}"
 
@@ -115,7 +115,7 @@ def restore(model: nn.Module) -> int:
         TypeError: ``model`` is not a module.
     """
     _check_module(model)
-    fused = [module for module in model.modules() if isinstance(module, Fused)]
+    fused: list[Any] = [module for module in model.modules() if isinstance(module, Fused)]
     for module in fused:
         module.__dict__.pop("_snnfast_plan", None)
         module.__class__ = module.snnfast_replaced

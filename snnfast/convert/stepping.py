@@ -24,7 +24,7 @@ def is_stateful(module: nn.Module) -> bool:
     return isinstance(module, base.MemoryModule) or _library(module) is not None
 
 
-def _has_hooks(module: nn.Module) -> bool:
+def _has_hooks(module: Any) -> bool:
     return bool(
         module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
     )

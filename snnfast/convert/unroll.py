@@ -300,6 +300,7 @@ class _Pass:
 
     def _value(self, node: fx.Node) -> Any:
         timed = self.kinds[node] == _TIMED
+        target: Any = node.target
 
         def value(n: fx.Node) -> Any:
             v = self.values[n]
@@ -307,22 +308,23 @@ class _Pass:
 
         if node.op == "get_attr":
             constants = self.program.constants
-            return constants[node.target] if node.target in constants else operator.attrgetter(node.target)(self.model)
-        args, kwargs = fx.map_arg(node.args, value), fx.map_arg(node.kwargs, value)
+            return constants[target] if target in constants else operator.attrgetter(target)(self.model)
+        args: Any = fx.map_arg(node.args, value)
+        kwargs: Any = fx.map_arg(node.kwargs, value)
         if node.op == "call_function":
-            return node.target(*args, **kwargs)
+            return target(*args, **kwargs)
         if node.op == "call_method":
-            return getattr(args[0], node.target)(*args[1:], **kwargs)
-        module = self.model.get_submodule(node.target)
+            return getattr(args[0], target)(*args[1:], **kwargs)
+        module: Any = self.model.get_submodule(target)
         if node in self.program.stateful:
-            used = {n.args[1] for n in node.users if n.target is operator.getitem} if _unpacked(node) else None
+            used: Any = {n.args[1] for n in node.users} if _unpacked(node) else None
             x = self._unfolded(args[0], node)
-            return run_over_time(module, node.target, x, args[1:], kwargs, used)
+            return run_over_time(module, target, x, args[1:], kwargs, used)
         if isinstance(module, _BatchNorm) and module.training and self.bn == "per_step":
             return self._batch_norm(module, args[0], timed)
         return module(*args, **kwargs)
 
-    def _batch_norm(self, module: nn.Module, x: Tensor, timed: bool) -> Tensor:
+    def _batch_norm(self, module: Any, x: Tensor, timed: bool) -> Tensor:
         """Normalised step by step; for a constant once, and the running statistics as often as the loop would."""
         if timed:
             return torch.cat([module(step) for step in x.unflatten(0, (self.T, self.batch))])

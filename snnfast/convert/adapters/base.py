@@ -61,7 +61,8 @@ class Fused:
         return super()._apply(*args, **kwargs)  # type: ignore[misc]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        _, _, state, *rest = super().__reduce_ex__(protocol)  # type: ignore[misc]
+        reduced: Any = super().__reduce_ex__(protocol)
+        _, _, state, *rest = reduced
         if isinstance(state, dict):
             state = {name: value for name, value in state.items() if name != "_snnfast_plan"}
         return _new, (self.snnfast_replaced, _mixin_of(type(self))), state, *rest
@@ -102,13 +103,13 @@ def _mixin_of(cls: type) -> type[Fused]:
 
 
 @functools.cache
-def fused_class(replaced: type[nn.Module], mixin: type[Fused]) -> type[nn.Module]:
+def fused_class(replaced: Any, mixin: Any) -> Any:
     """The fused subclass of a peer's class, one per class."""
     body = {"snnfast_replaced": replaced, "__module__": replaced.__module__, "__doc__": replaced.__doc__}
     return type(replaced.__name__, (mixin, replaced), body)
 
 
-def _new(replaced: type[nn.Module], mixin: type[Fused]) -> Any:
+def _new(replaced: Any, mixin: Any) -> Any:
     """An empty neuron of the fused class: how copies and pickles are rebuilt."""
     cls = fused_class(replaced, mixin)
     return cls.__new__(cls)

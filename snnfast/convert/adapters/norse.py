@@ -4,6 +4,7 @@ The state before the first step starts from numbers here, not from Norse's leaf 
 state is the same. Potentials are float32; any other input runs Norse's own code.
 """
 
+# mypy: disable-error-code="import-untyped, import-not-found"
 from __future__ import annotations
 
 import inspect
@@ -67,9 +68,8 @@ class FusedCell(Fused):
     step: Any  # the function of norse.torch.functional that the neuron must run
     State: Any  # the tuple that it returns
     neuron = dynamics.CURRENT_LIF
-    own_names = ("v_th", "tau_mem_inv", "tau_syn_inv")  # the rates are multiplied by dt
-    numbers = ("v_leak", "v_reset")  # fields of p that the kernels take as numbers
-    time_dimensions = 0
+    own_names: tuple[str, ...] = ("v_th", "tau_mem_inv", "tau_syn_inv")  # the rates are multiplied by dt
+    numbers: tuple[str, ...] = ("v_leak", "v_reset")  # fields of p that the kernels take as numbers
 
     @classmethod
     def plan(cls, module: Any) -> NorsePlan | str:
@@ -78,7 +78,7 @@ class FusedCell(Fused):
             return f"it runs {getattr(module.activation, '__name__', module.activation)}, which has no fused form"
         if getattr(module, "record_states", False):
             return "record_states=True keeps the state of every step"
-        if getattr(module.state_fallback, "__func__", None) is not cls.peer.initial_state:
+        if getattr(module.state_fallback, "__func__", None) is not cls.peer.initial_state:  # type: ignore[attr-defined]
             return "its state_fallback is not the neuron's own initial_state"
         alpha = number(p.alpha)
         if p.method not in METHODS or alpha is None or alpha <= 0:

@@ -93,8 +93,8 @@ class _Step(torch.autograd.Function):
         if grad_i is not None and not grad_i.is_contiguous():
             grad_i = grad_i.contiguous()
         grad_x = torch.empty_like(x)
-        grad_v0 = None if v is None else torch.empty_like(x)
-        grad_i0 = None if i is None else torch.empty_like(x)
+        grad_v0: Any = None if v is None else torch.empty_like(x)
+        grad_i0: Any = None if i is None else torch.empty_like(x)
         own: Any = (None, None, None)
         if own_gradients:
             own = tuple(None if t is None else torch.empty_like(x) for t in saved[4:])

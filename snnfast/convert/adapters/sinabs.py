@@ -3,6 +3,7 @@
 The potential is float32 as sinabs' spikes are; any other input runs its own code.
 """
 
+# mypy: disable-error-code="import-untyped, import-not-found"
 from __future__ import annotations
 
 from typing import Any
@@ -99,7 +100,8 @@ class FusedLIF(Fused):
         s, v, _ = functional.multi_step(plan.neuron, x.transpose(0, 1), v, None, own, **plan.keywords)
         self._buffers["v_mem"] = v
         s = s.transpose(0, 1).contiguous()
-        self.i_syn, self.recordings, self.firing_rate = None, {}, s.mean()
+        self.i_syn, self.firing_rate = None, s.mean()
+        self.recordings = dict[str, Tensor]()
         return s
 
     def _own_forward(self: Any, x: Any) -> Any:

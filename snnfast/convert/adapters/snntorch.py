@@ -3,11 +3,12 @@
 Potentials and spikes are float32, as snnTorch's spikes always are; any other input runs its own ``forward``.
 """
 
+# mypy: disable-error-code="import-untyped, import-not-found"
 from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import snntorch
 import torch
@@ -75,7 +76,15 @@ class LeakyPlan(Plan):
 class FusedLeaky(Fused):
     peer = snntorch.Leaky
     state_names = frozenset({"mem", "reset"})
-    methods = ("forward", "fire", "mem_reset", "_base_state_function", "_base_sub", "_base_zero", "_base_int")
+    methods: ClassVar[tuple[str, ...]] = (
+        "forward",
+        "fire",
+        "mem_reset",
+        "_base_state_function",
+        "_base_sub",
+        "_base_zero",
+        "_base_int",
+    )
     neurons = (dynamics.LEAKY_AT_ONCE, dynamics.LEAKY)
     own_names: tuple[str, ...] = ("threshold", "beta")
 
@@ -182,7 +191,7 @@ class FusedSynaptic(FusedLeaky):
             dynamics.LEAKY, x_seq, syn, None, own, v_reset=None, resets=False, strict=True, store_v_seq=True
         )[2].flatten(0, 1)  # type: ignore[union-attr]
 
-    def forward(self: Any, input_: Any, syn: Any = None, mem: Any = None) -> Any:
+    def forward(self: Any, input_: Any, syn: Any = None, mem: Any = None) -> Any:  # type: ignore[override]
         plan = self._plan()
         given = syn is not None or mem is not None
         if type(plan) is str or not served(input_) or (given and self.init_hidden):

@@ -1,5 +1,6 @@
 """SpikingJelly's IFNode, LIFNode and ParametricLIFNode (2.0.0), which snnfast's own neurons repeat bit for bit."""
 
+# mypy: disable-error-code="import-untyped, import-not-found"
 from __future__ import annotations
 
 from typing import Any, ClassVar
