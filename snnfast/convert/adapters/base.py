@@ -8,7 +8,6 @@ than the adapter names, a sparse tensor, a state of an odd shape) runs the peer'
 
 from __future__ import annotations
 
-import functools
 import importlib
 import sys
 from types import ModuleType
@@ -102,11 +101,15 @@ def _mixin_of(cls: type) -> type[Fused]:
     return cls.__mro__[1]
 
 
-@functools.cache
+_classes: dict[tuple[type, type], Any] = {}
+
+
 def fused_class(replaced: Any, mixin: Any) -> Any:
     """The fused subclass of a peer's class, one per class."""
-    body = {"snnfast_replaced": replaced, "__module__": replaced.__module__, "__doc__": replaced.__doc__}
-    return type(replaced.__name__, (mixin, replaced), body)
+    if (replaced, mixin) not in _classes:
+        body = {"snnfast_replaced": replaced, "__module__": replaced.__module__, "__doc__": replaced.__doc__}
+        _classes[replaced, mixin] = type(replaced.__name__, (mixin, replaced), body)
+    return _classes[replaced, mixin]
 
 
 def _new(replaced: Any, mixin: Any) -> Any:
