@@ -21,10 +21,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import snnfast
+from snnfast import dynamics, functional
 
 from .__main__ import VERDICT, markdown, shown
 from .cpu_targets import Row
-from .measure import RESULTS, compare, environment, refuse_unless_idle
+from .measure import RESULTS, compare, environment, per_call, refuse_unless_idle
 
 warnings.filterwarnings("ignore", category=SyntaxWarning)
 
@@ -34,7 +35,8 @@ T = 25  # time steps of snnTorch's tutorials
 # ---- the networks, as their authors' tutorials and model zoos write them ----
 def spiking_resnet_stack(blocks: int) -> nn.Module:
     """Basic blocks of SpikingJelly's spiking ResNet-18 at the width of its first stage, multi-step."""
-    from spikingjelly.activation_based import functional, layer, neuron, surrogate
+    from spikingjelly.activation_based import functional as theirs
+    from spikingjelly.activation_based import layer, neuron, surrogate
 
     class Block(nn.Module):
         def __init__(self, channels: int) -> None:
@@ -48,7 +50,7 @@ def spiking_resnet_stack(blocks: int) -> nn.Module:
             return self.sn2(self.bn2(self.conv2(out)) + x)
 
     net = nn.Sequential(*(Block(64) for _ in range(blocks)))
-    functional.set_step_mode(net, "m")
+    theirs.set_step_mode(net, "m")
     return net
 
 
@@ -215,6 +217,41 @@ def neurons(quick: bool) -> Iterator[Row]:
     )
 
 
+def overhead(quick: bool) -> Iterator[Row]:
+    """What an adapter adds to the functional call, which it makes over time and goes around for one step."""
+    import norse.torch as norse
+    import snntorch
+    from spikingjelly.activation_based import neuron, surrogate
+
+    calls = 500 if quick else 5000
+    kind, x = snnfast.surrogate.ATan(), torch.randn(4, 8)
+    node = neuron.LIFNode(surrogate_function=surrogate.ATan(), step_mode="m")
+    leaky, cell = snntorch.Leaky(beta=0.9), norse.LIF()
+    for module in (node, leaky, cell):
+        snnfast.accelerate(module)
+    one, zero, rate = torch.tensor(1.0), torch.zeros(8), torch.tensor(0.1)
+    keywords: dict[str, Any] = {"strict": True, "surrogate_function": kind}
+    pairs = {
+        "SpikingJelly LIFNode, multi-step": (
+            lambda: node(x),
+            lambda: functional.multi_step(dynamics.LIF, x, zero, surrogate_function=kind),
+        ),
+        "Norse LIF, multi-step": (
+            lambda: cell(x),
+            lambda: functional.multi_step(dynamics.CURRENT_LIF, x, (0.0, 0.0), None, (one, rate, rate), **keywords),
+        ),
+        "snnTorch Leaky, one step": (
+            lambda: leaky(x[0], zero),
+            lambda: functional.multi_step(dynamics.LEAKY, x[:1], zero, None, (one, rate), **keywords),
+        ),
+    }
+    with torch.no_grad():
+        for work, (adapter, ours) in pairs.items():
+            found = [per_call(call, calls) * 1e6 for call in (adapter, ours)]
+            note = f"{found[0]:.3g} us for {found[1]:.3g} us"
+            yield Row(f"{work}: adapter", "functional call", found[0] - found[1], 5.0, False, "us", note)
+
+
 # ---- training steps ----
 def training_step(net: nn.Module, outputs: Callable[[nn.Module], Tensor]) -> Callable[[], None]:
     """Forward, cross-entropy over all steps ``[T, B, classes]``, backward, Adam."""
@@ -244,7 +281,7 @@ def step_rows(
 def training(quick: bool) -> Iterator[Row]:
     """Whole training steps, as written and accelerated, with the loop over time where the user has one."""
     from snntorch import utils
-    from spikingjelly.activation_based import functional
+    from spikingjelly.activation_based import functional as theirs
 
     seconds, batch = (0.1, 2) if quick else (8.0, 16)
 
@@ -256,7 +293,7 @@ def training(quick: bool) -> Iterator[Row]:
     x, _ = random_steps(4, batch, 64, 32, 32)
 
     def stack(net: nn.Module) -> Tensor:
-        functional.reset_net(net)
+        theirs.reset_net(net)
         return net(x).mean((3, 4))
 
     yield from step_rows(
@@ -353,7 +390,12 @@ def contenders(
     }
 
 
-GROUPS: dict[str, Callable[[bool], Iterator[Row]]] = {"neurons": neurons, "training": training, "unroll": unrolled}
+GROUPS: dict[str, Callable[[bool], Iterator[Row]]] = {
+    "neurons": neurons,
+    "overhead": overhead,
+    "training": training,
+    "unroll": unrolled,
+}
 
 
 def main() -> None:

@@ -224,6 +224,19 @@ def test_a_setting_changed_later_counts():
     )
 
 
+def test_parameters_of_each_neuron_written_in_place_count():
+    own = {"beta": torch.rand(4), "threshold": torch.rand(4)}
+    fast, plain = (snntorch.Leaky(**{k: v.clone() for k, v in own.items()}) for _ in range(2))
+    snnfast.accelerate(fast)
+    x = torch.randn(6, 2, 4) * 2
+    for name in ("threshold", "beta", "threshold"):
+        for neuron in (fast, plain):
+            getattr(neuron, name).mul_(0.5)
+            neuron.reset_mem()
+        for f, p in zip(steps(fast, x), steps(plain, x), strict=True):
+            assert all(torch.equal(a, b) for a, b in zip(f, p, strict=True))
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_other_dtypes_run_its_own_code(dtype):
     fast, plain = snntorch.Leaky(beta=0.5), snntorch.Leaky(beta=0.5)

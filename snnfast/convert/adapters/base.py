@@ -87,7 +87,11 @@ class Plan:
         self.neuron = neuron
         self.keywords = keywords
         self.watched = tuple((t, t._version) for t in watched)
-        self.calls: dict[float, Any] = {}  # onestep's
+        self.calls: dict[float, Any] = {}  # onestep's, and the next one
+        self.prepared: tuple[Any, Any, Any] | None = None
+        self.own: tuple[Any, tuple[Tensor, ...]] | None = (
+            None  # parameters that are not learnt, and what they came from
+        )
 
     def stale(self) -> bool:
         """Whether a tensor whose value was read has been written since."""
@@ -155,6 +159,11 @@ def number(t: Any) -> float | None:
 def of_this_step(state: Any, x: Tensor) -> bool:
     """Whether ``state`` is one potential for each element of ``x``."""
     return type(state) is Tensor and state.shape == x.shape and state.dtype == x.dtype and state.device == x.device
+
+
+def is_version(pair: tuple[Tensor, int]) -> bool:
+    """Whether a tensor was not written since its version was taken, and is still not learnt."""
+    return pair[0]._version == pair[1] and not pair[0].requires_grad
 
 
 def served(x: Any) -> bool:

@@ -22,7 +22,7 @@ from norse.torch.module.sequential import RecurrentSequential, SequentialState
 from torch import Tensor, nn
 
 from ... import dynamics, functional, surrogate
-from .base import FinalState, Fused, Plan, number, served
+from .base import FinalState, Fused, Plan, is_version, number, of_this_step, served
 from .onestep import one_step
 
 # method: the fused surrogate for its alpha. SuperSpike ignores alpha in the installed version.
@@ -111,15 +111,27 @@ class FusedCell(Fused):
         v_leak = float(p.v_leak)
         return NorsePlan(cls.neuron, v_leak, (p.v_leak, p.v_reset), v_leak=v_leak, **keywords)
 
-    def _own(self: Any, device: torch.device) -> tuple[Tensor, ...]:
-        p, dt = self.p, self.dt
-        own = (p.v_th, *(dt * getattr(p, name) for name in self.own_names[1:]))
-        return own if p.v_th.device == device else tuple(t.to(device) for t in own)
+    def _own(self: Any, plan: NorsePlan, device: torch.device) -> tuple[Tensor, ...]:
+        """Threshold and rates; the same tuple again while none of them is learnt or written."""
+        if plan.own is not None:
+            (versions, at), own = plan.own
+            if at == device and all(map(is_version, versions)):
+                return own
+        given = [getattr(self.p, name) for name in self.own_names]
+        own = tuple(t if t.device == device else t.to(device) for t in self._computed(given, device))
+        if not any(t.requires_grad for t in given):
+            plan.own = ([(t, t._version) for t in given], device), own
+        return own
+
+    def _computed(self: Any, given: list[Tensor], device: torch.device) -> tuple[Tensor, ...]:
+        return (given[0], *(self.dt * t for t in given[1:]))
 
     def _start(self, state: Any, step: Tensor, v_start: float) -> Any:
         """The state before the first step as the kernels take it; ``None`` if they cannot."""
         if state is None:
             return v_start if len(self.neuron.states) == 1 else (v_start, 0.0)
+        if type(state) is self.State and all(of_this_step(t, step) for t in state):
+            return state[0] if len(state) == 1 else tuple(state)
         found = []
         for t in state:
             if not isinstance(t, Tensor) or (t.device != step.device and t.dim()):
@@ -135,7 +147,9 @@ class FusedCell(Fused):
 
     def _over_time(self: Any, x_seq: Tensor, start: Any, plan: NorsePlan) -> tuple[Tensor, Any]:
         """``[T, *]`` -> spikes ``[T, *]`` and Norse's state after the last step."""
-        s, state, _ = functional.multi_step(plan.neuron, x_seq, start, None, self._own(x_seq.device), **plan.keywords)
+        s, state, _ = functional.multi_step(
+            plan.neuron, x_seq, start, None, self._own(plan, x_seq.device), **plan.keywords
+        )
         return s, self.State(*state) if isinstance(state, tuple) else self.State(state)
 
     def _unrolled(self: Any, x_seq: Tensor, args: Any, kwargs: Any, used: set[int] | None) -> Any:
@@ -154,7 +168,7 @@ class FusedCell(Fused):
         if type(plan) is not str and served(input_tensor):
             start = self._start(state, input_tensor, plan.v_start)
             if start is not None:
-                s, state = one_step(plan, input_tensor, start, self._own(input_tensor.device))
+                s, state = one_step(plan, input_tensor, start, self._own(plan, input_tensor.device))
                 return s, self.State(*state) if type(state) is tuple else self.State(state)
         return super().forward(input_tensor, state)  # type: ignore[misc]
 
@@ -219,11 +233,8 @@ class _IAF(FusedCell):
     def planned(cls, p: Any, **keywords: Any) -> NorsePlan | str:
         return NorsePlan(cls.neuron, cls.v_reset(p), (p.v_reset,), decay_input=False, **keywords)
 
-    def _own(self: Any, device: torch.device) -> tuple[Tensor, ...]:
-        v_th = self.p.v_th
-        if v_th.device != device:
-            v_th = v_th.to(device)
-        return v_th, torch.ones((), device=device)
+    def _computed(self: Any, given: list[Tensor], device: torch.device) -> tuple[Tensor, ...]:
+        return given[0], torch.ones((), device=device)
 
 
 class FusedIAFCell(_IAF):

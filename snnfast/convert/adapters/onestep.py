@@ -142,32 +142,34 @@ def one_step(
         or not ops._is_plain(x)
     ):
         return _general(plan, x, state, own, decay)
-    threshold = beta = current_decay = None
-    if own:
-        shape = x.shape
-        each = []
-        for t in own:
-            if t.dtype is not x.dtype:
-                t = t.to(x.dtype)
-            # A parameter of its own for each neuron: laid out as the step is. Autograd sums its gradient again.
-            each.append(
-                t if t.numel() == 1 or (t.shape == shape and t.is_contiguous()) else t.expand(shape).contiguous()
-            )
-        threshold, beta = each[0], each[1]
-        if len(each) > 2:
-            current_decay = each[2]
+    prepared = plan.prepared  # of the last call: own tensors that cannot change come as the same tuple
+    if prepared is None or prepared[0] is not own or prepared[1] != x.shape:
+        prepared = plan.prepared = own, x.shape, _prepared(own, x)
     v_init = 0.0
     if not isinstance(v, Tensor):
         v_init, v = v, None
     call = plan.calls.get(v_init)
     if call is None:
         call = plan.calls[v_init] = _Call(plan, v_init)
-    tensors = (x, v, i if isinstance(i, Tensor) else None, decay, threshold, beta, current_decay)
+    tensors = (x, v, i if isinstance(i, Tensor) else None, decay, *prepared[2])
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
         found = _Step.apply(call, *tensors)
     else:
         found = _forward(call, tensors)
     return found[0], found[1:] if call.has_current else found[1]
+
+
+def _prepared(own: tuple[Tensor, ...], x: Tensor) -> tuple[Tensor | None, ...]:
+    """The neurons' own parameters as the kernels take them: one number, or one for each neuron laid out as the step
+    is, where autograd sums the gradient again."""
+    found: list[Tensor | None] = []
+    for t in own:
+        if t.dtype is not x.dtype:
+            t = t.to(x.dtype)
+        found.append(
+            t if t.numel() == 1 or (t.shape == x.shape and t.is_contiguous()) else t.expand(x.shape).contiguous()
+        )
+    return (*found, *(None,) * (3 - len(found)))
 
 
 def _general(plan: Plan, x: Tensor, state: Any, own: tuple[Tensor, ...], decay: Tensor | None) -> tuple[Tensor, Any]:

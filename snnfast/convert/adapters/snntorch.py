@@ -16,7 +16,7 @@ from snntorch import surrogate as their_surrogate
 from torch import Tensor, nn
 
 from ... import dynamics, functional, surrogate
-from .base import Fused, Plan, of_this_step, served
+from .base import Fused, Plan, is_version, of_this_step, served
 from .onestep import one_step
 
 # The function that made a surrogate: how the numbers in its closure give a fused one.
@@ -61,16 +61,6 @@ class LeakyPlan(Plan):
         super().__init__(neuron, watched, **kw)
         self.graded = graded
         self.returns_states = module.output or not module.init_hidden
-        self._clamped: dict[int, tuple[int, Tensor]] = {}  # of a buffer: its version and its clamped value
-
-    def clamped(self, decay: Tensor) -> Tensor:
-        """``decay.clamp(0, 1)``, kept while a decay that is not learnt is not written."""
-        if decay.requires_grad:
-            return decay.clamp(0, 1)
-        kept = self._clamped.get(id(decay))  # the module holds it as long as it holds the plan
-        if kept is None or kept[0] != decay._version:
-            kept = self._clamped[id(decay)] = decay._version, decay.clamp(0, 1)
-        return kept[1]
 
 
 class FusedLeaky(Fused):
@@ -120,7 +110,16 @@ class FusedLeaky(Fused):
         )
 
     def _own(self: Any, plan: LeakyPlan) -> tuple[Tensor, ...]:
-        return self.threshold, plan.clamped(self.beta)
+        """Threshold and clamped decays; the same tuple again while none of them is learnt or written."""
+        if plan.own is not None:
+            versions, own = plan.own
+            if all(map(is_version, versions)):
+                return own
+        given = [getattr(self, name) for name in self.own_names]
+        own = (given[0], *(t.clamp(0, 1) for t in given[1:]))
+        if not any(t.requires_grad for t in given):
+            plan.own = [(t, t._version) for t in given], own
+        return own
 
     def _over_time(self: Any, x_seq: Tensor, state: Any, plan: LeakyPlan, store_v_seq: bool = False) -> Any:
         """``[T, *]`` -> spikes ``[T, *]``, state after the last step, potentials ``[T, *]`` or ``None``."""
@@ -180,9 +179,6 @@ class FusedSynaptic(FusedLeaky):
     methods = (*FusedLeaky.methods, "_base_state_reset_zero")
     neurons = (dynamics.SYNAPTIC_AT_ONCE, dynamics.SYNAPTIC)
     own_names = ("threshold", "beta", "alpha")
-
-    def _own(self: Any, plan: LeakyPlan) -> tuple[Tensor, ...]:
-        return self.threshold, plan.clamped(self.beta), plan.clamped(self.alpha)
 
     def _currents(self: Any, x_seq: Tensor, syn: Any) -> Tensor:
         """The current after each step, which is the potential of a leaky neuron that never resets."""
