@@ -68,6 +68,7 @@ def test_random_configurations(cls, method, alpha, v_th, tau, reset, shape, T, s
             "v_reset": torch.tensor(-0.1),
         }
         if cls.startswith("IAF"):
+            common["v_th"] = torch.tensor(0.4)
             return getattr(norse, cls)(IAFParameters(**common))
         common |= {"tau_mem_inv": value(tau, own, 50, 400), "v_leak": torch.tensor(0.05)}
         if cls == "LIFBoxCell":
@@ -102,6 +103,8 @@ def test_surrogate_mapping(method, alpha):
         (lambda: norse.LIFCell(LIFParameters(method="circ")), "circ"),
         (lambda: norse.LIFCell(LIFParameters(v_reset=nn.Parameter(torch.tensor(0.0)))), "v_reset"),
         (lambda: norse.LIFBoxCell(LIFBoxParameters(v_leak=torch.zeros(3))), "v_leak"),
+        (lambda: norse.IAFCell(IAFParameters(v_th=nn.Parameter(torch.tensor(1.0)))), "v_th"),
+        (lambda: norse.IAF(IAFParameters(v_th=torch.ones(3))), "v_th"),
         (lambda: norse.LIFRecurrentCell(3, 4), "LIFRecurrentCell"),
         (lambda: norse.LICell(), "LICell"),
     ],
@@ -172,3 +175,16 @@ def test_a_network_of_its_own_and_back():
     assert torch.equal(other(x, state_2)[0], net(x, state)[0])
     snnfast.restore(net)
     assert type(net[1]) is norse.LIFCell
+
+
+@pytest.mark.parametrize("cls", ["IAFCell", "IAF", "LIFBoxCell"])
+def test_a_potential_at_the_threshold_does_not_fire(cls):
+    x = (torch.randn(20, 64) * 4).round() / 4
+
+    def make():
+        if cls == "LIFBoxCell":  # dt / tau of 1: the potential is the input
+            return norse.LIFBoxCell(LIFBoxParameters(tau_mem_inv=torch.tensor(1.0)), dt=1.0)
+        return getattr(norse, cls)(IAFParameters(v_reset=torch.tensor(0.0)))
+
+    assert (x == 1.0).any()
+    assert_same(make, drive, x)

@@ -153,3 +153,10 @@ def test_a_learnt_threshold_and_other_dtypes_run_its_own_code():
         layer.reset_states()
     assert torch.equal(*grads)
     assert torch.equal(plain(x.double()), fast(x.double()))
+
+
+@pytest.mark.parametrize("spike_fn", [sa.SingleSpike, sa.MultiSpike])
+def test_a_potential_at_the_threshold_fires(spike_fn):
+    x = (torch.randn(2, 20, 64) * 4).round() / 4
+    assert sl.IAF(spike_fn=spike_fn)(torch.ones(1, 1, 1)) == 1
+    assert_same(lambda: sl.IAF(spike_fn=spike_fn), lambda layer, x: layer(x), x)

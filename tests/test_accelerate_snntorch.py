@@ -286,3 +286,16 @@ def test_second_derivative():
     fast, plain = snntorch.Leaky(beta=0.5, reset_mechanism="none"), snntorch.Leaky(beta=0.5, reset_mechanism="none")
     snnfast.accelerate(fast)
     assert torch.allclose(second(fast), second(plain), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("delay", [True, False])
+@pytest.mark.parametrize("cls", ["Leaky", "Synaptic"])
+def test_a_potential_at_the_threshold_does_not_fire(cls, delay):
+    x = (torch.randn(20, 64) * 4).round() / 4
+    alpha = {"alpha": 0.0} if cls == "Synaptic" else {}
+
+    def make():
+        return getattr(snntorch, cls)(beta=1.0, reset_delay=delay, reset_mechanism="none", **alpha)
+
+    assert any((mem == 1.0).any() for *_, mem in steps(make(), x))
+    assert_same(make, steps, x)

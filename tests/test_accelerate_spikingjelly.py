@@ -176,3 +176,9 @@ def test_types_are_checked():
         snnfast.accelerate(theirs.LIFNode)
     with pytest.raises(TypeError, match="model must be"):
         snnfast.restore(3)
+
+
+def test_a_potential_at_the_threshold_fires():
+    x = (torch.randn(20, 64) * 4).round() / 4
+    assert theirs.IFNode()(torch.ones(1)) == 1
+    assert_same(lambda: theirs.IFNode(step_mode="m"), lambda neuron, x: neuron(x), x)

@@ -343,3 +343,9 @@ def test_arguments_are_checked():
         snnfast.unroll(model, torch.randn(3))
     with pytest.raises(TypeError, match="x must be"):
         snnfast.unroll(model, [1.0])
+
+
+def test_sinabs_layers_take_all_steps_already():
+    layers = pytest.importorskip("sinabs.layers", reason="sinabs is not installed")
+    with pytest.raises(ValueError, match="takes all time steps"):
+        snnfast.unroll(nn.Sequential(nn.Linear(6, 6), layers.IAF()), torch.randn(5, 3, 6))

@@ -89,7 +89,7 @@ class FusedCell(Fused):
         if any(t.dim() and t.dtype is not torch.float32 for t in fields.values()):
             return "p holds other numbers than float32, which would widen the state"
         for name in cls.numbers:
-            if fields[name].numel() != 1 or cls.is_learnt(fields[name]):
+            if fields[name].numel() != 1 or cls.is_learnt(name, fields[name]):
                 return f"p.{name} is learnable or differs from neuron to neuron"
         return cls.planned(
             p,
@@ -99,7 +99,7 @@ class FusedCell(Fused):
         )
 
     @staticmethod
-    def is_learnt(t: Tensor) -> bool:
+    def is_learnt(name: str, t: Tensor) -> bool:
         return t.requires_grad
 
     @staticmethod
@@ -118,13 +118,10 @@ class FusedCell(Fused):
             if at == device and all(map(is_version, versions)):
                 return own
         given = [getattr(self.p, name) for name in self.own_names]
-        own = tuple(t if t.device == device else t.to(device) for t in self._computed(given, device))
+        own = tuple(t.to(device) for t in (given[0], *(self.dt * t for t in given[1:])))
         if not any(t.requires_grad for t in given):
             plan.own = ([(t, t._version) for t in given], device), own
         return own
-
-    def _computed(self: Any, given: list[Tensor], device: torch.device) -> tuple[Tensor, ...]:
-        return (given[0], *(self.dt * t for t in given[1:]))
 
     def _start(self, state: Any, step: Tensor, v_start: float) -> Any:
         """The state before the first step as the kernels take it; ``None`` if they cannot."""
@@ -216,25 +213,23 @@ class FusedLIFBoxCell(FusedCell):
 
 
 class _IAF(FusedCell):
-    """``v + x`` with a hard reset: an exponential LIF whose decay is 1, so that the threshold may be learnt."""
-
     step = staticmethod(iaf_feed_forward_step)
     State = IAFFeedForwardState
-    neuron = dynamics.EXPONENTIAL_LIF
-    own_names = ("v_th",)
-    numbers = ("v_reset",)
+    neuron = dynamics.IF
+    own_names = ()
+    numbers = ("v_th", "v_reset")
 
     @staticmethod
-    def is_learnt(t: Tensor) -> bool:
+    def is_learnt(name: str, t: Tensor) -> bool:
         # Norse starts from p.v_reset itself and marks it as requiring a gradient on the first call.
-        return isinstance(t, nn.Parameter) or not t.is_leaf
+        return t.requires_grad if name != "v_reset" else isinstance(t, nn.Parameter) or not t.is_leaf
 
     @classmethod
     def planned(cls, p: Any, **keywords: Any) -> NorsePlan | str:
-        return NorsePlan(cls.neuron, cls.v_reset(p), (p.v_reset,), decay_input=False, **keywords)
+        return NorsePlan(cls.neuron, cls.v_reset(p), (p.v_th, p.v_reset), v_threshold=float(p.v_th), **keywords)
 
-    def _computed(self: Any, given: list[Tensor], device: torch.device) -> tuple[Tensor, ...]:
-        return given[0], torch.ones((), device=device)
+    def _own(self: Any, plan: NorsePlan, device: torch.device) -> tuple[Tensor, ...]:
+        return ()
 
 
 class FusedIAFCell(_IAF):

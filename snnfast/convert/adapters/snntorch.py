@@ -27,6 +27,11 @@ _MAKERS: dict[str, Callable[..., surrogate.SurrogateFunction]] = {
 }
 
 
+_MULTI_STEP = tuple(
+    getattr(snntorch, n) for n in ("StateLeaky", "LinearLeaky", "AssociativeLeaky") if hasattr(snntorch, n)
+)
+
+
 def is_neuron(module: nn.Module) -> bool:
     return isinstance(module, snntorch.SpikingNeuron)
 
@@ -36,11 +41,7 @@ def is_stateful(module: nn.Module) -> bool:
 
 
 def is_multi_step(module: nn.Module) -> bool:
-    return not hasattr(module, "reset_delay") and type(module).__name__ in (
-        "StateLeaky",
-        "LinearLeaky",
-        "AssociativeLeaky",
-    )
+    return isinstance(module, _MULTI_STEP)
 
 
 def fused_surrogate(spike_grad: Any) -> surrogate.SurrogateFunction | str:
