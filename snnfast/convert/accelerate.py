@@ -97,6 +97,7 @@ def accelerate(model: nn.Module) -> Report:
         if mixin is not None:
             kind = _library_class(module)
             module.__class__ = fused_class(type(module), mixin)
+            module._plan()  # now, rather than inside a call that torch.compile traces
             report.replaced.append(Neuron(name, kind))
         elif isinstance(module, Fused):
             report.replaced.append(Neuron(name, _library_class(module)))
