@@ -6,9 +6,9 @@
 torch.Size([16, 2, 4])
 """
 
-from . import analysis, encoding, functional, layer, losses, models, neuron, surrogate
+from . import analysis, distill, encoding, functional, layer, losses, models, neuron, surrogate
 from ._version import __version__
-from .convert import from_nir, to_nir, to_spiking
+from .convert import accelerate, from_nir, restore, to_nir, to_spiking, unroll, verify
 from .neuron import IFNode, LIFNode, ParametricLIFNode
 
 __all__ = [
@@ -16,7 +16,9 @@ __all__ = [
     "LIFNode",
     "ParametricLIFNode",
     "__version__",
+    "accelerate",
     "analysis",
+    "distill",
     "encoding",
     "from_nir",
     "functional",
@@ -24,7 +26,10 @@ __all__ = [
     "losses",
     "models",
     "neuron",
+    "restore",
     "surrogate",
     "to_nir",
     "to_spiking",
+    "unroll",
+    "verify",
 ]

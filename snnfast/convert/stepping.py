@@ -1,0 +1,77 @@
+"""One neuron of a single-step model over all time steps: fused where it can be, else step by step."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import base
+from .adapters.base import FinalState, Fused, adapters
+
+__all__ = ["is_stateful", "run_over_time"]
+
+
+def _library(module: nn.Module) -> Any:
+    return next((a for a in adapters() if a.is_stateful(module)), None)
+
+
+def is_stateful(module: nn.Module) -> bool:
+    """Whether ``module`` keeps or takes a state from step to step: snnfast's modules and the known libraries'."""
+    return isinstance(module, base.MemoryModule) or _library(module) is not None
+
+
+def _has_hooks(module: Any) -> bool:
+    return bool(
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    )
+
+
+def run_over_time(
+    module: Any, name: str, x_seq: Tensor, args: Sequence[Any], kwargs: dict[str, Any], used: set[int] | None
+) -> Any:
+    """What ``module`` returns for each step of ``x_seq`` ``[T, B, *]``, with time folded into the batch.
+
+    ``args`` and ``kwargs`` are what it gets besides the input before the first step; ``used`` are the elements of a
+    returned tuple that somebody takes, ``None`` for all.
+    """
+    if isinstance(module, base.MemoryModule):
+        library = None
+    else:
+        library = _library(module)
+        if library.is_multi_step(module):
+            raise ValueError(
+                f"{name} is a {type(module).__name__}, which takes all time steps in one call already: call the model "
+                "with [T, B, ...], or use the library's neuron for one time step"
+            )
+    if hasattr(module, "step_mode"):
+        if module.step_mode != "s":
+            raise ValueError(
+                f"{name} is in step mode {module.step_mode!r}: unroll takes a single-step model. Call "
+                "functional.set_step_mode(model, 's') first, or the model itself with [T, B, ...]"
+            )
+        if not args and not kwargs and not _has_hooks(module):
+            return module.multi_step_forward(x_seq).flatten(0, 1)
+    if isinstance(module, Fused) and not _has_hooks(module):
+        found = module._unrolled(x_seq, args, kwargs, used)
+        if found is not NotImplemented:
+            return found
+    return _stepped(module, x_seq, args, kwargs)
+
+
+def _stepped(module: Any, x_seq: Tensor, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+    """The loop itself, for a neuron without a fused form."""
+    takes_state = "state" in inspect.signature(module.forward).parameters  # Norse: the state goes round
+    results = []
+    for x in x_seq:
+        result = module(x, *args, **kwargs)
+        args, kwargs = ((result[1],), {}) if takes_state else ((), {})  # the others keep theirs
+        results.append(result)
+    if not isinstance(results[0], tuple):
+        return torch.cat(results)
+    if takes_state:
+        return torch.cat([r[0] for r in results]), FinalState(results[-1][1])
+    return tuple(torch.cat(parts) for parts in zip(*results, strict=True))

@@ -1,0 +1,348 @@
+"""``unroll``: a model that is written for one time step, run layer by layer over all of them.
+
+Code that loops ``for t in range(T): out = net(x[t])`` makes T small calls to each layer. The same results come from one
+call to each layer on all steps, wherever a step of a layer needs nothing from a later layer: stateless layers take time
+as part of the batch, and neurons run over time in one fused call.
+"""
+
+from __future__ import annotations
+
+import inspect
+import operator
+import weakref
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.dropout import _DropoutNd
+from torch.utils._pytree import tree_map
+
+from .adapters.base import FinalState
+from .stepping import is_stateful, run_over_time
+
+__all__ = ["unroll"]
+
+_PARAMETER, _CONSTANT, _TIMED, _FINAL = "parameter", "constant", "timed", "final"  # how a value depends on time
+
+_REWRITE = """{why}. unroll takes a model whose forward is one time step:
+
+    def forward(self, x, {states}):          # [B, ...], not [T, B, ...]
+        cur = self.fc(x)
+        spk, mem = self.lif(cur, mem)        # or a neuron that keeps its own state
+        return spk, mem                      # no loop over time, nothing collected in lists
+
+    spk, mem = snnfast.unroll(model, x, timesteps=T, state=({example},))   # [T, B, ...] each"""
+
+
+def _loop_error(why: str) -> ValueError:
+    return ValueError(_REWRITE.format(why=why, states="mem", example="torch.zeros(0)"))
+
+
+_CONTAINERS = (nn.Module, nn.Sequential, nn.ModuleList, nn.ModuleDict)
+
+
+class _Tracer(fx.Tracer):
+    """Torch's layers and every neuron are one node each; everything else is looked into."""
+
+    def is_leaf_module(self, m: nn.Module, name: str) -> bool:
+        if is_stateful(m):
+            return True
+        return any(c.__module__.startswith("torch.nn.") and c not in _CONTAINERS for c in type(m).__mro__)
+
+
+class _Program:
+    """The graph of a model's step and what each of its nodes depends on. It holds names, no modules."""
+
+    def __init__(self, model: nn.Module, given: int) -> None:
+        parameters = list(inspect.signature(model.forward).parameters.values())
+        concrete = {p.name: p.default for p in parameters[1 + given :] if p.default is not p.empty}
+        missing = [
+            p.name for p in parameters[1 + given :] if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD
+        ]
+        if missing:
+            raise TypeError(
+                f"forward also takes {', '.join(missing)}: give what the loop passes before the first step as "
+                f"state=({missing[0]}, ...)"
+            )
+        before = {m: dict(m.__dict__) for m in model.modules() if not is_stateful(m)}
+        try:
+            self.graph = _Tracer().trace(model, concrete_args=concrete)
+        except (fx.proxy.TraceError, TypeError) as error:
+            raise _loop_error(
+                f"{type(model).__name__}.forward depends on the values or the length of its input ({error}), as a "
+                "forward with its own loop over time does"
+            ) from error
+        finally:
+            kept = [m for m, held in before.items() if any(isinstance(v, fx.Proxy) for v in m.__dict__.values())]
+            for m in kept:
+                m.__dict__.clear()
+                m.__dict__.update(before[m])
+        if kept:
+            raise ValueError(
+                f"{type(kept[0]).__name__} keeps a result of its forward as an attribute: unroll cannot tell state "
+                "from a record. Return it instead, or make the module one of the neurons that unroll knows"
+            )
+        # What fx keeps of tensors made in forward goes into this object, not into the model.
+        made = [name for name in model.__dict__ if name.startswith("_tensor_constant") and name not in before[model]]
+        self.constants = {name: model.__dict__.pop(name) for name in made}
+        self.placeholders = self._placeholders(1 + given)
+        modules = dict(model.named_modules())
+        self.stateful = [n for n in self.graph.nodes if n.op == "call_module" and is_stateful(modules[n.target])]
+        self._check_neurons()
+        self.kinds = self._kinds(modules, constant=True)
+        self.hoists = not any(self._mixes(n) for n in self.graph.nodes)
+        self.kinds_timed = self._kinds(modules, constant=False)
+
+    def _placeholders(self, given: int) -> list[fx.Node]:
+        """The arguments that are given; those with a default leave the graph, with fx's checks of them."""
+
+        def erase(node: fx.Node) -> None:
+            for user in list(node.users):
+                erase(user)
+            self.graph.erase_node(node)
+
+        found = [n for n in self.graph.nodes if n.op == "placeholder"]
+        for node in found[given:]:
+            erase(node)
+        return found[:given]
+
+    def _check_neurons(self) -> None:
+        targets = [n.target for n in self.stateful]
+        twice = [t for t in targets if targets.count(t) > 1]
+        if twice:
+            raise _loop_error(
+                f"{twice[0]} is called {targets.count(twice[0])} times in one forward, as in a loop over time"
+            )
+        self.state_of: dict[fx.Node, fx.Node] = {}
+        for node in self.stateful:
+            for argument in node.all_input_nodes[1:]:
+                if argument not in self.placeholders[1:]:
+                    raise ValueError(
+                        f"the state given to {node.target} is computed inside forward ({argument}): it must be an "
+                        "argument of forward, or be left to the neuron"
+                    )
+                self.state_of[argument] = node
+        for placeholder in self.placeholders[1:]:
+            users = set(placeholder.users)
+            if not users <= {self.state_of.get(placeholder)}:
+                other = next(iter(users - {self.state_of.get(placeholder)}))
+                raise ValueError(
+                    f"{placeholder.target} is used by {other.name}, which is no neuron's state: the step needs what a "
+                    "later layer gave in the step before. Such a recurrence can only be run step by step"
+                )
+
+    def _kinds(self, modules: dict[str, nn.Module], constant: bool) -> dict[fx.Node, str]:
+        kinds: dict[fx.Node, str] = {}
+        for node in self.graph.nodes:
+            if node.op == "placeholder":
+                first = node is self.placeholders[0]
+                kinds[node] = (_CONSTANT if constant else _TIMED) if first else _FINAL
+            elif node.op == "get_attr":
+                kinds[node] = _PARAMETER
+            elif node in self.stateful:
+                kinds[node] = _TIMED
+            elif node.op == "call_module" and isinstance(modules[node.target], _DropoutNd):
+                kinds[node] = _TIMED  # a mask for each step
+            else:
+                found = {kinds[n] for n in node.all_input_nodes}
+                kinds[node] = next((k for k in (_TIMED, _CONSTANT) if k in found), _PARAMETER)
+        return kinds
+
+    def _mixes(self, node: fx.Node) -> bool:
+        """Whether a timed function takes a number that was read from the constant input: its batch size, say."""
+        return (
+            self.kinds[node] == _TIMED
+            and node not in self.stateful
+            and any(self.kinds[n] == _CONSTANT and _reads_shape(n) for n in node.all_input_nodes)
+        )
+
+
+def _reads_shape(node: fx.Node) -> bool:
+    if node.op == "call_method" and node.target in ("size", "dim", "numel"):
+        return True
+    if node.op == "call_function" and node.target in (getattr, len):
+        return True
+    inputs = node.all_input_nodes
+    return node.op == "call_function" and node.target is operator.getitem and any(_reads_shape(n) for n in inputs)
+
+
+_programs: weakref.WeakKeyDictionary[nn.Module, dict[Any, _Program]] = weakref.WeakKeyDictionary()
+
+
+def _program(model: nn.Module, given: int) -> _Program:
+    """The traced model, once for each mode and number of states; again when a submodule was exchanged."""
+    known = _programs.setdefault(model, {})
+    key = (given, model.training, tuple(map(id, model.modules())))
+    if key not in known:
+        known.clear()
+        known[key] = _Program(model, given)
+    return known[key]
+
+
+def unroll(
+    model: nn.Module,
+    x: Tensor,
+    timesteps: int | None = None,
+    *,
+    state: Sequence[Any] = (),
+    bn: str = "per_step",
+) -> Any:
+    """Run a model of one time step layer by layer over all time steps, with the results of the loop over time.
+
+    It replaces ``for t in range(T): out, *state = model(x[t], *state)`` and gives what the loop collects, stacked:
+    tensors ``[T, B, ...]`` in the nest that ``forward`` returns (membranes that snnTorch's neurons return are
+    sequences; a Norse state is the one after the last step). Neurons keep and update their own state as in the loop.
+
+    snnfast's own neurons and those that :func:`snnfast.accelerate` converted run fused; any other neuron of
+    SpikingJelly, snnTorch or Norse, and one with hooks, is stepped. Other layers see ``[T * B, ...]``, and so do their
+    hooks. Dropout draws a mask for each step, from other random numbers than the loop would. Layers before the first
+    neuron (and before dropout) run once if the input is constant.
+
+    Args:
+        model: its ``forward`` takes one time step ``[B, ...]``, then states of its neurons, if it takes any.
+        x: ``[T, B, ...]``; or, with ``timesteps``, a constant input ``[B, ...]`` for every step.
+        timesteps: ``T`` of a constant input.
+        state: what the loop passes before the first step for ``forward``'s further arguments, each the state of one
+            neuron.
+        bn: batch norm in training mode: ``'per_step'`` normalises each step by its own statistics, as the loop does;
+            ``'merged'`` all steps by common ones, which is faster and another model.
+
+    Raises:
+        TypeError: ``model`` is not a module; ``x`` is not a tensor; ``forward`` needs states that were not given.
+        ValueError: ``forward`` has its own loop over time, is recurrent, or holds a neuron that is multi-step already.
+
+    Example:
+        >>> import snnfast
+        >>> net = nn.Sequential(nn.Linear(3, 2), snnfast.IFNode())
+        >>> unroll(net, torch.ones(4, 3), timesteps=5).shape
+        torch.Size([5, 4, 2])
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    if not isinstance(x, Tensor):
+        raise TypeError(f"x must be a torch.Tensor, got {type(x).__name__}")
+    if bn not in ("per_step", "merged"):
+        raise ValueError(f"bn must be 'per_step' or 'merged', got {bn!r}")
+    if timesteps is not None and (isinstance(timesteps, bool) or not isinstance(timesteps, int) or timesteps < 1):
+        raise ValueError(f"timesteps must be a whole number from 1, or None, got {timesteps!r}")
+    if x.dim() < (2 if timesteps is None else 1) or not x.shape[0]:
+        raise ValueError(
+            f"x must be [T, B, ...] with at least one step, or [B, ...] with timesteps, got {tuple(x.shape)}"
+        )
+    T, batch = (x.shape[0], x.shape[1]) if timesteps is None else (timesteps, x.shape[0])
+    if is_stateful(model):
+        return _alone(model, x if timesteps is None else x.expand(T, *x.shape), state)
+    program = _program(model, len(state))
+    hoists = timesteps is not None and program.hoists
+    if not hoists:
+        x = x.flatten(0, 1) if timesteps is None else _repeated(x, T)
+    kinds = program.kinds if hoists else program.kinds_timed
+    return _Pass(model, program, kinds, T, batch, bn).run(x, state)
+
+
+def _alone(neuron: nn.Module, x: Tensor, state: Sequence[Any]) -> Any:
+    """A model that is one neuron."""
+    found = run_over_time(neuron, type(neuron).__name__, x, state, {}, None)
+    shape = x.shape[:2]
+    found = tuple(
+        t.state if isinstance(t, FinalState) else t.unflatten(0, shape)
+        for t in (found if isinstance(found, tuple) else (found,))
+    )
+    return found if len(found) > 1 else found[0]
+
+
+def _repeated(x: Tensor, T: int) -> Tensor:
+    """A constant for every step, ``[B, ...]`` -> ``[T * B, ...]``."""
+    return x.unsqueeze(0).expand(T, *x.shape).flatten(0, 1)
+
+
+class _Pass:
+    """One run of a program. Timed values are tensors ``[T * B, ...]``."""
+
+    def __init__(
+        self, model: nn.Module, program: _Program, kinds: dict[fx.Node, str], T: int, batch: int, bn: str
+    ) -> None:
+        self.model, self.program, self.kinds, self.T, self.batch, self.bn = model, program, kinds, T, batch, bn
+        self.values: dict[fx.Node, Any] = {}
+
+    def run(self, x: Tensor, state: Sequence[Any]) -> Any:
+        self.values.update(zip(self.program.placeholders, (x, *state), strict=True))
+        for node in self.program.graph.nodes:
+            if node.op == "output":
+                return fx.map_arg(node.args[0], self._returned)
+            if node not in self.values:
+                self.values[node] = self._value(node)
+        raise AssertionError("a graph ends with its output")
+
+    def _returned(self, node: fx.Node) -> Any:
+        each = {_TIMED: self._unfolded, _CONSTANT: self._expanded}.get(self.kinds[node])
+        value = self.values[node]
+        if each is None:
+            return value
+        return tree_map(
+            lambda t: each(t, node) if isinstance(t, Tensor) else t.state if isinstance(t, FinalState) else t,
+            value,
+            is_leaf=lambda t: isinstance(t, FinalState),
+        )
+
+    def _expanded(self, t: Tensor, node: fx.Node) -> Tensor:
+        return t.unsqueeze(0).expand(self.T, *t.shape)
+
+    def _unfolded(self, t: Tensor, node: fx.Node) -> Tensor:
+        if not t.dim() or t.shape[0] != self.T * self.batch:
+            raise ValueError(
+                f"{node.name}, which forward returns, has shape {tuple(t.shape)} where {self.T} steps of {self.batch} "
+                "samples come: it mixes samples, which unroll cannot take apart"
+            )
+        return t.unflatten(0, (self.T, self.batch))
+
+    def _value(self, node: fx.Node) -> Any:
+        timed = self.kinds[node] == _TIMED
+        target: Any = node.target
+
+        def value(n: fx.Node) -> Any:
+            v = self.values[n]
+            return _repeated(v, self.T) if timed and self.kinds[n] == _CONSTANT and isinstance(v, Tensor) else v
+
+        if node.op == "get_attr":
+            constants = self.program.constants
+            return constants[target] if target in constants else operator.attrgetter(target)(self.model)
+        args: Any = fx.map_arg(node.args, value)
+        kwargs: Any = fx.map_arg(node.kwargs, value)
+        if node.op == "call_function":
+            return target(*args, **kwargs)
+        if node.op == "call_method":
+            return getattr(args[0], target)(*args[1:], **kwargs)
+        module: Any = self.model.get_submodule(target)
+        if node in self.program.stateful:
+            used: Any = {n.args[1] for n in node.users} if _unpacked(node) else None
+            x = self._unfolded(args[0], node)
+            return run_over_time(module, target, x, args[1:], kwargs, used)
+        if isinstance(module, _BatchNorm) and module.training and self.bn == "per_step":
+            return self._batch_norm(module, args[0], timed)
+        return module(*args, **kwargs)
+
+    def _batch_norm(self, module: Any, x: Tensor, timed: bool) -> Tensor:
+        """Normalised step by step; for a constant once, and the running statistics as often as the loop would."""
+        if timed:
+            return torch.cat([module(step) for step in x.unflatten(0, (self.T, self.batch))])
+        y = module(x)
+        if module.track_running_stats and self.T > 1:
+            with torch.no_grad():
+                dims = [d for d in range(x.dim()) if d != 1]
+                var, mean = torch.var_mean(x.detach(), dims)
+                for _ in range(self.T - 1):
+                    module.num_batches_tracked.add_(1)
+                    m = module.momentum
+                    m = 1.0 / float(module.num_batches_tracked) if m is None else m
+                    # Past autograd's version counter, as batch norm itself writes them: its backward has them saved.
+                    module.running_mean.data.lerp_(mean.to(module.running_mean), m)
+                    module.running_var.data.lerp_(var.to(module.running_var), m)
+        return y
+
+
+def _unpacked(node: fx.Node) -> bool:
+    """Whether every use of a neuron's result takes one element of it."""
+    return all(n.op == "call_function" and n.target is operator.getitem for n in node.users)

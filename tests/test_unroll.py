@@ -1,0 +1,351 @@
+"""``unroll`` against the loop over time that it replaces."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from peer_checks import assert_close, tensors
+from torch import nn
+
+import snnfast
+
+snntorch = pytest.importorskip("snntorch", reason="snntorch is not installed")
+norse = pytest.importorskip("norse.torch", reason="norse is not installed")
+sj = pytest.importorskip("spikingjelly.activation_based.neuron", reason="spikingjelly is not installed")
+
+
+def sixteenths(t: torch.Tensor) -> torch.Tensor:
+    """Values whose sums are exact in any order: batched and single layers then agree to the bit."""
+    return (t * 16).round() / 16
+
+
+def exact(model: nn.Module) -> nn.Module:
+    with torch.no_grad():
+        for p in model.parameters():
+            p.copy_(sixteenths(p * 2))
+    return model
+
+
+def loop(model, steps, state=()):
+    """The user's loop, stacked as ``unroll`` returns it; with states passed on if there are any."""
+    collected = []
+    for x in steps:
+        out = model(x, *state)
+        if state:
+            state = out[1:]
+        collected.append(out)
+    if not isinstance(collected[0], tuple):
+        return torch.stack(collected)
+    return tuple(torch.stack(parts) for parts in zip(*collected, strict=True))
+
+
+def assert_unrolls(model, x, timesteps=None, state=(), unrolled=None, bn="per_step"):
+    """Outputs, buffers and gradients of the loop on ``model`` and of ``unroll`` on a copy."""
+    other = copy.deepcopy(model) if unrolled is None else unrolled
+    a, b = x.clone().requires_grad_(), x.clone().requires_grad_()
+    want = loop(model, a if timesteps is None else [a] * timesteps, state)
+    got = snnfast.unroll(other, b, timesteps, state=state, bn=bn)
+    assert len(tensors(want)) == len(tensors(got))
+    for k, (w, g) in enumerate(zip(tensors(want), tensors(got), strict=True)):
+        assert w.shape == g.shape
+        assert torch.equal(w, g), f"output {k}: {(w != g).sum()} of {w.numel()} differ"
+    grads = [torch.randn_like(w) for w in tensors(want)]
+    torch.autograd.backward(tensors(want), grads)
+    torch.autograd.backward(tensors(got), grads)
+    assert_close(a.grad, b.grad, "grad_x")
+    for (name, p), q in zip(model.named_parameters(), other.parameters(), strict=True):
+        assert_close(p.grad, q.grad, name)
+    for (name, p), q in zip(model.named_buffers(), other.buffers(), strict=True):
+        assert torch.allclose(p, q, rtol=1e-6, atol=1e-7), name
+    return got
+
+
+class FullyConnected(nn.Module):
+    """The network of snnTorch's tutorial 5, one time step: states in, states out."""
+
+    def __init__(self, **keywords):
+        super().__init__()
+        self.fc1 = nn.Linear(12, 16)
+        self.lif1 = snntorch.Leaky(beta=0.5, **keywords)
+        self.fc2 = nn.Linear(16, 5)
+        self.lif2 = snntorch.Leaky(beta=0.75, **keywords)
+
+    def forward(self, x, mem1, mem2):
+        spk1, mem1 = self.lif1(self.fc1(x), mem1)
+        spk2, mem2 = self.lif2(self.fc2(spk1), mem2)
+        return spk2, mem1, mem2
+
+
+def convolutional():
+    """The network of snnTorch's tutorial 6."""
+    common = {"beta": 0.5, "init_hidden": True}
+    return nn.Sequential(
+        nn.Conv2d(1, 3, 5),
+        nn.MaxPool2d(2),
+        snntorch.Leaky(**common),
+        nn.Conv2d(3, 4, 5),
+        nn.MaxPool2d(2),
+        snntorch.Leaky(**common),
+        nn.Flatten(),
+        nn.Linear(16, 5),
+        snntorch.Leaky(**common, output=True),
+    )
+
+
+@settings(max_examples=25, deadline=None, derandomize=True)
+@given(
+    constant=st.booleans(),
+    accelerated=st.booleans(),
+    reset=st.sampled_from(("subtract", "zero", "none")),
+    delay=st.booleans(),
+    T=st.integers(1, 7),
+    B=st.integers(1, 4),
+    seed=st.integers(0, 10**6),
+)
+def test_states_threaded_through_forward(constant, accelerated, reset, delay, T, B, seed):
+    torch.manual_seed(seed)
+    model = exact(FullyConnected(reset_mechanism=reset, reset_delay=delay, learn_beta=True))
+    other = copy.deepcopy(model)
+    if accelerated:
+        snnfast.accelerate(other)
+    x = sixteenths(torch.randn(*(() if constant else (T,)), B, 12) * 2)
+    assert_unrolls(model, x, T if constant else None, (torch.zeros(0), torch.zeros(0)), other)
+
+
+@pytest.mark.parametrize("accelerated", [False, True])
+@pytest.mark.parametrize("constant", [False, True])
+def test_the_convolutional_tutorial_network(accelerated, constant):
+    model = exact(convolutional())
+    other = copy.deepcopy(model)
+    if accelerated:
+        snnfast.accelerate(other)
+    x = sixteenths(torch.randn(*(() if constant else (6,)), 3, 1, 20, 20))
+    spikes, potentials = assert_unrolls(model, x, 6 if constant else None, unrolled=other)
+    assert spikes.shape == potentials.shape == (6, 3, 5)
+    assert 0 < spikes.mean() < 1
+
+
+def test_layers_before_the_first_neuron_run_once_for_a_constant_input():
+    calls = []
+    model = convolutional()
+    for k in (0, 3):
+        model[k].register_forward_hook(lambda m, args, out, k=k: calls.append((k, out.shape[0])))
+    snnfast.unroll(model, torch.randn(3, 1, 20, 20), 6)
+    assert calls == [(0, 3), (3, 18)]
+    calls.clear()
+    snnfast.unroll(model, torch.randn(6, 3, 1, 20, 20))
+    assert calls == [(0, 18), (3, 18)]
+
+
+class Residual(nn.Module):
+    """A constant branch and a spiking one meet, and a size is read from the input."""
+
+    def __init__(self, reads_size=False):
+        super().__init__()
+        self.a, self.lif, self.b = nn.Linear(6, 6), snnfast.LIFNode(), nn.Linear(6, 4)
+        self.reads_size = reads_size
+
+    def forward(self, x):
+        cur = self.a(x)
+        y = self.lif(cur) + cur
+        y = y.view(x.size(0), -1) if self.reads_size else torch.relu(y)
+        return {"logits": self.b(y), "current": cur}
+
+
+@pytest.mark.parametrize("reads_size", [False, True])
+@pytest.mark.parametrize("timesteps", [None, 5])
+def test_branches_and_nests(reads_size, timesteps):
+    model = exact(Residual(reads_size))
+    x = sixteenths(torch.randn(*(() if timesteps else (5,)), 3, 6))
+    want = [model(step) for step in ([x] * 5 if timesteps else x)]
+    model.lif.reset()
+    got = snnfast.unroll(model, x, timesteps)
+    for name in ("logits", "current"):
+        assert torch.equal(got[name], torch.stack([w[name] for w in want]))
+
+
+@pytest.mark.parametrize("track", [True, False])
+@pytest.mark.parametrize("momentum", [0.1, None])
+@pytest.mark.parametrize("constant", [False, True])
+def test_batch_norm_runs_per_step(track, momentum, constant):
+    def make():
+        torch.manual_seed(0)
+        return nn.Sequential(
+            nn.Linear(6, 8, bias=False),  # batch norm leaves a bias no gradient but noise
+            nn.BatchNorm1d(8, momentum=momentum, track_running_stats=track),
+            snnfast.IFNode(),
+            nn.BatchNorm1d(8, momentum=momentum),
+        )
+
+    x = torch.randn(*(() if constant else (5,)), 4, 6) * 2
+    assert_unrolls(make(), x, 5 if constant else None)
+
+
+def test_merged_batch_norm_is_one_call_over_all_steps():
+    model = nn.Sequential(nn.BatchNorm1d(6), snnfast.IFNode())
+    other = copy.deepcopy(model)
+    x = torch.randn(5, 4, 6)
+    got = snnfast.unroll(other, x, bn="merged")
+    want = model[1].multi_step_forward(model[0](x.flatten(0, 1)).unflatten(0, (5, 4)))
+    assert torch.equal(got, want)
+    assert torch.equal(model[0].running_mean, other[0].running_mean)
+    assert other[0].num_batches_tracked == 1
+
+
+def test_dropout_draws_a_mask_for_each_step():
+    model = nn.Sequential(nn.Dropout(0.5), nn.Linear(6, 6, bias=False), snnfast.IFNode())
+    model[1].weight.data.copy_(torch.eye(6))
+    out = snnfast.unroll(model, torch.ones(64, 6), 4)
+    assert not torch.equal(out[0], out[1] * 0 + out[0].flip(0))
+    assert abs(out.mean() - 0.5) < 0.1
+    assert not torch.equal(out[0], out[1])
+
+
+def test_norse_networks_return_the_last_state():
+    model = norse.SequentialState(nn.Linear(6, 8), norse.LIFCell(), nn.Linear(8, 5), norse.LIFBoxCell(), norse.LICell())
+    exact(model)
+    x = sixteenths(torch.randn(6, 3, 6) * 20)
+    state, outs = None, []
+    for step in x:
+        out, state = model(step, state)
+        outs.append(out)
+    for accelerated in (False, True):
+        if accelerated:
+            snnfast.accelerate(model)
+        got, last = snnfast.unroll(model, x)
+        assert torch.equal(got, torch.stack(outs))
+        assert [s is None for s in last] == [s is None for s in state]
+        for a, b in zip(tensors(state), tensors(last), strict=True):
+            assert torch.equal(a, b)
+
+
+def test_spikingjelly_and_snnfast_neurons_and_a_lone_neuron():
+    model = exact(nn.Sequential(nn.Linear(6, 6), sj.LIFNode(), nn.Linear(6, 6), sj.QIFNode(), snnfast.IFNode()))
+    x = sixteenths(torch.randn(7, 3, 6) * 4)
+    other = copy.deepcopy(model)
+    snnfast.accelerate(other)
+    assert_unrolls(model, x, unrolled=other)
+    neuron = snntorch.Synaptic(alpha=0.5, beta=0.75)
+    snnfast.accelerate(neuron)
+    want = loop(snntorch.Synaptic(alpha=0.5, beta=0.75), x)
+    got = snnfast.unroll(neuron, x)
+    assert all(torch.equal(w, g) for w, g in zip(want, got, strict=True))
+    assert torch.equal(neuron.mem, got[2][-1])
+
+
+def test_neurons_with_hooks_and_without_a_fused_form_are_stepped():
+    model = exact(nn.Sequential(nn.Linear(6, 6), snntorch.Lapicque(beta=0.5, init_hidden=True), snnfast.IFNode()))
+    seen = []
+    model[2].register_forward_hook(lambda m, args, out: seen.append(out.shape))
+    x = sixteenths(torch.randn(7, 3, 6) * 4)
+    assert_unrolls(model, x)
+    assert seen == [(3, 6)] * 14
+
+
+def test_the_state_goes_on_as_in_the_loop():
+    model = exact(nn.Sequential(nn.Linear(6, 6), snnfast.LIFNode()))
+    x = sixteenths(torch.randn(8, 3, 6) * 2)
+    want = loop(model, x)
+    model[1].reset()
+    got = torch.cat([snnfast.unroll(model, x[:5]), snnfast.unroll(model, x[5:])])
+    assert torch.equal(got, want)
+
+
+def test_training_and_evaluation_mode_and_an_exchanged_layer():
+    model = nn.Sequential(nn.Linear(6, 6), nn.Dropout(0.9), snnfast.IFNode())
+    x = torch.randn(5, 3, 6)
+    snnfast.unroll(model, x)
+    model.eval()
+    model[2].reset()
+    got = snnfast.unroll(model, x)
+    model[2].reset()
+    assert torch.equal(got, loop(model, x))
+    model[0] = nn.Linear(6, 2)
+    model[2].reset()
+    assert snnfast.unroll(model, x).shape == (5, 3, 2)
+
+
+# ---- refused ----
+class OwnLoop(nn.Module):
+    def __init__(self, fixed):
+        super().__init__()
+        self.fc, self.lif, self.fixed = nn.Linear(6, 6), snntorch.Leaky(beta=0.5), fixed
+
+    def forward(self, x):
+        mem, found = self.lif.init_leaky(), []
+        for t in range(5 if self.fixed else x.size(0)):
+            spk, mem = self.lif(self.fc(x if self.fixed else x[t]), mem)
+            found.append(spk)
+        return torch.stack(found)
+
+
+class Recurrent(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc, self.back, self.lif = nn.Linear(6, 6), nn.Linear(6, 6), snnfast.IFNode()
+
+    def forward(self, x, before):
+        return self.lif(self.fc(x) + self.back(before))
+
+
+class KeepsState(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc, self.v = nn.Linear(6, 6), 0.0
+
+    def forward(self, x):
+        self.v = self.v * 0.5 + self.fc(x)
+        return self.v
+
+
+class Mixes(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.lif = snnfast.IFNode()
+
+    def forward(self, x):
+        return self.lif(x).mean(0)
+
+
+@pytest.mark.parametrize(
+    ("make", "state", "message"),
+    [
+        (lambda: OwnLoop(True), (), r"(?s)lif is called 5 times.*def forward.*snnfast.unroll"),
+        (lambda: OwnLoop(False), (), r"(?s)own loop over time.*def forward.*snnfast.unroll"),
+        (Recurrent, (torch.zeros(3, 6),), "recurrence"),
+        (KeepsState, (), "KeepsState keeps a result"),
+        (Mixes, (), "mixes samples"),
+        (lambda: nn.Sequential(snnfast.IFNode(step_mode="m")), (), "step mode 'm'"),
+        (lambda: norse.SequentialState(norse.LIF()), (), "takes all time steps"),
+    ],
+)
+def test_refused_with_the_reason(make, state, message):
+    model = make()
+    before = {m: set(m.__dict__) for m in model.modules()}
+    with pytest.raises(ValueError, match=message):
+        snnfast.unroll(model, torch.randn(5, 3, 6), state=state)
+    assert before == {m: set(m.__dict__) for m in model.modules()}  # nothing of the trace stays behind
+
+
+def test_arguments_are_checked():
+    model = nn.Sequential(snnfast.IFNode())
+    with pytest.raises(TypeError, match="mem1, mem2"):
+        snnfast.unroll(FullyConnected(), torch.randn(5, 3, 12))
+    with pytest.raises(ValueError, match="timesteps must be"):
+        snnfast.unroll(model, torch.randn(3, 6), 0)
+    with pytest.raises(ValueError, match="bn must be"):
+        snnfast.unroll(model, torch.randn(3, 6), 2, bn="none")
+    with pytest.raises(ValueError, match="T, B"):
+        snnfast.unroll(model, torch.randn(3))
+    with pytest.raises(TypeError, match="x must be"):
+        snnfast.unroll(model, [1.0])
+
+
+def test_sinabs_layers_take_all_steps_already():
+    layers = pytest.importorskip("sinabs.layers", reason="sinabs is not installed")
+    with pytest.raises(ValueError, match="takes all time steps"):
+        snnfast.unroll(nn.Sequential(nn.Linear(6, 6), layers.IAF()), torch.randn(5, 3, 6))
