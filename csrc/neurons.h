@@ -12,7 +12,7 @@
 // kNeedsBefore says so. The forward is the plain PyTorch loop's arithmetic, operation for operation, and is compiled
 // without contraction into fused multiply-adds; see docs/numerics.md.
 //
-// To add a neuron: a struct and a row of SNNFAST_NEURONS here, a step helper in snnfast/backends/triton_kernels.py, an
+// To add a neuron: a struct and a row of SNNFAST_NEURONS here, a step helper in snnfast/backends/triton_dynamics.py, an
 // entry in snnfast/dynamics.py, and its module in snnfast/neuron.py. The row's number is the entry's `id`.
 #pragma once
 

@@ -1,6 +1,6 @@
 // Surrogate gradients: the derivative of a spike by u = h - threshold, times a gain, one struct each.
 //
-// To add one: a struct and a row of SNNFAST_SURROGATES here, a branch in snnfast/backends/triton_kernels.py, and its
+// To add one: a struct and a row of SNNFAST_SURROGATES here, a branch in snnfast/backends/triton_dynamics.py, and its
 // object in snnfast/surrogate.py. The row's number is the `id` of that object.
 #pragma once
 

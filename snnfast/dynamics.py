@@ -4,8 +4,8 @@ the benchmarks compare against.
 The arithmetic is written so that each operation rounds once, in the state's dtype (float32, or float64 for float64
 input), with Python scalars rounded once to it. Kernels repeat it operation for operation.
 
-To add a neuron: an entry here, its struct in ``csrc/neurons.h``, its step in ``backends/triton_kernels.py``, its module
-in ``neuron.py``.
+To add a neuron: an entry here, its struct in ``csrc/neurons.h``, its step in ``backends/triton_dynamics.py``, its
+module in ``neuron.py``.
 """
 
 from __future__ import annotations

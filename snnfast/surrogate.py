@@ -6,7 +6,7 @@ eight run inside the fused kernels, as do SpikingJelly's own objects of those na
 with its own ``derivative``, or any function from ``u`` to spikes that autograd can differentiate) works on the
 reference path.
 
-To add one: its struct in ``csrc/surrogates.h``, its branch in ``backends/triton_kernels.py``, its class here.
+To add one: its struct in ``csrc/surrogates.h``, its branch in ``backends/triton_dynamics.py``, its class here.
 """
 
 from __future__ import annotations

@@ -23,8 +23,9 @@ SHAPES = [(1, 1), (4, 33), (7, 2, 3, 5), (8, 1025), (33, 17), (4, 40000)]
 @pytest.mark.parametrize("reset", RESETS)
 @pytest.mark.parametrize("neuron", NEURONS, ids=lambda n: n.name)
 def test_forward_has_the_loops_bits(backend, device, dtype, reset, neuron):
-    kinds = ("one", "each", "channel") if neuron.own else ("one",)
-    for shape, variant, kind, begin in itertools.product(SHAPES, variants(neuron), kinds, ("number", "tensor")):
+    kinds = itertools.cycle(("one", "each", "channel") if neuron.own else ("one",))
+    begins = itertools.cycle(("number", "tensor"))
+    for (shape, variant), kind, begin in zip(itertools.product(SHAPES, variants(neuron)), kinds, begins, strict=False):
         drive = 4.0 if neuron is dynamics.EXPONENTIAL_LIF else 1.5
         x = (torch.randn(shape, dtype=torch.float64) * drive).to(dtype)
         state = start(neuron, shape[1:], dtype) if begin == "tensor" else (0.25, 0.0)[: len(neuron.states)]
@@ -46,6 +47,31 @@ def test_forward_has_the_loops_bits(backend, device, dtype, reset, neuron):
         for g, w in zip(flat(*got), flat(*want), strict=True):
             assert g.dtype == w.dtype
             assert torch.equal(g.cpu(), w), (shape, kwargs, kind, begin)
+
+
+@pytest.mark.parametrize(("backend", "device"), kernel_backends())
+@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize("neuron", NEURONS, ids=lambda n: n.name)
+def test_comparison_at_the_threshold(backend, device, strict, neuron):
+    x = (torch.randn(20, 640) * 4).round() / 4  # a grid, on which the threshold lies
+    state = start(neuron, (640,), x.dtype, 0.0)
+    own = tuple(torch.tensor({"threshold": 1.0, "beta": 0.5, "current_decay": 0.5}[name]) for name in neuron.own)
+    decay = torch.tensor(0.5) if neuron.learnable else None
+    kwargs = {"v_threshold": 1.0, "v_reset": 0.0, "decay_input": False}
+    want = loop(neuron, x, state, decay, own, strict=strict or neuron.strict, **kwargs)
+    other = loop(neuron, x, state, decay, own, strict=not strict, **kwargs)
+    got = functional.multi_step(
+        neuron,
+        x.to(device),
+        on(device, state),
+        on(device, decay),
+        on(device, own),
+        strict=strict,
+        backend=backend,
+        **kwargs,
+    )
+    assert torch.equal(got[0].cpu(), want[0])
+    assert neuron.strict or not torch.equal(want[0], other[0]), "no potential hit the threshold"
 
 
 def gradients(outputs, weights, inputs):

@@ -14,7 +14,6 @@ own in ``step``, ``after`` and ``step_backward``. To add a surrogate: a branch i
 are the ``id`` of the registries in ``dynamics.py`` and ``surrogate.py``.
 """
 
-# mypy: ignore-errors
 # Triton's language: its values have no Python types.
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""Networks from elsewhere: :func:`accelerate` their neurons, :func:`unroll` their single-step code, :func:`to_spiking` an
-ANN, and :func:`to_nir` and back."""
+"""Networks from elsewhere: :func:`accelerate` their neurons, :func:`unroll` their single-step code, :func:`to_spiking`
+an ANN, and :func:`to_nir` and back."""
 
 from .accelerate import Report, Verification, accelerate, restore, verify
 from .nir import from_nir, to_nir
