@@ -18,10 +18,13 @@ def main() -> None:
     ):
         x = torch.randn(T, N, device="cuda", dtype=torch.float64).to(dtype).requires_grad_()
         state = dynamics.state_dtype(dtype)
-        v = torch.randn(N, device="cuda", dtype=state, requires_grad=True)
+        states = tuple(torch.randn(N, device="cuda", dtype=state, requires_grad=True) for _ in neuron.states)
         decay = torch.tensor(0.4, device="cuda", dtype=state, requires_grad=True) if neuron.learnable else None
-        s, v_last, v_seq = functional.multi_step(neuron, x, v, decay, store_v_seq=True, backend="native")
-        (s.float().sum() + v_last.sum() + v_seq.sum()).backward()
+        own = tuple(torch.rand(N, device="cuda", dtype=state, requires_grad=True) for _ in neuron.own)
+        given = states if len(states) > 1 else states[0]
+        s, last, v_seq = functional.multi_step(neuron, x, given, decay, own, store_v_seq=True, backend="native")
+        last = last if isinstance(last, tuple) else (last,)
+        (s.float().sum() + sum(t.sum() for t in last) + v_seq.sum()).backward()
         calls += 1
     torch.cuda.synchronize()
     print(f"{calls} forward and backward calls")
