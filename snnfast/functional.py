@@ -180,12 +180,14 @@ def multi_step(
     (a number other than 0 can start potentials only); it comes back in the same form. ``own`` are the tensors that the
     registry's entry names, each of one element or broadcastable to one time step.
     """
-    surrogate_function = recognise(surrogate_function)
+    if not is_fused(surrogate_function):
+        surrogate_function = recognise(surrogate_function)
     strict = strict or neuron.strict
     dtype = dynamics.state_dtype(x_seq.dtype)
     if decay is not None and decay.dtype != dtype:
         decay = decay.to(dtype)
-    own = tuple(t if t.dtype == dtype else t.to(dtype) for t in own)
+    if own:
+        own = tuple(t if t.dtype == dtype else t.to(dtype) for t in own)
     chosen = backends.choose(backend, x_seq.device)
     if chosen != backends.REFERENCE and neuron.id not in backends.KERNELS[chosen].NEURONS_SERVED:
         if backend not in ("auto", "reference"):

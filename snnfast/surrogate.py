@@ -309,6 +309,9 @@ SURROGATES: tuple[type[SurrogateFunction], ...] = (
 )
 
 
+_KINDS = frozenset(SURROGATES)
+
+
 class Scaled(SurrogateFunction):
     """Another surrogate with its derivative multiplied by ``gain``; the spikes are the same.
 
@@ -383,10 +386,10 @@ def recognise(surrogate: SurrogateLike) -> SurrogateLike:
 def is_fused(surrogate: SurrogateLike) -> bool:
     """Whether the kernels know this surrogate: one of the eight, unchanged and spiking, or one of those scaled."""
     kind: Any = type(surrogate)
+    if kind in _KINDS:
+        return surrogate.spiking  # type: ignore[union-attr]
     if isinstance(surrogate, Scaled):
         return surrogate.spiking and is_fused(surrogate.surrogate)
-    if kind in SURROGATES:
-        return surrogate.spiking  # type: ignore[union-attr]
     # torch.export traces modules behind subclasses of its own, which change none of this.
     return (
         isinstance(surrogate, SURROGATES)
