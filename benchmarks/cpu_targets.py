@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 import snnfast
 from snnfast import functional, surrogate
+from snnfast.analysis import saved_bytes
 
 from .measure import compare, per_call
 from .workloads import (
@@ -229,6 +230,19 @@ def overhead() -> Iterator[Row]:
         )
 
 
+def memory() -> Iterator[Row]:
+    """What a training forward keeps until its backward."""
+    theirs = spikingjelly()
+    for dtype, size in ((torch.float32, 4), (torch.bfloat16, 2)):
+        x = random_input(4, 1 << 16).to(dtype).requires_grad_()
+        loop = saved_bytes(plain_loop, x) / x.numel()
+        note = f"plain loop {loop:.3g} B"
+        if theirs is not None and dtype == torch.float32:
+            note += f", SpikingJelly {saved_bytes(theirs, x) / x.numel():.3g} B"
+        work = f"kept for backward per neuron-step, {str(dtype).removeprefix('torch.')}"
+        yield at_most(work, "the size of x", saved_bytes(fused, x) / x.numel(), size, "B", note)
+
+
 GROUPS: dict[str, Callable[[], Iterator[Row]]] = {
     "bandwidth": bandwidth,
     "loops": against_loops,
@@ -236,4 +250,5 @@ GROUPS: dict[str, Callable[[], Iterator[Row]]] = {
     "kinds": dtypes_and_surrogates,
     "readers": readers,
     "overhead": overhead,
+    "memory": memory,
 }
