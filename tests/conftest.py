@@ -40,6 +40,14 @@ def seeded() -> None:
     torch.manual_seed(0)
 
 
+@pytest.fixture(scope="session")
+def cuda_host_kernels(tmp_path_factory):
+    """The CUDA kernels compiled for the CPU, once for all tests that drive them."""
+    from cuda_host import build, open_library
+
+    return open_library(build(tmp_path_factory.mktemp("cuda_host")))
+
+
 def kernel_backends() -> list:
     """Every (backend, device) that has kernels here; those that do not are skipped with the reason."""
     found = []

@@ -10,7 +10,7 @@ import sys
 
 import pytest
 import torch
-from cuda_host import GXX, ROOT, FlatCall, Guarded, build, guarded_copy, open_library, point
+from cuda_host import GXX, ROOT, FlatCall, Guarded, build, guarded_copy, point
 
 pytestmark = pytest.mark.skipif(
     GXX is None, reason="g++ is not on PATH, so the CUDA kernels cannot be built for the CPU"
@@ -22,9 +22,9 @@ DECAY_INPUT, SOFT_RESET, DETACH_RESET = 1, 2, 4
 DIVIDE, MULTIPLY, CORRECTED = 0, 1, 2
 
 
-@pytest.fixture(scope="session")
-def kernels(tmp_path_factory):
-    return open_library(build(tmp_path_factory.mktemp("cuda_host")))
+@pytest.fixture
+def kernels(cuda_host_kernels):
+    return cuda_host_kernels
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -382,7 +382,8 @@ def test_devices(kernels):
 SANITIZED = """
 import ctypes, itertools, sys
 sys.path.insert(0, sys.argv[2])
-from test_cuda_host import Case, check, open_library
+from cuda_host import open_library
+from test_cuda_host import Case, check
 import torch
 library = open_library(sys.argv[1])
 for neuron, dtype, T, N in itertools.product(["IF", "LIF", "ParametricLIF"], [torch.float32, torch.bfloat16],

@@ -7,7 +7,7 @@ import itertools
 import pytest
 import torch
 from conftest import flat, own_parameters, start, variants
-from cuda_host import GXX, OWN, FlatCall, Guarded, build, guarded_copy, open_library, point
+from cuda_host import GXX, OWN, FlatCall, Guarded, guarded_copy, point
 
 from snnfast import dynamics, functional, ops, surrogate
 from snnfast.backends import NATIVE, native
@@ -17,11 +17,6 @@ pytestmark = [
     pytest.mark.skipif(GXX is None, reason="g++ is not on PATH, so the CUDA kernels cannot be built for the CPU"),
     pytest.mark.skipif(native.missing(torch.device("cpu")) is not None, reason="the CPU kernels are not built"),
 ]
-
-
-@pytest.fixture(scope="module")
-def kernels(tmp_path_factory):
-    return open_library(build(tmp_path_factory.mktemp("cuda_host_registry")))
 
 
 def constants_of(neuron, v_reset, surrogate_id, **variant):
@@ -81,7 +76,7 @@ def run(library, c, x, v0, i0, own, grads, shift):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("neuron", [n for n in NEURONS if n.own], ids=lambda n: n.name)
-def test_every_neuron_with_parameters_of_its_own(kernels, neuron, dtype):
+def test_every_neuron_with_parameters_of_its_own(cuda_host_kernels, neuron, dtype):
     cases = itertools.product(variants(neuron), (0.125, None), (1, 4, 17, 40), ((1032, 0), (37, 1)))
     for index, (variant, v_reset, T, (N, shift)) in enumerate(cases):
         c = constants_of(
@@ -94,7 +89,7 @@ def test_every_neuron_with_parameters_of_its_own(kernels, neuron, dtype):
         grads = [torch.randn(T, N).to(dtype), *(torch.randn_like(t) for t in state), torch.randn(T, N).to(v0.dtype)]
         if i0 is None:
             grads.insert(2, None)
-        got = run(kernels, c, x, v0, i0, own, grads, shift)
+        got = run(cuda_host_kernels, c, x, v0, i0, own, grads, shift)
 
         inputs = Inputs(x, v0, i0, None, *own)
         s, v, i, v_seq = ops._run_forward(inputs, c, NATIVE)
