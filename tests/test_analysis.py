@@ -363,6 +363,19 @@ def test_robustness_against_a_loop_of_its_own():
                 functional.reset_net(model)
 
 
+def test_robustness_of_models_and_transforms_that_work_in_place():
+    images = DATA[0].clone()
+    model, other = classifier(0), classifier(1)
+    spoiler = nn.Sequential(nn.Threshold(0.3, 0.0, inplace=True), classifier(2))
+    arguments = {"corruptions": ["gaussian"], "predict": predict}
+    alone = analysis.robustness({"b": model, "c": other}, DATA, transform=lambda x: x - 0.1, **arguments)
+    models = {"a": spoiler, "b": model, "c": other}
+    found = analysis.robustness(models, DATA, transform=lambda x: x.sub_(0.1), **arguments)
+    assert torch.equal(DATA[0], images)
+    for name in ("b", "c"):
+        assert torch.equal(found.correct[name]["gaussian"], alone.correct[name]["gaussian"])
+
+
 def test_robustness_is_paired_deterministic_and_leaves_the_models_alone():
     seen = {"a": [], "b": []}
 
@@ -505,6 +518,10 @@ def test_firing_rate_regulariser_reaches_its_target(target):
             regulariser.loss()
     assert abs(h.mean().item() - target) < 0.03
     assert abs(out.mean().item() - target) < 0.03
+    double = spiking_net().double()
+    with analysis.FiringRateRegulariser(double, 0.1) as regulariser:
+        double(x.double())
+        assert regulariser.loss().dtype == torch.float64
     for wrong in ({"target": 1.5}, {"target": 0.1, "weight": -1.0}):
         with pytest.raises(ValueError, match="must be"):
             analysis.FiringRateRegulariser(net, **wrong)

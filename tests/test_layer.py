@@ -181,6 +181,7 @@ def test_wrappers_are_pytorchs_and_can_be_copied_pickled_and_subclassed():
     bn = pickle.loads(pickle.dumps(layer.BatchNorm2d(3, step_mode="m")))
     assert bn(x).shape == x.shape
     assert "BatchNorm2d" in layer.BatchNorm2d.__doc__
+    assert torch.equal(conv(input=x), want)
     assert repr(conv).endswith("step_mode=m)")
 
 

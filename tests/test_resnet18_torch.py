@@ -54,6 +54,7 @@ def check_close(got, want, rtol=1e-4):
 # ---- torch.compile ----
 def test_compile_fullgraph():
     torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
     net, (x, y) = resnet(), data()
     loss = loss_of(net, x, y)
     want = gradients(net, loss)
@@ -184,6 +185,22 @@ def test_checkpointing_stages(how):
     assert len(calls) == 2  # it was computed again
     same = [torch.equal(a, b) for a, b in zip(other.buffers(), net.buffers(), strict=True)]
     assert all(same) == (how is checkpoint)  # torch's updates running statistics twice
+
+
+def test_checkpointing_spikingjelly_neurons():
+    theirs = pytest.importorskip("spikingjelly.activation_based", reason="spikingjelly is not installed")
+    from spikingjelly.activation_based import functional, neuron
+
+    assert theirs
+    torch.manual_seed(0)
+    net, x = nn.Sequential(nn.Linear(3, 4), neuron.LIFNode(step_mode="m")), 3 * torch.randn(5, 2, 3)
+    found = []
+    for run in (net, lambda x: checkpoint(net, x)):
+        functional.reset_net(net)
+        loss = run(x).sum() + run(x + 1).sum()  # the second call goes on from the first one's state
+        found.append([*gradients(net, loss), net[1].v.detach().clone()])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+    assert found[0][0].abs().sum() > 0
 
 
 def test_checkpointing_with_state_across_forwards():

@@ -238,6 +238,7 @@ def robustness(
 
     def hits(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
         functional.reset_net(model)
+        x = x.clone()  # a transform or model that works in place must not change what the next one sees
         logits = predict(model, x if transform is None else transform(x))
         functional.reset_net(model)
         if logits.dim() != 2 or len(logits) != len(y):
@@ -261,7 +262,7 @@ def robustness(
                     correct[name][corruption][0, part] = clean[name]
                 for i, level in enumerate(severities[1:], 1):
                     for seed in seeds:
-                        corrupted = corrupt(x, level, _generator(seed, corruption, index))
+                        corrupted = corrupt(x.clone(), level, _generator(seed, corruption, index))
                         for name, model in named.items():
                             correct[name][corruption][i, part] += hits(model, corrupted, y) / len(seeds)
     return RobustnessReport(list(named), {c: s for c, (_, s) in chosen.items()}, correct, confidence, seeds)

@@ -76,14 +76,25 @@ class Config:
         "lists train several students; none: only the plain one", metavar="LIST",
     )  # fmt: skip
     no_plain: bool = _option("distillation", False, "do not train the plain student for comparison")
-    temperature: float = _option("distillation", 4.0, "softening of logit, temporal and spatial targets", metavar="X")
-    task_weight: float = _option("distillation", 1.0, "weight of the cross-entropy with the labels", metavar="X")
-    logit_weight: float = _option("distillation", 1.0, "weight of logit and per-step", metavar="X")
-    feature_weight: float = _option("distillation", 1.0, "weight of feature", metavar="X")
-    temporal_weight: float = _option(
-        "distillation", 0.5, "weight of temporal, confidence, and per-step's self-term", metavar="X"
+    temperature: float | None = _option(
+        "distillation", None, "softening of all targets (default: 3 for logit and per-step, 2 for temporal, spatial "
+        "and confidence)", metavar="X",
+    )  # fmt: skip
+    task_weight: float | None = _option(
+        "distillation", None, "weight of the cross-entropy with the labels, in every step with per-step (default: 1; "
+        "with logit 1 - LOGIT_WEIGHT, as in KDSNN)", metavar="X",
+    )  # fmt: skip
+    logit_weight: float = _option("distillation", 0.5, "weight of logit, KDSNN's alpha", metavar="X")
+    per_step_weight: float = _option(
+        "distillation", 0.2, "weight of per-step's divergence from the teacher", metavar="X"
     )
-    spatial_weight: float = _option("distillation", 0.5, "weight of spatial", metavar="X")
+    self_weight: float = _option(
+        "distillation", 0.5, "weight of per-step's divergence from the student's own mean over time", metavar="X"
+    )
+    feature_weight: float = _option("distillation", 1.0, "weight of feature", metavar="X")
+    temporal_weight: float = _option("distillation", 1.0, "weight of temporal", metavar="X")
+    spatial_weight: float = _option("distillation", 0.1, "weight of spatial", metavar="X")
+    confidence_weight: float = _option("distillation", 1.0, "weight of confidence", metavar="X")
     feature_pairs: list[str] = _option(
         "distillation", [], "layers for feature, by dotted path; default: the last stages of both",
         metavar="STUDENT=TEACHER",
@@ -145,7 +156,7 @@ class Config:
         for name, minimum in (
             *(("timesteps", 1), ("epochs", 1), ("batch_size", 1), ("accumulate", 1), ("checkpoint_steps", 1)),
             *(("train_samples", 1), ("test_samples", 1), ("teacher_epochs", 0), ("devices", 1), ("threads", 1)),
-            *(("seed", 0), ("image_size", 8), ("robustness_samples", 0)),
+            *(("seed", 0), ("image_size", 8), ("robustness_samples", 0), ("timesteps_teacher", 2)),
         ):
             value = getattr(self, name)
             if value is not None and value < minimum:
@@ -156,16 +167,18 @@ class Config:
                 raise InputError(f"{flag(name)} must be positive, got {value}")
         if not 1 < self.tau < float("inf"):
             raise InputError(f"--tau must be more than 1 (a time constant, in time steps), got {self.tau}")
-        for name in ("task", "logit", "feature", "temporal", "spatial"):
-            value = getattr(self, f"{name}_weight")
-            if not 0 <= value < float("inf"):
-                raise InputError(f"--{name}-weight must be 0 or more, got {value}")
-        for name in ("weight_decay", "warmup"):
-            if not 0 <= getattr(self, name) < float("inf"):
-                raise InputError(f"{flag(name)} must be 0 or more, got {getattr(self, name)}")
+        weights = [f.name for f in fields(self) if f.name.endswith("_weight")]
+        for name in (*weights, "weight_decay", "warmup"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value < float("inf"):
+                raise InputError(f"{flag(name)} must be 0 or more, got {value}")
         if self.batch_size % self.accumulate:
             raise InputError(f"--batch-size {self.batch_size} must be divisible by --accumulate {self.accumulate}")
         runs = self.distilled()
+        if any("logit" in losses for losses in runs) and self.task_weight is None and self.logit_weight > 1:
+            raise InputError(
+                f"--logit-weight must be at most 1 without --task-weight, which is 1 minus it, got {self.logit_weight}"
+            )
         if any("temporal" in losses for losses in runs) and self.long_timesteps() <= self.timesteps:
             raise InputError(
                 f"--timesteps-teacher must be more than --timesteps ({self.timesteps}), got {self.long_timesteps()}"
@@ -178,6 +191,9 @@ class Config:
         for pair in self.feature_pairs:
             if pair.count("=") != 1 or not all(pair.split("=")):
                 raise InputError(f"--feature-pairs must be STUDENT=TEACHER, got {pair!r}")
+        layers = [pair.split("=")[0] for pair in self.feature_pairs]
+        if len(set(layers)) < len(layers):
+            raise InputError(f"--feature-pairs must name each layer of the student once, got {', '.join(layers)}")
         if self.no_plain and not runs:
             raise InputError("--no-plain with --distill none leaves nothing to train")
         return self
@@ -209,7 +225,7 @@ class Config:
 
     def long_timesteps(self) -> int:
         """T_t, the steps of the self-distillation's target."""
-        return self.timesteps_teacher or 2 * self.timesteps
+        return 2 * self.timesteps if self.timesteps_teacher is None else self.timesteps_teacher
 
     def augmentation(self) -> tuple[str, ...]:
         """The kinds of augmentation, ``auto`` resolved."""
