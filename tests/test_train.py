@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import functools
 import importlib
 import inspect
 import json
@@ -254,12 +255,16 @@ def test_options_of_the_machine_change_little(
     assert losses(tmp_path / "run", "distilled-logit") == pytest.approx(single, rel=2e-2)
 
 
-@pytest.mark.slow
 @pytest.mark.usefixtures("no_report")
-def test_compiled_training(data: Path, tmp_path: Path) -> None:
+def test_compiled_training(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # What inductor makes of neurons is test_torch's to see; here it would take half a minute.
+    compiler = functools.partialmethod(torch.nn.Module.compile, backend="aot_eager")
+    monkeypatch.setattr(torch.nn.Module, "compile", compiler)
+    torch._dynamo.utils.counters.clear()
     more = ["--distill", "none", "--no-tensorboard", "--epochs", "1"]
     assert train(data, tmp_path / "eager", *more) == 0
     assert train(data, tmp_path / "compiled", *more, "--compile") == 0
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] >= 1
     assert losses(tmp_path / "compiled") == pytest.approx(losses(tmp_path / "eager"), rel=1e-3)
     assert "rate layer1.2" in (tmp_path / "compiled" / "plain" / "log.csv").read_text()
 
