@@ -17,8 +17,8 @@ def _check(out_seq: Tensor, target: Tensor) -> Tensor:
         got = tuple(out_seq.shape) if isinstance(out_seq, Tensor) else type(out_seq).__name__
         raise ValueError(f"out_seq must be [T, B, C], got {got}")
     if not isinstance(target, Tensor) or not (target.is_floating_point() or target.dtype in (torch.int64, torch.uint8)):
-        got = str(target.dtype).removeprefix("torch.") if isinstance(target, Tensor) else type(target).__name__
-        raise TypeError(f"target must be a tensor of int64 classes or floating-point probabilities, got {got}")
+        kind = str(target.dtype).removeprefix("torch.") if isinstance(target, Tensor) else type(target).__name__
+        raise TypeError(f"target must be a tensor of int64 classes or floating-point probabilities, got {kind}")
     if target.shape not in (out_seq.shape[1:2], out_seq.shape[1:]):
         raise ValueError(
             f"target must be classes [B] = {tuple(out_seq.shape[1:2])} or probabilities [B, C] = "

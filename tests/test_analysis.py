@@ -443,6 +443,14 @@ def test_robustness_refuses(case):
         analysis.robustness(classifier(0), **{"data": DATA, "predict": predict, **arguments})
 
 
+def test_robustness_refuses_other_types():
+    with pytest.raises(TypeError, match="models must be a network, or a dict of networks by name, got list"):
+        analysis.robustness([classifier(0)], DATA)
+    for wrong in ((DATA[0], DATA[1].tolist()), [DATA[0][:2]]):
+        with pytest.raises(TypeError, match="data must be a pair of tensors, images and labels, or an iterable"):
+            analysis.robustness(classifier(0), wrong)
+
+
 # ---- firing rates ----
 def spiking_net():
     torch.manual_seed(0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import pickle
 
 import numpy as np
@@ -530,6 +531,35 @@ def test_spikingjelly_student_and_a_spiking_teacher():
     assert student[0].weight.grad.abs().sum() > 0
     assert list(student.state_dict()) == keys
     copy.deepcopy(distiller)
+
+
+@pytest.mark.parametrize("library", ["snntorch", "sinabs"])
+def test_states_of_other_libraries_students_are_reset(library):
+    peer = pytest.importorskip(library, reason=f"{library} is not installed")
+
+    class Student(nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.fc, self.out = nn.Linear(6, 8), nn.Linear(8, 3)
+            if library == "snntorch":
+                self.neuron = peer.Leaky(beta=0.9, init_hidden=True)
+            else:
+                self.neuron = importlib.import_module("sinabs.layers").LIF(tau_mem=5.0)
+
+        def forward(self, x):
+            x = self.fc(x)
+            if library == "snntorch":
+                return self.out(torch.stack([self.neuron(step) for step in x]))
+            return self.out(self.neuron(x.transpose(0, 1)).transpose(0, 1))
+
+    x, y = 3 * torch.randn(5, 4, 6), torch.tensor([0, 1, 2, 0])
+    distiller = Distiller(Student(), losses=[ConfidenceKD()], example_inputs=x)
+    want = Student()(x)
+    for samples in (4, 2, 4):
+        result = distiller(x[:, :samples], y[:samples])
+        assert torch.equal(result.output, want[:, :samples])
+        result.loss.backward()
 
 
 def test_training_goes_down_and_the_student_works_alone():

@@ -209,6 +209,8 @@ def test_what_calibration_refuses():
     for wrong in (x[:0], [x]):
         with pytest.raises(ValueError, match="calibration must be a tensor of at least one input"):
             snnfast.to_spiking(small(), T, calibration=wrong)
+    with pytest.raises(ValueError, match="calibration must be finite"):
+        snnfast.to_spiking(small(), T, calibration=x / 0)
 
 
 def test_parameters_of_neurons_are_on_the_models_device():

@@ -356,6 +356,17 @@ def test_bad_options_are_refused(options: str, message: str) -> None:
         config.parse(options.split())
 
 
+def test_options_from_python_are_checked_as_those_of_the_command_line() -> None:
+    for name, message in (
+        ("neuron", r"--neuron must be one of if, lif, plif, got 'lip'; did you mean"),
+        ("optimizer", "--optimizer must be one of adamw, adam, sgd, got 'lip'"),
+        ("data", "--data must be one of mnist5k, .*, got 'lip'"),
+    ):
+        with pytest.raises(InputError, match=message):
+            Config(**{name: "lip"}).check()
+    assert Config(out="here", data_dir="there") == Config(out=Path("here"), data_dir=Path("there"))
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

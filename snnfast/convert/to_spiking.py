@@ -169,6 +169,8 @@ def to_spiking(
         if not isinstance(calibration, Tensor) or not calibration.numel():
             got = tuple(calibration.shape) if isinstance(calibration, Tensor) else type(calibration).__name__
             raise ValueError(f"calibration must be a tensor of at least one input, [B, *], got {got}")
+        if not calibration.isfinite().all():
+            raise ValueError("calibration must be finite, got NaN or Inf in it: no threshold comes from these")
         neuron = _check_calibrated(neuron, neuron_kwargs)
         neuron_kwargs = neuron_kwargs | {"v_reset": None}
     neuron = neuron or LIFNode

@@ -146,6 +146,11 @@ class Config:
         "output", 200, "test images for the report's noise robustness curves; 0: none", metavar="N"
     )
 
+    def __post_init__(self) -> None:
+        for name in ("data_dir", "teacher_checkpoint", "out"):
+            if isinstance(getattr(self, name), str):
+                setattr(self, name, Path(getattr(self, name)))
+
     # ---- checks ----
     def check(self) -> Config:
         """Refuse what cannot work, before anything is read; returns the configuration.
@@ -153,6 +158,12 @@ class Config:
         Raises:
             InputError: naming the option, its value and what would do.
         """
+        for f in fields(self):  # the command line has seen to it, Python has not
+            choices, value = f.metadata.get("choices"), getattr(self, f.name)
+            if choices and value not in choices:
+                raise InputError(
+                    f"{flag(f.name)} must be one of {', '.join(choices)}, got {value!r}{nearest(str(value), choices)}"
+                )
         for name, minimum in (
             *(("timesteps", 1), ("epochs", 1), ("batch_size", 1), ("accumulate", 1), ("checkpoint_steps", 1)),
             *(("train_samples", 1), ("test_samples", 1), ("teacher_epochs", 0), ("devices", 1), ("threads", 1)),

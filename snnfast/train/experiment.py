@@ -218,17 +218,19 @@ def run(config: Config) -> dict[str, Any]:
 
 def _run(config: Config, fabric: Any, display: Display) -> dict[str, Any]:
     started = time.perf_counter()
-    dataset = data.load(
-        config.data,
-        config.data_dir,
-        fabric.device,
-        timesteps=config.timesteps,
-        seed=config.seed,
-        image_size=config.image_size,
-        fetch=config.download,
-        train_samples=config.train_samples,
-        test_samples=config.test_samples,
-    )
+    # One process downloads; the others then find the files.
+    with fabric.rank_zero_first() if config.download else contextlib.nullcontext():
+        dataset = data.load(
+            config.data,
+            config.data_dir,
+            fabric.device,
+            timesteps=config.timesteps,
+            seed=config.seed,
+            image_size=config.image_size,
+            fetch=config.download,
+            train_samples=config.train_samples,
+            test_samples=config.test_samples,
+        )
     if len(dataset.train) < config.batch_size:
         raise InputError(
             f"--batch-size {config.batch_size} is more than the {len(dataset.train)} training images: there would be "

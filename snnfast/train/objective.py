@@ -139,7 +139,7 @@ def distiller(
         raise InputError("this version has no snnfast.distill; give --distill none") from None
     made: list[Any] = []
     # Where none is given, each loss has its own.
-    softening = {} if config.temperature is None else {"temperature": config.temperature}
+    softening: dict[str, Any] = {} if config.temperature is None else {"temperature": config.temperature}
     task_weight = config.task_weight
     if task_weight is None:
         task_weight = 1.0 - config.logit_weight if "logit" in losses else 1.0
