@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import sys
+import warnings
 
 import pytest
 import torch
@@ -610,6 +611,26 @@ def test_plots(tmp_path):
     ):
         with pytest.raises(ValueError, match="must"):
             wrong()
+
+
+def test_legends_of_many_long_names_leave_room_for_the_plot(tmp_path):
+    pytest.importorskip("matplotlib")
+    names = ["teacher", "plain", *(f"distilled-{n}" for n in ("logit", "per-step-confidence", "temporal-spatial"))]
+    one = analysis.RobustnessReport(names, {"c": [0.0, 1.0]}, {n: {"c": torch.eye(2)} for n in names}, 0.95, (0,))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # matplotlib warns where a layout cannot be made
+        for figure in (
+            analysis.plot_accuracy({n: [0.5, 0.7] for n in names}, tmp_path / "accuracy.png"),
+            analysis.plot_firing_rates({n: {"layer1": 0.2} for n in names}, tmp_path / "rates.png"),
+            analysis.plot_robustness(one, tmp_path / "robustness.png"),
+        ):
+            (legend,) = figure.legends
+            assert [text.get_text() for text in legend.get_texts()] == names
+            box = legend.get_window_extent()
+            assert box.x0 >= 0
+            assert box.x1 <= figure.bbox.x1
+            assert figure.axes[0].get_window_extent().width > 0.6 * figure.bbox.width
+            assert not box.overlaps(figure.axes[0].get_window_extent())
 
 
 def test_without_matplotlib(monkeypatch):

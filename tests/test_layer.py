@@ -315,6 +315,13 @@ def test_containers_refuse_multi_step_modules():
         layer.StepModeContainer(True, "s", snnfast.IFNode(step_mode="m"))
 
 
+def test_slices_of_a_container():
+    net = layer.StepModeContainer(False, "m", nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
+    part = net[1:]
+    assert (part.stateful, part.step_mode, list(part)) == (False, "m", list(net)[1:])
+    assert net[-1] is part[-1]
+
+
 def test_set_step_mode_keeps_what_it_is_told_to():
     class Cell(nn.Sequential):
         pass
