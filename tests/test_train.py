@@ -29,6 +29,7 @@ from safetensors.torch import load_file, save_file
 
 from snnfast.train import Config, cli, config, experiment, objective
 from snnfast.train.errors import InputError
+from snnfast.train.options import parse
 
 TESTS = Path(__file__).parent
 SMALL = [
@@ -295,12 +296,12 @@ def test_help_is_grouped_and_shows_every_option(capsys: pytest.CaptureFixture) -
 def test_yaml_and_the_command_line_wins(tmp_path: Path) -> None:
     path = tmp_path / "run.yaml"
     path.write_text("# a run\ntimesteps: 6\nlr: 1e-3\ndistill: [logit, 'temporal,spatial']\nout: here\nclip: null\n")
-    found = config.parse(["--config", str(path), "--lr", "0.5"])
+    found = parse(["--config", str(path), "--lr", "0.5"])
     assert (found.timesteps, found.lr, found.out, found.clip) == (6, 0.5, Path("here"), None)
     assert found.distilled() == [("logit",), ("temporal", "spatial")]
     # What a report prints as its options can be read again.
     path.write_text("\n".join(f"{k}: {json.dumps(v)}" for k, v in found.record().items()))
-    assert config.parse(["--config", str(path)]) == found
+    assert parse(["--config", str(path)]) == found
 
 
 @pytest.mark.parametrize(
@@ -321,7 +322,7 @@ def test_bad_files_are_named_with_their_line(tmp_path: Path, text: str, message:
     path = tmp_path / "run.yaml"
     path.write_text(text)
     with pytest.raises(InputError, match=message):
-        config.parse(["--config", str(path)])
+        parse(["--config", str(path)])
 
 
 @pytest.mark.parametrize(
@@ -353,7 +354,7 @@ def test_bad_files_are_named_with_their_line(tmp_path: Path, text: str, message:
 )
 def test_bad_options_are_refused(options: str, message: str) -> None:
     with pytest.raises(InputError, match=message):
-        config.parse(options.split())
+        parse(options.split())
 
 
 def test_options_from_python_are_checked_as_those_of_the_command_line() -> None:
