@@ -22,7 +22,8 @@ def checkpoint(module: nn.Module, *args: Any) -> Any:
     their running statistics again.
 
     Args:
-        module: a part of a network, such as one of its stages; inputs and outputs are those of its forward.
+        module: a part of a network, such as one of its stages; inputs and outputs are those of its forward. States
+            of snnfast's and SpikingJelly's modules are kept.
 
     Raises:
         TypeError: ``module`` is not a module: a plain function would hide whose state to keep.
@@ -46,16 +47,17 @@ def checkpoint(module: nn.Module, *args: Any) -> Any:
     )
 
 
-_State = list[tuple[MemoryModule, str, Any]]
+_State = list[tuple[nn.Module, str, Any]]
 
 
 def _state(module: nn.Module) -> _State:
-    return [
-        (m, name, getattr(m, name))
-        for m in module.modules()
-        if isinstance(m, MemoryModule)
-        for name in (*m._memory_reset_values, *(("v_seq",) if hasattr(m, "v_seq") else ()))
-    ]
+    found: _State = []
+    for m in module.modules():
+        # SpikingJelly's modules keep their states' names in `_memories`.
+        names = m._memory_reset_values if isinstance(m, MemoryModule) else getattr(m, "_memories", None)
+        if isinstance(names, dict):
+            found += [(m, name, getattr(m, name)) for name in (*names, "v_seq") if hasattr(m, name)]
+    return found
 
 
 def _restore(state: _State) -> None:

@@ -78,6 +78,12 @@ class StepModeContainer(nn.Sequential, StepModule):
         _check_single_step(self)
         self.step_mode = step_mode
 
+    def __getitem__(self, idx: Any) -> Any:
+        # Sequential's own would pass the modules of a slice as `stateful`.
+        if isinstance(idx, slice):
+            return type(self)(self.stateful, self.step_mode, *list(self)[idx])
+        return super().__getitem__(idx)
+
     def forward(self, x: Tensor) -> Tensor:
         if self._step_mode == "s":
             return super().forward(x)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,12 +13,22 @@ from .base import MemoryModule, StepModule
 __all__ = ["LatencyEncoder", "PoissonEncoder", "direct", "latency", "poisson"]
 
 
+def check_steps(name: str, value: Any) -> int:
+    """A number of time steps.
+
+    Raises:
+        ValueError: not a whole number from 1.
+    """
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"{name} must be a whole number from 1, got {value!r}")
+    return value
+
+
 def _check(x: Tensor, timesteps: int) -> None:
     if not isinstance(x, Tensor) or not x.is_floating_point():
         got = str(x.dtype).removeprefix("torch.") if isinstance(x, Tensor) else type(x).__name__
         raise TypeError(f"x must be a floating-point tensor, got {got}")
-    if isinstance(timesteps, bool) or not isinstance(timesteps, int) or timesteps < 1:
-        raise ValueError(f"timesteps must be a whole number from 1, got {timesteps!r}")
+    check_steps("timesteps", timesteps)
 
 
 def direct(x: Tensor, timesteps: int) -> Tensor:
@@ -100,12 +111,15 @@ def latency(x: Tensor, timesteps: int, encoding: str = "linear") -> Tensor:
     _check(x, timesteps)
     if encoding not in ("linear", "log"):
         raise ValueError(f"encoding must be 'linear' or 'log', got {encoding!r}")
-    x = x.detach().clamp(0, 1)
+    # 16-bit numbers neither count the steps of a long sequence nor hold e^(T-1) of a short one.
+    value = x.detach().to(torch.promote_types(x.dtype, torch.float32)).clamp(0, 1)
     last = timesteps - 1.0
-    if encoding == "log":
-        time = last - torch.log(math.expm1(last) * x + 1.0)
-    else:
-        time = last * (1.0 - x)
+    if encoding == "linear":
+        time = last * (1.0 - value)
+    elif last < 80:
+        time = last - torch.log(math.expm1(last) * value + 1.0)
+    else:  # e^last overflows float32; this is the same without it
+        time = last - torch.logaddexp(torch.log1p(-value), last + value.log())
     steps = torch.arange(timesteps, device=x.device).view(-1, *[1] * x.dim())
     return (steps == time.round()).to(x.dtype)
 

@@ -126,7 +126,7 @@ class StepLayer(StepModule):
         forward = super().forward  # type: ignore[misc]
         if self._step_mode == "s":
             return forward(*inputs, **kwargs)
-        x = inputs[0]
+        x = inputs[0] if inputs else kwargs["input"]
         if self._dimensions and x.dim() not in self._dimensions:
             raise ValueError(
                 f"x must be {' or '.join(self._layouts)} for {type(self).__name__} in step mode 'm', got a tensor of "

@@ -16,6 +16,9 @@ def _check(out_seq: Tensor, target: Tensor) -> Tensor:
     if not isinstance(out_seq, Tensor) or out_seq.dim() != 3:
         got = tuple(out_seq.shape) if isinstance(out_seq, Tensor) else type(out_seq).__name__
         raise ValueError(f"out_seq must be [T, B, C], got {got}")
+    if not isinstance(target, Tensor) or not (target.is_floating_point() or target.dtype in (torch.int64, torch.uint8)):
+        kind = str(target.dtype).removeprefix("torch.") if isinstance(target, Tensor) else type(target).__name__
+        raise TypeError(f"target must be a tensor of int64 classes or floating-point probabilities, got {kind}")
     if target.shape not in (out_seq.shape[1:2], out_seq.shape[1:]):
         raise ValueError(
             f"target must be classes [B] = {tuple(out_seq.shape[1:2])} or probabilities [B, C] = "
@@ -39,6 +42,7 @@ def rate_cross_entropy(
         A scalar, or ``[B]`` with ``'none'``.
 
     Raises:
+        TypeError: ``target`` is not a tensor of that kind.
         ValueError: shapes that do not fit.
 
     Example:
@@ -76,6 +80,7 @@ def tet_loss(
         A scalar, or ``[B]`` with ``'none'``.
 
     Raises:
+        TypeError: ``target`` is not a tensor of that kind.
         ValueError: shapes that do not fit, or ``weight`` out of its range.
 
     Example:
@@ -110,6 +115,7 @@ def rate_mse(out_seq: Tensor, target: Tensor, *, reduction: str = "mean") -> Ten
         A scalar, or ``[B]`` with ``'none'``.
 
     Raises:
+        TypeError: ``target`` is not a tensor of that kind.
         ValueError: shapes that do not fit.
 
     Example:
@@ -118,7 +124,7 @@ def rate_mse(out_seq: Tensor, target: Tensor, *, reduction: str = "mean") -> Ten
     """
     out_seq = _check(out_seq, target)
     if target.dim() == 1:
-        target = F.one_hot(target, out_seq.shape[2])
+        target = F.one_hot(target.long(), out_seq.shape[2])
     return _reduce((out_seq.mean(0) - target).square().mean(1), reduction)
 
 

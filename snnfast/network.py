@@ -45,6 +45,8 @@ _THEIR_CONTAINERS = frozenset(
     )
 )
 
+_THEIR_RESETS = {"snntorch": "reset_mem", "sinabs": "reset_states"}  # of one neuron, by library
+
 
 # ---- state, step mode and backend of every module ----
 def _check_net(net: Any) -> None:
@@ -60,7 +62,7 @@ def _modules_with(net: nn.Module, name: str) -> Iterator[Any]:
 def reset_net(net: nn.Module) -> None:
     """Reset every stateful module of ``net``: call it before each new batch of sequences.
 
-    Modules of other libraries that have a ``reset()`` are reset too.
+    Modules of other libraries that have a ``reset()`` are reset too, and so are snnTorch's and sinabs' neurons.
 
     Raises:
         TypeError: ``net`` is not a module.
@@ -71,9 +73,21 @@ def reset_net(net: nn.Module) -> None:
         >>> _ = net(torch.randn(5, 3)); reset_net(net); net[1].v
         0.0
     """
-    for module in _modules_with(net, "reset"):
-        if callable(module.reset):
-            module.reset()
+    _check_net(net)
+    for module in net.modules():
+        reset = getattr(module, "reset", None)  # in snnTorch's neurons a tensor
+        if not callable(reset):
+            reset = _their_reset(module)
+        if reset is not None:
+            reset()
+
+
+def _their_reset(module: nn.Module) -> Any:
+    for base in type(module).__mro__:
+        package = base.__module__.partition(".")[0]
+        if package in _THEIR_RESETS:
+            return getattr(module, _THEIR_RESETS[package], None)
+    return None
 
 
 def detach_net(net: nn.Module) -> None:

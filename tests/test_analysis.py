@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import sys
+import warnings
 
 import pytest
 import torch
@@ -363,6 +364,19 @@ def test_robustness_against_a_loop_of_its_own():
                 functional.reset_net(model)
 
 
+def test_robustness_of_models_and_transforms_that_work_in_place():
+    images = DATA[0].clone()
+    model, other = classifier(0), classifier(1)
+    spoiler = nn.Sequential(nn.Threshold(0.3, 0.0, inplace=True), classifier(2))
+    arguments = {"corruptions": ["gaussian"], "predict": predict}
+    alone = analysis.robustness({"b": model, "c": other}, DATA, transform=lambda x: x - 0.1, **arguments)
+    models = {"a": spoiler, "b": model, "c": other}
+    found = analysis.robustness(models, DATA, transform=lambda x: x.sub_(0.1), **arguments)
+    assert torch.equal(DATA[0], images)
+    for name in ("b", "c"):
+        assert torch.equal(found.correct[name]["gaussian"], alone.correct[name]["gaussian"])
+
+
 def test_robustness_is_paired_deterministic_and_leaves_the_models_alone():
     seen = {"a": [], "b": []}
 
@@ -428,6 +442,14 @@ def test_robustness_refuses(case):
     arguments, message = ROBUSTNESS[case]
     with pytest.raises(ValueError, match=message):
         analysis.robustness(classifier(0), **{"data": DATA, "predict": predict, **arguments})
+
+
+def test_robustness_refuses_other_types():
+    with pytest.raises(TypeError, match="models must be a network, or a dict of networks by name, got list"):
+        analysis.robustness([classifier(0)], DATA)
+    for wrong in ((DATA[0], DATA[1].tolist()), [DATA[0][:2]]):
+        with pytest.raises(TypeError, match="data must be a pair of tensors, images and labels, or an iterable"):
+            analysis.robustness(classifier(0), wrong)
 
 
 # ---- firing rates ----
@@ -505,6 +527,10 @@ def test_firing_rate_regulariser_reaches_its_target(target):
             regulariser.loss()
     assert abs(h.mean().item() - target) < 0.03
     assert abs(out.mean().item() - target) < 0.03
+    double = spiking_net().double()
+    with analysis.FiringRateRegulariser(double, 0.1) as regulariser:
+        double(x.double())
+        assert regulariser.loss().dtype == torch.float64
     for wrong in ({"target": 1.5}, {"target": 0.1, "weight": -1.0}):
         with pytest.raises(ValueError, match="must be"):
             analysis.FiringRateRegulariser(net, **wrong)
@@ -585,6 +611,26 @@ def test_plots(tmp_path):
     ):
         with pytest.raises(ValueError, match="must"):
             wrong()
+
+
+def test_legends_of_many_long_names_leave_room_for_the_plot(tmp_path):
+    pytest.importorskip("matplotlib")
+    names = ["teacher", "plain", *(f"distilled-{n}" for n in ("logit", "per-step-confidence", "temporal-spatial"))]
+    one = analysis.RobustnessReport(names, {"c": [0.0, 1.0]}, {n: {"c": torch.eye(2)} for n in names}, 0.95, (0,))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # matplotlib warns where a layout cannot be made
+        for figure in (
+            analysis.plot_accuracy({n: [0.5, 0.7] for n in names}, tmp_path / "accuracy.png"),
+            analysis.plot_firing_rates({n: {"layer1": 0.2} for n in names}, tmp_path / "rates.png"),
+            analysis.plot_robustness(one, tmp_path / "robustness.png"),
+        ):
+            (legend,) = figure.legends
+            assert [text.get_text() for text in legend.get_texts()] == names
+            box = legend.get_window_extent()
+            assert box.x0 >= 0
+            assert box.x1 <= figure.bbox.x1
+            assert figure.axes[0].get_window_extent().width > 0.6 * figure.bbox.width
+            assert not box.overlaps(figure.axes[0].get_window_extent())
 
 
 def test_without_matplotlib(monkeypatch):

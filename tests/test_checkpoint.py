@@ -213,6 +213,7 @@ def test_interrupted_between_any_two_steps(
         step(self, batch)
 
     monkeypatch.setattr(trainer.Trainer, "_step", interrupted)
+    before = signal.getsignal(signal.SIGINT)
     out = tmp_path / "run"
     codes = []
     while not codes or codes[-1] == 130:
@@ -222,7 +223,7 @@ def test_interrupted_between_any_two_steps(
             assert "go on with --resume" in capsys.readouterr().err
     assert codes[-1] == 0
     assert len(codes) == 14  # 40 steps
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(signal.SIGINT) is before
     assert_same_run(uninterrupted, out)
 
 

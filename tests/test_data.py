@@ -270,6 +270,9 @@ def test_nmnist_layouts(tmp_path: Path, layout: str) -> None:
         (folder / "3.bs2").unlink()
         with pytest.raises(InputError, match=r"3.bs2 is missing; .*train10.txt lists it"):
             data.load("nmnist", folder)
+        (folder / "train10.txt").write_text("#sample #class")
+        with pytest.raises(InputError, match="the training split is empty"):
+            data.load("nmnist", folder)
 
 
 def test_damaged_nmnist_archive(tmp_path: Path) -> None:

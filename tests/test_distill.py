@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import pickle
 
 import numpy as np
@@ -15,6 +16,7 @@ import snnfast
 from snnfast import functional, surrogate
 from snnfast.distill import (
     ConfidenceKD,
+    DistillationLoss,
     Distiller,
     FeatureKD,
     LogitKD,
@@ -531,6 +533,35 @@ def test_spikingjelly_student_and_a_spiking_teacher():
     copy.deepcopy(distiller)
 
 
+@pytest.mark.parametrize("library", ["snntorch", "sinabs"])
+def test_states_of_other_libraries_students_are_reset(library):
+    peer = pytest.importorskip(library, reason=f"{library} is not installed")
+
+    class Student(nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.fc, self.out = nn.Linear(6, 8), nn.Linear(8, 3)
+            if library == "snntorch":
+                self.neuron = peer.Leaky(beta=0.9, init_hidden=True)
+            else:
+                self.neuron = importlib.import_module("sinabs.layers").LIF(tau_mem=5.0)
+
+        def forward(self, x):
+            x = self.fc(x)
+            if library == "snntorch":
+                return self.out(torch.stack([self.neuron(step) for step in x]))
+            return self.out(self.neuron(x.transpose(0, 1)).transpose(0, 1))
+
+    x, y = 3 * torch.randn(5, 4, 6), torch.tensor([0, 1, 2, 0])
+    distiller = Distiller(Student(), losses=[ConfidenceKD()], example_inputs=x)
+    want = Student()(x)
+    for samples in (4, 2, 4):
+        result = distiller(x[:, :samples], y[:samples])
+        assert torch.equal(result.output, want[:, :samples])
+        result.loss.backward()
+
+
 def test_training_goes_down_and_the_student_works_alone():
     x, y = batch(12)
     student = folded()
@@ -579,6 +610,20 @@ def test_two_of_a_kind_have_two_names_and_probabilities_are_labels():
     torch.testing.assert_close(distiller(x, F.one_hot(y, CLASSES).float()).loss, distiller(x, y).loss)
     y[0] = -100
     assert distiller(x, y).loss.isfinite()
+
+
+def test_terms_of_a_loss_of_ones_own_are_all_kept_whatever_their_names():
+    class Mine(DistillationLoss):
+        name = "mine"
+
+        def forward(self, batch):
+            zero = batch.logits.sum() * 0
+            return {"mine": (1.0, zero + 1), "mine.b": (1.0, zero + 2), "c": (1.0, zero + 4), "mined": (1.0, zero + 8)}
+
+    distiller = Distiller(folded(), losses=[Mine(), Mine()], task_weight=0.0)
+    found = {name: round(value.item()) for name, value in distiller(*batch()).weighted.items()}
+    once = {"mine": 1, "mine.b": 2, "mine.c": 4, "mine.mined": 8}
+    assert found == {"task": 0, **once, **{k.replace("mine", "mine_2", 1): v for k, v in once.items()}}
 
 
 # ---- bad input ----
@@ -653,6 +698,13 @@ BAD = {
         lambda: Distiller(TimeFirst(), losses=[TemporalSelfKD(6, 4)], example_inputs=torch.randn(4, B, 6)),
         r"inputs must have timesteps_teacher = 6 steps .* its output has 4",
     ),
+    "batch norm by steps": (
+        lambda: Distiller(
+            nn.Sequential(snnfast.layer.ThresholdDependentBatchNorm2d(1.0, 1.0, 1)),
+            losses=[TemporalSelfKD(4, 2, batch_norm="per_step")],
+        ),
+        r"batch_norm='per_step' does not work with ThresholdDependentBatchNorm2d in student \(at '0'\)",
+    ),
     "batch norm": (lambda: TemporalSelfKD(4, 2, batch_norm="none"), r"batch_norm must be one of 'all'.* got 'none'"),
     "labels": (lambda: Distiller(folded())(X, Y + 5), r"labels must be from 0 to 4, got 5 to 5"),
     "labels below": (lambda: Distiller(folded())(X, Y - 1), r"labels must be from 0 to 4, got -1 to -1"),
@@ -675,6 +727,7 @@ BAD_TYPES = {
     "layers": (lambda: FeatureKD([("a", "b")]), r"layers must be a dict"),
     "layers' values": (lambda: SpatialSelfKD({"6": "10"}), r"layers must be such as \{'layer2': 10\}"),
     "temperature text": (lambda: LogitKD("4"), r"temperature must be a number, got str"),
+    "labels' dtype": (lambda: Distiller(folded())(X, Y.int()), r"labels must be int64, got int32"),
     "label list": (lambda: Distiller(folded())(X, [0] * B), r"labels must be a torch.Tensor"),
 }
 

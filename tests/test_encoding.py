@@ -80,6 +80,21 @@ def test_latency_is_earlier_for_larger_values_and_clamps():
     assert s.argmax(0).tolist() == [0, 0, 2, 3, 4, 4]
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+@pytest.mark.parametrize(("T", "kind"), [(16, "log"), (81, "log"), (82, "log"), (600, "linear"), (800, "log")])
+def test_latency_of_long_sequences_and_half_precision(dtype, T, kind):
+    from decimal import Decimal
+
+    x = torch.tensor([0.0, 1e-30, 0.01, 0.25, 0.7, 1.0]).to(dtype)
+    s = encoding.latency(x, T, kind)
+    assert s.dtype == dtype
+    assert torch.equal(s.sum(0), torch.ones_like(x))
+    last = Decimal(T - 1)
+    for found, value in zip(s.argmax(0).tolist(), map(Decimal, x.tolist()), strict=True):
+        exact = last * (1 - value) if kind == "linear" else last - (1 + (last.exp() - 1) * value).ln()
+        assert abs(found - exact) < Decimal("0.501")
+
+
 @pytest.mark.parametrize("step_mode", ["s", "m"])
 def test_poisson_encoder_draws_theirs(step_mode):
     x = torch.rand(4, 5, 6)
@@ -179,6 +194,11 @@ def test_wrong_shapes_of_losses(loss):
         loss(torch.zeros(2, 4, 3), torch.zeros(2, dtype=torch.int64))
     with pytest.raises(ValueError, match="reduc"):
         loss(torch.zeros(2, 4, 3), torch.zeros(4, dtype=torch.int64), reduction="median")
+
+    with pytest.raises(TypeError, match=r"target must be a tensor of int64 classes .* got int32"):
+        loss(torch.zeros(2, 4, 3), torch.zeros(4, dtype=torch.int32))
+    with pytest.raises(TypeError, match=r"target must be .* got list"):
+        loss(torch.zeros(2, 4, 3), [0, 0, 0, 0])
 
 
 def test_wrong_weight():

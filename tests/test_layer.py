@@ -181,6 +181,7 @@ def test_wrappers_are_pytorchs_and_can_be_copied_pickled_and_subclassed():
     bn = pickle.loads(pickle.dumps(layer.BatchNorm2d(3, step_mode="m")))
     assert bn(x).shape == x.shape
     assert "BatchNorm2d" in layer.BatchNorm2d.__doc__
+    assert torch.equal(conv(input=x), want)
     assert repr(conv).endswith("step_mode=m)")
 
 
@@ -312,6 +313,13 @@ def test_containers_refuse_multi_step_modules():
         layer.MultiStepContainer(snnfast.IFNode(step_mode="m"))
     with pytest.raises(ValueError, match="StepModeContainer"):
         layer.StepModeContainer(True, "s", snnfast.IFNode(step_mode="m"))
+
+
+def test_slices_of_a_container():
+    net = layer.StepModeContainer(False, "m", nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
+    part = net[1:]
+    assert (part.stateful, part.step_mode, list(part)) == (False, "m", list(net)[1:])
+    assert net[-1] is part[-1]
 
 
 def test_set_step_mode_keeps_what_it_is_told_to():

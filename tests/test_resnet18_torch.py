@@ -13,6 +13,7 @@ from torch.utils import checkpoint as torch_checkpoint
 import snnfast
 from snnfast import models
 from snnfast.checkpoint import checkpoint
+from snnfast.models.resnet import BasicBlock
 
 T, B = 2, 4
 
@@ -54,6 +55,7 @@ def check_close(got, want, rtol=1e-4):
 # ---- torch.compile ----
 def test_compile_fullgraph():
     torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
     net, (x, y) = resnet(), data()
     loss = loss_of(net, x, y)
     want = gradients(net, loss)
@@ -71,10 +73,13 @@ def test_compile_fullgraph():
 
 @pytest.mark.slow
 def test_compile_with_inductor():
+    """One block: a compiler takes minutes for the whole network, whose graph the test above looks at."""
     torch._dynamo.reset()
-    net, (x, _) = resnet(2).eval(), data()
+    torch.manual_seed(0)
+    net, x = snnfast.to_spiking(BasicBlock(3, 3, 1), T, v_threshold=0.3).eval(), data()[0]
     with torch.no_grad():
         want = net(x)
+        assert 0 < want.mean() < 1
         assert torch.allclose(torch.compile(net, fullgraph=True)(x), want, atol=1e-5)
 
 
@@ -184,6 +189,22 @@ def test_checkpointing_stages(how):
     assert len(calls) == 2  # it was computed again
     same = [torch.equal(a, b) for a, b in zip(other.buffers(), net.buffers(), strict=True)]
     assert all(same) == (how is checkpoint)  # torch's updates running statistics twice
+
+
+def test_checkpointing_spikingjelly_neurons():
+    theirs = pytest.importorskip("spikingjelly.activation_based", reason="spikingjelly is not installed")
+    from spikingjelly.activation_based import functional, neuron
+
+    assert theirs
+    torch.manual_seed(0)
+    net, x = nn.Sequential(nn.Linear(3, 4), neuron.LIFNode(step_mode="m")), 3 * torch.randn(5, 2, 3)
+    found = []
+    for run in (net, lambda x: checkpoint(net, x)):
+        functional.reset_net(net)
+        loss = run(x).sum() + run(x + 1).sum()  # the second call goes on from the first one's state
+        found.append([*gradients(net, loss), net[1].v.detach().clone()])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+    assert found[0][0].abs().sum() > 0
 
 
 def test_checkpointing_with_state_across_forwards():

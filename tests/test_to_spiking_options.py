@@ -206,6 +206,16 @@ def test_what_calibration_refuses():
         snnfast.to_spiking(small(), T, calibration=x, v_threshold=2.0)
     with pytest.raises(ValueError, match="percentile must be above 0 and at most 100, got 101"):
         snnfast.to_spiking(small(), T, calibration=x, percentile=101)
+    for wrong in (x[:0], [x]):
+        with pytest.raises(ValueError, match="calibration must be a tensor of at least one input"):
+            snnfast.to_spiking(small(), T, calibration=wrong)
+    with pytest.raises(ValueError, match="calibration must be finite"):
+        snnfast.to_spiking(small(), T, calibration=x / 0)
+
+
+def test_parameters_of_neurons_are_on_the_models_device():
+    net = snnfast.to_spiking(small().to("meta"), T, snnfast.ParametricLIFNode)
+    assert {p.device.type for p in net.parameters()} == {"meta"}
 
 
 def test_readout():

@@ -5,7 +5,9 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import functools
 import importlib
+import inspect
 import json
 import os
 import subprocess
@@ -27,6 +29,7 @@ from safetensors.torch import load_file, save_file
 
 from snnfast.train import Config, cli, config, experiment, objective
 from snnfast.train.errors import InputError
+from snnfast.train.options import parse
 
 TESTS = Path(__file__).parent
 SMALL = [
@@ -253,12 +256,16 @@ def test_options_of_the_machine_change_little(
     assert losses(tmp_path / "run", "distilled-logit") == pytest.approx(single, rel=2e-2)
 
 
-@pytest.mark.slow
 @pytest.mark.usefixtures("no_report")
-def test_compiled_training(data: Path, tmp_path: Path) -> None:
+def test_compiled_training(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # What inductor makes of neurons is test_torch's to see; here it would take half a minute.
+    compiler = functools.partialmethod(torch.nn.Module.compile, backend="aot_eager")
+    monkeypatch.setattr(torch.nn.Module, "compile", compiler)
+    torch._dynamo.utils.counters.clear()
     more = ["--distill", "none", "--no-tensorboard", "--epochs", "1"]
     assert train(data, tmp_path / "eager", *more) == 0
     assert train(data, tmp_path / "compiled", *more, "--compile") == 0
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] >= 1
     assert losses(tmp_path / "compiled") == pytest.approx(losses(tmp_path / "eager"), rel=1e-3)
     assert "rate layer1.2" in (tmp_path / "compiled" / "plain" / "log.csv").read_text()
 
@@ -289,12 +296,12 @@ def test_help_is_grouped_and_shows_every_option(capsys: pytest.CaptureFixture) -
 def test_yaml_and_the_command_line_wins(tmp_path: Path) -> None:
     path = tmp_path / "run.yaml"
     path.write_text("# a run\ntimesteps: 6\nlr: 1e-3\ndistill: [logit, 'temporal,spatial']\nout: here\nclip: null\n")
-    found = config.parse(["--config", str(path), "--lr", "0.5"])
+    found = parse(["--config", str(path), "--lr", "0.5"])
     assert (found.timesteps, found.lr, found.out, found.clip) == (6, 0.5, Path("here"), None)
     assert found.distilled() == [("logit",), ("temporal", "spatial")]
     # What a report prints as its options can be read again.
     path.write_text("\n".join(f"{k}: {json.dumps(v)}" for k, v in found.record().items()))
-    assert config.parse(["--config", str(path)]) == found
+    assert parse(["--config", str(path)]) == found
 
 
 @pytest.mark.parametrize(
@@ -315,7 +322,7 @@ def test_bad_files_are_named_with_their_line(tmp_path: Path, text: str, message:
     path = tmp_path / "run.yaml"
     path.write_text(text)
     with pytest.raises(InputError, match=message):
-        config.parse(["--config", str(path)])
+        parse(["--config", str(path)])
 
 
 @pytest.mark.parametrize(
@@ -336,6 +343,10 @@ def test_bad_files_are_named_with_their_line(tmp_path: Path, text: str, message:
         ("--cache-teacher", "--cache-teacher needs --augment none"),
         ("--cache-teacher --augment none --distill feature", "keeps logits only"),
         ("--logit-weight -1", "--logit-weight must be 0 or more"),
+        ("--logit-weight 2", "--logit-weight must be at most 1 without --task-weight"),
+        ("--self-weight nan", "--self-weight must be 0 or more"),
+        ("--timesteps-teacher 0", "--timesteps-teacher must be a whole number from 2, got 0"),
+        ("--feature-pairs a=b a=c", "--feature-pairs must name each layer of the student once, got a, a"),
         ("--epoch 3", "unrecognized arguments.*did you mean '--epochs'"),
         ("--data mist", "invalid choice: 'mist'"),
         ("--config nowhere.yaml", "nowhere.yaml cannot be read"),
@@ -343,7 +354,18 @@ def test_bad_files_are_named_with_their_line(tmp_path: Path, text: str, message:
 )
 def test_bad_options_are_refused(options: str, message: str) -> None:
     with pytest.raises(InputError, match=message):
-        config.parse(options.split())
+        parse(options.split())
+
+
+def test_options_from_python_are_checked_as_those_of_the_command_line() -> None:
+    for name, message in (
+        ("neuron", r"--neuron must be one of if, lif, plif, got 'lip'; did you mean"),
+        ("optimizer", "--optimizer must be one of adamw, adam, sgd, got 'lip'"),
+        ("data", "--data must be one of mnist5k, .*, got 'lip'"),
+    ):
+        with pytest.raises(InputError, match=message):
+            Config(**{name: "lip"}).check()
+    assert Config(out="here", data_dir="there") == Config(out=Path("here"), data_dir=Path("there"))
 
 
 @pytest.mark.parametrize(
@@ -418,6 +440,68 @@ def test_timm_and_torchvision_teachers(monkeypatch: pytest.MonkeyPatch) -> None:
     assert asked == {"a": {"num_classes": 10, "in_chans": 1, "pretrained": True}, "b": {"num_classes": 10}}
     with pytest.raises(InputError, match="takes images of 3 channels, these have 1"):
         models.build("torchvision:b", "teacher", 10, 1, None, {})
+
+
+def test_defaults_of_distillation_are_those_of_the_losses(capsys: pytest.CaptureFixture) -> None:
+    from snnfast import distill
+
+    def default(loss: type, name: str) -> object:
+        return inspect.signature(loss).parameters[name].default
+
+    settings = Config()
+    assert settings.logit_weight == default(distill.LogitKD, "weight")
+    assert settings.per_step_weight == default(distill.PerStepKD, "weight")
+    assert settings.self_weight == default(distill.PerStepKD, "self_weight")
+    assert settings.feature_weight == default(distill.FeatureKD, "weight")
+    assert settings.temporal_weight == default(distill.TemporalSelfKD, "weight")
+    assert settings.spatial_weight == default(distill.SpatialSelfKD, "weight")
+    assert settings.confidence_weight == default(distill.ConfidenceKD, "weight")
+    with pytest.raises(SystemExit):
+        cli.main(["--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert "(default: 3 for logit and per-step, 2 for temporal, spatial and confidence)" in text
+    assert default(distill.LogitKD, "temperature") == default(distill.PerStepKD, "temperature") == 3
+    for loss in (distill.TemporalSelfKD, distill.SpatialSelfKD, distill.ConfidenceKD):
+        assert default(loss, "temperature") == 2
+
+
+@pytest.mark.parametrize(
+    ("losses", "given", "task_weight", "others"),
+    [
+        ("logit", {}, 0.5, {"logit_kd": (0.5, 3.0)}),
+        ("logit", {"logit_weight": 0.9, "temperature": 5.0}, 0.1, {"logit_kd": (0.9, 5.0)}),
+        ("logit", {"logit_weight": 2.0, "task_weight": 0.7}, 0.7, {"logit_kd": (2.0, 3.0)}),
+        ("confidence,spatial", {}, 1.0, {"confidence_kd": (1.0, 2.0), "spatial_self_kd": (0.1, 2.0)}),
+        ("per-step", {"task_weight": 0.3}, 0.0, {"per_step": (0.2, 3.0)}),
+        ("per-step", {"self_weight": 0.7, "temperature": 4.0}, 0.0, {"per_step": (0.2, 4.0)}),
+    ],
+)
+def test_options_reach_the_distiller(losses: str, given: dict, task_weight: float, others: dict) -> None:
+    networks = importlib.import_module("train_networks")
+    settings, example = Config(timesteps=2, distill=[losses], **given).check(), torch.rand(3, 1, 28, 28)
+    student, teacher = networks.student(10, 1, 2), networks.teacher(10, 1)
+    made = objective.distiller(settings.distilled()[0], settings, student, teacher, 10, example)
+    assert made.task_weight == pytest.approx(task_weight)
+    assert {k: (loss.weight, loss.temperature) for k, loss in made.losses.items()} == others
+    if losses == "per-step":  # it brings the cross-entropy of every step
+        per_step = made.losses["per_step"]
+        assert per_step.task_weight == given.get("task_weight", 1.0)
+        assert per_step.self_weight == given.get("self_weight", 0.5)
+
+
+def test_the_report_leaves_the_networks_as_they_were(tmp_path: Path) -> None:
+    from snnfast.train import data as datasets
+    from snnfast.train import report as reports
+    from snnfast.train.augment import Augment
+
+    store = datasets.TensorStore(torch.randint(0, 256, (4, 1, 28, 28), dtype=torch.uint8), torch.arange(4))
+    dataset = datasets.Dataset("noise", store, store, 10, torch.zeros(1), torch.ones(1), False)
+    network = importlib.import_module("train_networks").student(10, 1, 2).train()
+    before = {k: v.clone() for k, v in network.state_dict().items()}
+    reports._raster(network, dataset, Augment((), dataset.mean, dataset.std), 2, tmp_path / "raster.png")
+    assert all(torch.equal(v, before[k]) for k, v in network.state_dict().items())
+    assert network.training
+    assert not network.layer2[2]._forward_hooks
 
 
 # ---- networks of snnfast.models, event data ----

@@ -43,8 +43,13 @@ _SEVERITY = {
 }
 
 
-def _legend_above(axes: Any, entries: int) -> None:
-    axes.legend(frameon=False, loc="lower left", bbox_to_anchor=(0, 1), ncols=min(entries, 4), borderaxespad=0.2)
+def _legend_above(figure: Figure, axes: Any) -> None:
+    """A legend over the whole width of ``figure``, in as many columns as its longest name allows."""
+    handles, names = axes.get_legend_handles_labels()
+    column = 0.6 + 0.08 * max(map(len, names))  # inches
+    columns = max(1, min(len(names), int(figure.get_figwidth() / column)))
+    figure.set_figheight(figure.get_figheight() + 0.2 * -(-len(names) // columns))
+    figure.legend(handles, names, loc="outside upper left", ncols=columns, frameon=False, fontsize="small")
 
 
 def _tidy(axes: Any) -> None:
@@ -78,7 +83,7 @@ def plot_accuracy(
         axes.plot(range(1, len(values) + 1), [factor * v for v in values], marker="o", markersize=3, label=name)
     axes.locator_params(axis="x", integer=True)
     axes.set(xlabel="epoch", ylabel=ylabel)
-    _legend_above(axes, len(curves))
+    _legend_above(figure, axes)
     _tidy(axes)
     return _finish(figure, path)
 
@@ -116,7 +121,7 @@ def plot_firing_rates(
     )
     axes.set(xlabel="layer", ylabel="spikes per neuron and step")
     if nested:
-        _legend_above(axes, len(models))
+        _legend_above(figure, axes)
     _tidy(axes)
     return _finish(figure, path)
 
@@ -186,7 +191,7 @@ def plot_robustness(report: RobustnessReport, path: PathLike | None = None) -> F
         axes.set_ylabel("accuracy [%]")
     for axes in list(grid.flat)[len(names) :]:
         axes.set_visible(False)
-    grid[0, 0].legend(frameon=False, fontsize="small")
+    _legend_above(figure, grid[0, 0])
     figure.supxlabel(
         f"{report.samples} images, {len(report.seeds)} seed(s), bands: {100 * report.confidence:g} % Wilson",
         fontsize="small",

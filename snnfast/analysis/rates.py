@@ -140,7 +140,8 @@ class FiringRateRegulariser:
         def keep(module: nn.Module, args: Any, output: Any) -> None:
             s = _spikes(output)
             if torch.is_grad_enabled() and s.requires_grad:  # an evaluation has no loss to add to, and must not pile up
-                self._calls.setdefault(name, []).append((s.float().sum(), s.numel()))
+                dtype = torch.promote_types(s.dtype, torch.float32)
+                self._calls.setdefault(name, []).append((s.sum(dtype=dtype), s.numel()))
 
         return keep
 

@@ -135,7 +135,14 @@ def _batches(data: Any, batch_size: int) -> list[tuple[Tensor, Tensor]]:
             raise ValueError(f"data must hold as many labels as images, got {len(labels)} and {len(images)}")
         batches = list(zip(images.split(batch_size), labels.split(batch_size), strict=True))
     else:
-        batches = [(x, y) for x, y in data]
+        batches = []
+        for pair in data:
+            if not isinstance(pair, (tuple, list)) or not all(isinstance(d, Tensor) for d in pair) or len(pair) != 2:
+                raise TypeError(
+                    "data must be a pair of tensors, images and labels, or an iterable of such pairs, got "
+                    f"{type(pair).__name__} in {type(data).__name__}"
+                )
+            batches.append((pair[0], pair[1]))
     if not batches or not len(batches[0][0]):
         raise ValueError("data must hold at least one image, got none")
     for x, _ in batches:
@@ -218,6 +225,8 @@ def robustness(
         >>> report.levels
         {'gaussian': [0.0, 0.2]}
     """
+    if not isinstance(models, (nn.Module, Mapping)):
+        raise TypeError(f"models must be a network, or a dict of networks by name, got {type(models).__name__}")
     named = {"model": models} if isinstance(models, nn.Module) else dict(models)
     for name, model in named.items():
         if not isinstance(model, nn.Module):
@@ -238,6 +247,7 @@ def robustness(
 
     def hits(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
         functional.reset_net(model)
+        x = x.clone()  # a transform or model that works in place must not change what the next one sees
         logits = predict(model, x if transform is None else transform(x))
         functional.reset_net(model)
         if logits.dim() != 2 or len(logits) != len(y):
@@ -261,7 +271,7 @@ def robustness(
                     correct[name][corruption][0, part] = clean[name]
                 for i, level in enumerate(severities[1:], 1):
                     for seed in seeds:
-                        corrupted = corrupt(x, level, _generator(seed, corruption, index))
+                        corrupted = corrupt(x.clone(), level, _generator(seed, corruption, index))
                         for name, model in named.items():
                             correct[name][corruption][i, part] += hits(model, corrupted, y) / len(seeds)
     return RobustnessReport(list(named), {c: s for c, (_, s) in chosen.items()}, correct, confidence, seeds)

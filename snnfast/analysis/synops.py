@@ -157,10 +157,6 @@ class SynopsReport:
 
 
 # ---- counting ----
-def _spread(n: int, parts: Any) -> tuple[int, ...]:
-    return tuple(parts) if isinstance(parts, (tuple, list)) else (parts,) * n
-
-
 def _convolution_operations(layer: Any, counts: Tensor, weights: Tensor) -> int:
     """Operations of a convolution whose inputs ``[C, *]`` were active ``counts`` times, with the given weights used.
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import functional
+from ..encoding import check_steps
 from ..neuron import IFNode, LIFNode
 from .to_spiking_classes import with_mixin
 from .to_spiking_coding import Coding, find_coding
@@ -54,8 +55,7 @@ class SpikingNetwork:
 
     @timesteps.setter
     def timesteps(self, value: int) -> None:
-        check_timesteps(value)
-        self._timesteps = value
+        self._timesteps = check_steps("timesteps", value)
         for module in self.modules():  # type: ignore[attr-defined]
             if module is not self and hasattr(module, "timesteps"):
                 module.timesteps = value
@@ -89,12 +89,6 @@ def _unfold(y: Any, T: int) -> Any:
     if isinstance(y, (tuple, list)):
         return type(y)(_unfold(v, T) for v in y)
     return y
-
-
-def check_timesteps(value: Any) -> None:
-    """Raise unless ``value`` is a whole number from 1."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"timesteps must be a whole number from 1, got {value!r}")
 
 
 def to_spiking(
@@ -164,7 +158,7 @@ def to_spiking(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-    check_timesteps(timesteps)
+    check_steps("timesteps", timesteps)
     _check_choice("other_activations", other_activations, ("error", "keep", "replace"))
     max_pool = max_pool or ("keep" if calibration is None else "rates")
     _check_choice("max_pool", max_pool, ("keep", "rates"))
@@ -172,15 +166,23 @@ def to_spiking(
         raise ValueError(f"percentile must be above 0 and at most 100, got {percentile!r}")
     found_coding = find_coding(coding, seed)
     if calibration is not None:
+        if not isinstance(calibration, Tensor) or not calibration.numel():
+            got = tuple(calibration.shape) if isinstance(calibration, Tensor) else type(calibration).__name__
+            raise ValueError(f"calibration must be a tensor of at least one input, [B, *], got {got}")
+        if not calibration.isfinite().all():
+            raise ValueError("calibration must be finite, got NaN or Inf in it: no threshold comes from these")
         neuron = _check_calibrated(neuron, neuron_kwargs)
         neuron_kwargs = neuron_kwargs | {"v_reset": None}
     neuron = neuron or LIFNode
     _new_neuron(neuron, timesteps, neuron_kwargs)  # errors in the arguments show before any work
 
+    device = next((p.device for p in model.parameters()), None)
+
     def make(repeats: bool) -> nn.Module:
         if calibration is not None:
             return Observer(percentile, repeats)
-        return prepare_neuron(_new_neuron(neuron, timesteps, neuron_kwargs), repeats)
+        # A neuron may have parameters.
+        return prepare_neuron(_new_neuron(neuron, timesteps, neuron_kwargs).to(device), repeats)
 
     net, converter, at_input = _convert(
         model, make, timesteps if calibration is None else 1, found_coding, other_activations, max_pool, share_weights

@@ -7,6 +7,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from ..encoding import poisson
+
 __all__ = ["Coding", "Poisson", "find_coding", "temporal"]
 
 Coding = Callable[[Tensor, int], Tensor]  # (x [B, *], T) -> [T, B, *]
@@ -45,9 +47,7 @@ class Poisson:
             if x.device not in self._generators:
                 self._generators[x.device] = torch.Generator(x.device).manual_seed(self.seed)
             generator = self._generators[x.device]
-        # float32 at least: 16-bit random numbers are too coarse for small probabilities.
-        draws = torch.rand((T, *x.shape), generator=generator, device=x.device)
-        return (draws < x).to(x.dtype)
+        return poisson(x, T, generator)
 
     def __repr__(self) -> str:
         return f"Poisson(seed={self.seed})"

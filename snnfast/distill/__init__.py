@@ -2,8 +2,11 @@
 
 >>> import torch, snnfast
 >>> from snnfast.distill import Distiller, LogitKD
->>> [name for name in ("FeatureKD", "TemporalSelfKD", "SpatialSelfKD") if name in __all__]
-['FeatureKD', 'TemporalSelfKD', 'SpatialSelfKD']
+>>> student, teacher = snnfast.models.wrn16_2(timesteps=2, width=2), snnfast.models.wrn16_2(width=2)
+>>> distiller = Distiller(student, teacher, [LogitKD(weight=0.5)], task_weight=0.5)
+>>> result = distiller(torch.rand(2, 3, 16, 16), torch.tensor([3, 1]))
+>>> result.loss.backward(); list(result.terms)
+['task', 'logit_kd']
 """
 
 from .distiller import Distilled, Distiller, mean_over_time

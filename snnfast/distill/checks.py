@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from .losses import DistillationLoss, TemporalSelfKD
@@ -63,6 +64,8 @@ def labels(given: Any, classes: int, values: bool) -> None:
         if given.dim() != 2 or given.shape[1] != classes:
             raise ValueError(f"labels as probabilities must be [B, {classes}], got {tuple(given.shape)}")
         return
+    if given.dtype not in (torch.int64, torch.uint8):  # what torch's cross-entropy takes
+        raise TypeError(f"labels must be int64, got {str(given.dtype).removeprefix('torch.')}; use labels.long()")
     if given.dim() != 1:
         raise ValueError(f"labels must be [B], got {tuple(given.shape)}")
     if values and not bool(((given >= 0) & (given < classes) | (given == _IGNORED)).all()):

@@ -155,10 +155,8 @@ class Distiller(nn.Module):
             raise ValueError(
                 f"timesteps_student must be the timesteps of the student's modules, got {T} where there are {other}"
             )
-        if self._temporal.batch_norm != "all" and any(isinstance(m, nn.SyncBatchNorm) for m in self.student.modules()):
-            raise ValueError(
-                f"batch_norm={self._temporal.batch_norm!r} does not work with SyncBatchNorm in student; use 'all'"
-            )
+        if self._temporal.batch_norm != "all":
+            extend.check_batch_norms(self.student, self._temporal.batch_norm)
 
     def _dry_run(self, inputs: Tensor) -> None:
         """Run both models once on ``inputs``: check what they give and build what the losses learn with."""
@@ -326,7 +324,9 @@ class Distiller(nn.Module):
         terms: Terms = {"task": (self.task_weight, self.task_loss(logits, labels))}
         for key, loss in self.losses.items():
             for name, term in loss(batch).items():
-                terms[key + name[len(str(loss.name)) :]] = term
+                own = str(loss.name)
+                rest = name[len(own) :] if name == own or name.startswith(f"{own}.") else f".{name}"
+                terms[key + rest] = term
         return _distilled(output, logits, terms)
 
     def _read_out(self, output: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 BATCH_NORM = ("all", "student", "per_step")
 _NORMS = ((nn.BatchNorm1d, (2, 3)), (nn.BatchNorm2d, (4,)), (nn.BatchNorm3d, (5,)))
@@ -67,6 +68,20 @@ def _group_norm_over_time(norm: Any, x: Tensor, groups: Sequence[int], counted: 
             for buffer, values in zip(buffers, zip(*seen, strict=True), strict=True):
                 buffer.lerp_(torch.stack(values).mean(0), momentum)
     return torch.cat(parts)
+
+
+def check_batch_norms(model: nn.Module, mode: str) -> None:
+    """Refuse batch norms whose statistics :func:`batch_norm_by_steps` cannot take apart.
+
+    Raises:
+        ValueError: the message names the class.
+    """
+    known = tuple(kind for kind, _ in _NORMS)
+    for name, module in model.named_modules():
+        if isinstance(module, _BatchNorm) and not isinstance(module, known):
+            raise ValueError(
+                f"batch_norm={mode!r} does not work with {type(module).__name__} in student (at {name!r}); use 'all'"
+            )
 
 
 @contextlib.contextmanager

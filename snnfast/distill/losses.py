@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Size, Tensor, nn
 
+from ..encoding import check_steps
 from ..functional import check_number
 from .extend import BATCH_NORM
 
@@ -85,12 +86,6 @@ def _check_temperature(value: Any) -> float:
     return temperature
 
 
-def _check_steps(name: str, value: Any) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"{name} must be a whole number from 1, got {value!r}")
-    return value
-
-
 def _check_mapping(name: str, value: Any, kind: type, example: str) -> dict[str, Any]:
     if not isinstance(value, Mapping) or not value:
         raise TypeError(f"{name} must be a dict with at least one entry, such as {example}, got {value!r}")
@@ -104,7 +99,8 @@ class DistillationLoss(nn.Module):
     """Base of the losses, and of your own: :meth:`forward` turns a batch into terms.
 
     A Distiller copies the losses that it is given, lets each :meth:`build` what it learns with, and calls it on every
-    batch. ``student_layers`` and ``teacher_layers`` are the dotted paths whose outputs it wants.
+    batch. ``student_layers`` and ``teacher_layers`` are the dotted paths whose outputs it wants. Terms are named
+    ``name`` or ``name.something``; other names get ``name.`` before them.
     """
 
     name: ClassVar[str]
@@ -138,7 +134,7 @@ class LogitKD(DistillationLoss):
     name = "logit_kd"
     needs_teacher_logits = True
 
-    def __init__(self, temperature: float = 4.0, weight: float = 0.5, per_step: bool = False) -> None:
+    def __init__(self, temperature: float = 3.0, weight: float = 0.5, per_step: bool = False) -> None:
         super().__init__()
         self.temperature = _check_temperature(temperature)
         self.weight = check_weight("weight", weight)
@@ -260,8 +256,8 @@ class TemporalSelfKD(DistillationLoss):
         batch_norm: str = "all",
     ) -> None:
         super().__init__()
-        self.timesteps_teacher = _check_steps("timesteps_teacher", timesteps_teacher)
-        self.timesteps_student = _check_steps("timesteps_student", timesteps_student)
+        self.timesteps_teacher = check_steps("timesteps_teacher", timesteps_teacher)
+        self.timesteps_student = check_steps("timesteps_student", timesteps_student)
         if self.timesteps_student >= self.timesteps_teacher:
             raise ValueError(
                 f"timesteps_student must be below timesteps_teacher, got {timesteps_student} and {timesteps_teacher}: "
@@ -364,7 +360,7 @@ class SpatialSelfKD(DistillationLoss):
 
     name = "spatial_self_kd"
 
-    def __init__(self, layers: Mapping[str, int], temperature: float = 2.0, weight: float = 1.0) -> None:
+    def __init__(self, layers: Mapping[str, int], temperature: float = 2.0, weight: float = 0.1) -> None:
         super().__init__()
         self.layers = _check_mapping("layers", layers, int, "{'layer2': 10}")
         self.temperature = _check_temperature(temperature)

@@ -8,9 +8,9 @@ from collections.abc import Sequence
 
 import torch
 
-from .config import parse
 from .errors import TrainError
 from .experiment import run
+from .options import parse
 
 __all__ = ["main"]
 

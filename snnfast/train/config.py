@@ -1,24 +1,18 @@
-"""The options of a run, stated once: fields of a dataclass, from which the command line and YAML files are read."""
+"""The options of a run, stated once: fields of a dataclass, which :mod:`.options` reads from a command line or file."""
 
 # ruff: noqa: RUF009 (_option makes dataclass fields)
 from __future__ import annotations
 
-import argparse
 import dataclasses
-import importlib
-import sys
-import types
-import typing
-from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from .augment import KINDS
 from .data import EVENTS, NAMES
 from .errors import InputError, nearest
 
-__all__ = ["LOSSES", "Config", "parse"]
+__all__ = ["LOSSES", "TEACHERLESS", "Config", "flag"]
 
 LOSSES = ("logit", "per-step", "feature", "temporal", "spatial", "confidence")
 TEACHERLESS = frozenset(("temporal", "spatial", "confidence"))
@@ -76,14 +70,25 @@ class Config:
         "lists train several students; none: only the plain one", metavar="LIST",
     )  # fmt: skip
     no_plain: bool = _option("distillation", False, "do not train the plain student for comparison")
-    temperature: float = _option("distillation", 4.0, "softening of logit, temporal and spatial targets", metavar="X")
-    task_weight: float = _option("distillation", 1.0, "weight of the cross-entropy with the labels", metavar="X")
-    logit_weight: float = _option("distillation", 1.0, "weight of logit and per-step", metavar="X")
-    feature_weight: float = _option("distillation", 1.0, "weight of feature", metavar="X")
-    temporal_weight: float = _option(
-        "distillation", 0.5, "weight of temporal, confidence, and per-step's self-term", metavar="X"
+    temperature: float | None = _option(
+        "distillation", None, "softening of all targets (default: 3 for logit and per-step, 2 for temporal, spatial "
+        "and confidence)", metavar="X",
+    )  # fmt: skip
+    task_weight: float | None = _option(
+        "distillation", None, "weight of the cross-entropy with the labels, in every step with per-step (default: 1; "
+        "with logit 1 - LOGIT_WEIGHT, as in KDSNN)", metavar="X",
+    )  # fmt: skip
+    logit_weight: float = _option("distillation", 0.5, "weight of logit, KDSNN's alpha", metavar="X")
+    per_step_weight: float = _option(
+        "distillation", 0.2, "weight of per-step's divergence from the teacher", metavar="X"
     )
-    spatial_weight: float = _option("distillation", 0.5, "weight of spatial", metavar="X")
+    self_weight: float = _option(
+        "distillation", 0.5, "weight of per-step's divergence from the student's own mean over time", metavar="X"
+    )
+    feature_weight: float = _option("distillation", 1.0, "weight of feature", metavar="X")
+    temporal_weight: float = _option("distillation", 1.0, "weight of temporal", metavar="X")
+    spatial_weight: float = _option("distillation", 0.1, "weight of spatial", metavar="X")
+    confidence_weight: float = _option("distillation", 1.0, "weight of confidence", metavar="X")
     feature_pairs: list[str] = _option(
         "distillation", [], "layers for feature, by dotted path; default: the last stages of both",
         metavar="STUDENT=TEACHER",
@@ -135,6 +140,11 @@ class Config:
         "output", 200, "test images for the report's noise robustness curves; 0: none", metavar="N"
     )
 
+    def __post_init__(self) -> None:
+        for name in ("data_dir", "teacher_checkpoint", "out"):
+            if isinstance(getattr(self, name), str):
+                setattr(self, name, Path(getattr(self, name)))
+
     # ---- checks ----
     def check(self) -> Config:
         """Refuse what cannot work, before anything is read; returns the configuration.
@@ -142,10 +152,16 @@ class Config:
         Raises:
             InputError: naming the option, its value and what would do.
         """
+        for f in fields(self):  # the command line has seen to it, Python has not
+            choices, value = f.metadata.get("choices"), getattr(self, f.name)
+            if choices and value not in choices:
+                raise InputError(
+                    f"{flag(f.name)} must be one of {', '.join(choices)}, got {value!r}{nearest(str(value), choices)}"
+                )
         for name, minimum in (
             *(("timesteps", 1), ("epochs", 1), ("batch_size", 1), ("accumulate", 1), ("checkpoint_steps", 1)),
             *(("train_samples", 1), ("test_samples", 1), ("teacher_epochs", 0), ("devices", 1), ("threads", 1)),
-            *(("seed", 0), ("image_size", 8), ("robustness_samples", 0)),
+            *(("seed", 0), ("image_size", 8), ("robustness_samples", 0), ("timesteps_teacher", 2)),
         ):
             value = getattr(self, name)
             if value is not None and value < minimum:
@@ -156,16 +172,18 @@ class Config:
                 raise InputError(f"{flag(name)} must be positive, got {value}")
         if not 1 < self.tau < float("inf"):
             raise InputError(f"--tau must be more than 1 (a time constant, in time steps), got {self.tau}")
-        for name in ("task", "logit", "feature", "temporal", "spatial"):
-            value = getattr(self, f"{name}_weight")
-            if not 0 <= value < float("inf"):
-                raise InputError(f"--{name}-weight must be 0 or more, got {value}")
-        for name in ("weight_decay", "warmup"):
-            if not 0 <= getattr(self, name) < float("inf"):
-                raise InputError(f"{flag(name)} must be 0 or more, got {getattr(self, name)}")
+        weights = [f.name for f in fields(self) if f.name.endswith("_weight")]
+        for name in (*weights, "weight_decay", "warmup"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value < float("inf"):
+                raise InputError(f"{flag(name)} must be 0 or more, got {value}")
         if self.batch_size % self.accumulate:
             raise InputError(f"--batch-size {self.batch_size} must be divisible by --accumulate {self.accumulate}")
         runs = self.distilled()
+        if any("logit" in losses for losses in runs) and self.task_weight is None and self.logit_weight > 1:
+            raise InputError(
+                f"--logit-weight must be at most 1 without --task-weight, which is 1 minus it, got {self.logit_weight}"
+            )
         if any("temporal" in losses for losses in runs) and self.long_timesteps() <= self.timesteps:
             raise InputError(
                 f"--timesteps-teacher must be more than --timesteps ({self.timesteps}), got {self.long_timesteps()}"
@@ -178,6 +196,9 @@ class Config:
         for pair in self.feature_pairs:
             if pair.count("=") != 1 or not all(pair.split("=")):
                 raise InputError(f"--feature-pairs must be STUDENT=TEACHER, got {pair!r}")
+        layers = [pair.split("=")[0] for pair in self.feature_pairs]
+        if len(set(layers)) < len(layers):
+            raise InputError(f"--feature-pairs must name each layer of the student once, got {', '.join(layers)}")
         if self.no_plain and not runs:
             raise InputError("--no-plain with --distill none leaves nothing to train")
         return self
@@ -209,7 +230,7 @@ class Config:
 
     def long_timesteps(self) -> int:
         """T_t, the steps of the self-distillation's target."""
-        return self.timesteps_teacher or 2 * self.timesteps
+        return 2 * self.timesteps if self.timesteps_teacher is None else self.timesteps_teacher
 
     def augmentation(self) -> tuple[str, ...]:
         """The kinds of augmentation, ``auto`` resolved."""
@@ -248,135 +269,3 @@ class Config:
 def flag(name: str) -> str:
     """The command line's spelling of a field."""
     return "--" + name.replace("_", "-")
-
-
-def _plain_type(name: str) -> tuple[type, bool, bool]:
-    """A field's scalar type, whether it may be None, and whether it is a list."""
-    kind = typing.get_type_hints(Config)[name]
-    optional = isinstance(kind, types.UnionType)
-    if optional:
-        kind = next(k for k in typing.get_args(kind) if k is not types.NoneType)
-    if typing.get_origin(kind) is list:
-        return typing.get_args(kind)[0], optional, True
-    return kind, optional, False
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        if message.startswith("unrecognized arguments:"):
-            first = message.split(": ", 1)[1].split()[0]
-            message += nearest(first.split("=")[0], [flag(f.name) for f in fields(Config)])
-        raise InputError(message)
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
-        prog="snnfast-train",
-        description="Train a teacher, a plain spiking network and distilled ones, and compare them.",
-        epilog="example: snnfast-train --data mnist5k --teacher resnet18 --student wrn16_2 --timesteps 4 "
-        "--distill logit,feature --out runs/first",
-        allow_abbrev=False,
-        argument_default=argparse.SUPPRESS,
-        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=34, width=110),
-    )
-    parser.add_argument(
-        "--config", type=Path, metavar="FILE", help="YAML file of options by these names; the command line wins over it"
-    )
-    groups: dict[str, Any] = {}
-    for f in fields(Config):
-        group = f.metadata["group"]
-        if group not in groups:
-            groups[group] = parser.add_argument_group(group)
-        kind, _, many = _plain_type(f.name)
-        extra = {k: v for k, v in f.metadata.items() if k not in ("group", "help")}
-        text = f.metadata["help"]
-        default: Any = f.default_factory() if f.default_factory is not dataclasses.MISSING else f.default
-        if kind is bool:
-            extra["action"] = argparse.BooleanOptionalAction if default else "store_true"
-        else:
-            extra["type"] = kind
-            if many:
-                extra["nargs"] = "+"
-            if default not in (None, []):
-                text += f" (default: {' '.join(default) if many else default})"
-        groups[group].add_argument(flag(f.name), help=text.replace("%", "%%"), **extra)
-    return parser
-
-
-def _from_yaml(path: Path) -> dict[str, Any]:
-    """Options of a YAML file; anything wrong in it is named with its line."""
-    try:
-        yaml: Any = importlib.import_module("yaml")
-    except ImportError:
-        raise InputError("--config needs PyYAML: pip install snnfast[train]") from None
-    try:
-        text = path.read_text()
-        root = yaml.compose(text, Loader=yaml.SafeLoader)
-        values = yaml.safe_load(text) or {}
-    except OSError as error:
-        raise InputError(f"--config {path} cannot be read: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"--config {path} is not YAML: {error}") from None
-    if not isinstance(values, dict):
-        raise InputError(f"--config {path}, line 1: must be lines of the form 'option: value'")
-    lines = {key.value: key.start_mark.line + 1 for key, _ in root.value} if root is not None else {}
-    if root is not None and len(lines) < len(root.value):
-        seen: set[str] = set()
-        for key, _ in root.value:
-            if key.value in seen:
-                raise InputError(f"--config {path}, line {key.start_mark.line + 1}: {key.value!r} is there twice")
-            seen.add(key.value)
-    known = {f.name for f in fields(Config)}
-    options = {}
-    for key, value in values.items():
-        where = f"--config {path}, line {lines.get(str(key), '?')}"
-        name = str(key).replace("-", "_")
-        if name not in known:
-            raise InputError(f"{where}: unknown option {key!r}{nearest(name, known)}")
-        options[name] = _converted(name, value, where)
-    return options
-
-
-def _converted(name: str, value: Any, where: str) -> Any:
-    kind, optional, many = _plain_type(name)
-    if value is None and optional:
-        return None
-    if many:
-        items = value if isinstance(value, list) else [value]
-        return [_converted_scalar(kind, name, item, where) for item in items]
-    value = _converted_scalar(kind, name, value, where)
-    choices = next(f for f in fields(Config) if f.name == name).metadata.get("choices")
-    if choices and value not in choices:
-        raise InputError(f"{where}: {name} must be one of {', '.join(choices)}, got {value!r}{nearest(value, choices)}")
-    return value
-
-
-def _converted_scalar(kind: type, name: str, value: Any, where: str) -> Any:
-    if kind is bool or isinstance(value, bool):
-        if not isinstance(value, bool) or kind is not bool:
-            raise InputError(
-                f"{where}: {name} must be {'true or false' if kind is bool else kind.__name__}, got {value!r}"
-            )
-        return value
-    if isinstance(value, (dict, list)) or value is None or (kind is int and isinstance(value, float)):
-        raise InputError(f"{where}: {name} must be {kind.__name__}, got {value!r}")
-    try:
-        return kind(value)
-    except ValueError:
-        raise InputError(f"{where}: {name} must be {kind.__name__}, got {value!r}") from None
-
-
-def parse(argv: Sequence[str] | None = None) -> Config:
-    """The configuration that a command line (and the YAML file that it names) asks for, checked.
-
-    Raises:
-        InputError: an unknown option or a value that cannot work, with the remedy.
-
-    Example:
-        >>> parse(["--timesteps", "2", "--distill", "logit,feature"]).distilled()
-        [('logit', 'feature')]
-    """
-    given = vars(_parser().parse_args(sys.argv[1:] if argv is None else argv))
-    path = given.pop("config", None)
-    options = _from_yaml(path) if path is not None else {}
-    return Config(**{**options, **given}).check()

@@ -295,8 +295,14 @@ def _nmnist(folder: Path, timesteps: int, **_: Any) -> tuple[formats.Arrays, for
             events = formats.read_nmnist_events(content, name)
             frames.append(formats.events_to_frames(events, timesteps, (34, 34)))
             labels.append(label)
-        splits.append((np.stack(frames), np.array(labels, np.int64)))
+        splits.append(_stacked(frames, labels, f"{folder}: the {'training' if train else 'test'} split"))
     return splits[0], splits[1], 10
+
+
+def _stacked(frames: list[np.ndarray], labels: list[int], what: str) -> formats.Arrays:
+    if not frames:
+        raise InputError(f"{what} is empty: check --data-dir")
+    return np.stack(frames), np.array(labels, np.int64)
 
 
 def _tonic_frames(source: Any, timesteps: int, side: int) -> formats.Arrays:
@@ -306,7 +312,7 @@ def _tonic_frames(source: Any, timesteps: int, side: int) -> formats.Arrays:
         table = np.stack([events[k].astype(np.int64) for k in ("x", "y", "p", "t")], 1)
         frames.append(formats.events_to_frames(table, timesteps, (side, side), (height, width)))
         labels.append(label)
-    return np.stack(frames), np.array(labels, np.int64)
+    return _stacked(frames, labels, type(source).__name__)
 
 
 def _items(source: Any) -> Iterator[tuple[Any, int]]:

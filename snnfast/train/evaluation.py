@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import functional
+from ..analysis._modules import evaluating, spiking_modules
 from .augment import Augment
 from .data import Store
-from .models import neuron_layers
 from .objective import readout
 
 __all__ = ["evaluate", "laid_out"]
@@ -34,13 +34,11 @@ def evaluate(
     from ..analysis import FiringRateMonitor
 
     world, rank = (fabric.world_size, fabric.global_rank) if fabric is not None else (1, 0)
-    layers = list(neuron_layers(network))
-    training = network.training
-    network.eval()
     device = store.labels.device
     sums = torch.zeros(3, dtype=torch.float64, device=device)  # right answers, loss, images
     with contextlib.ExitStack() as stack:
-        monitor = stack.enter_context(FiringRateMonitor(network)) if layers else None
+        stack.enter_context(evaluating(network))
+        monitor = stack.enter_context(FiringRateMonitor(network)) if spiking_modules(network) else None
         if fabric is not None:
             stack.enter_context(fabric.autocast())
         for indices in torch.arange(rank, len(store), world, device=device).split(batch_size):
@@ -54,7 +52,6 @@ def evaluate(
         rates = monitor.rates() if monitor is not None else {}
         mean_rate = monitor.mean() if monitor is not None else None
     functional.reset_net(network)
-    network.train(training)
     if world > 1:
         # Every process saw as many images but one: the rates' plain mean will do.
         figures = torch.tensor([mean_rate or 0.0, *rates.values()], dtype=torch.float64, device=device)

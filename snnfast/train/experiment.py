@@ -13,10 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .. import functional
+from ..analysis._modules import evaluating
 from . import data, models
 from .augment import Augment
 from .checkpoint import seed_everything, write_atomically
-from .config import Config
+from .config import TEACHERLESS, Config
 from .errors import InputError
 from .evaluation import evaluate
 from .objective import Objective, average_time, distiller, repeated
@@ -184,9 +186,12 @@ def _checksum(network: nn.Module) -> int:
 @torch.no_grad()
 def _logits(teacher: nn.Module, store: data.Store, augment: Augment, batch_size: int) -> Tensor:
     """The teacher's logits of every training image."""
-    teacher.eval()
-    blocks = torch.arange(len(store), device=store.labels.device).split(batch_size)
-    return torch.cat([teacher(augment.normalise(store.gather(indices))).float() for indices in blocks])
+    logits = []
+    with evaluating(teacher):
+        for indices in torch.arange(len(store), device=store.labels.device).split(batch_size):
+            functional.reset_net(teacher)
+            logits.append(teacher(augment.normalise(store.gather(indices))).float())
+    return torch.cat(logits)
 
 
 def run(config: Config) -> dict[str, Any]:
@@ -213,17 +218,19 @@ def run(config: Config) -> dict[str, Any]:
 
 def _run(config: Config, fabric: Any, display: Display) -> dict[str, Any]:
     started = time.perf_counter()
-    dataset = data.load(
-        config.data,
-        config.data_dir,
-        fabric.device,
-        timesteps=config.timesteps,
-        seed=config.seed,
-        image_size=config.image_size,
-        fetch=config.download,
-        train_samples=config.train_samples,
-        test_samples=config.test_samples,
-    )
+    # One process downloads; the others then find the files.
+    with fabric.rank_zero_first() if config.download else contextlib.nullcontext():
+        dataset = data.load(
+            config.data,
+            config.data_dir,
+            fabric.device,
+            timesteps=config.timesteps,
+            seed=config.seed,
+            image_size=config.image_size,
+            fetch=config.download,
+            train_samples=config.train_samples,
+            test_samples=config.test_samples,
+        )
     if len(dataset.train) < config.batch_size:
         raise InputError(
             f"--batch-size {config.batch_size} is more than the {len(dataset.train)} training images: there would be "
@@ -242,7 +249,7 @@ def _run(config: Config, fabric: Any, display: Display) -> dict[str, Any]:
     for losses in config.distilled():
         name = "distilled-" + "-".join(losses)
         students[name] = networks.student()
-        own_teacher = teacher if set(losses) - {"temporal", "spatial", "confidence"} else None
+        own_teacher = teacher if set(losses) - TEACHERLESS else None
         objectives[name] = networks.distilled(losses, students[name], own_teacher)
 
     fingerprint = {"data": dataset.fingerprint()}

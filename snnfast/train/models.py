@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from .errors import InputError, nearest
 
-__all__ = ["arguments", "build", "load_weights", "neuron_layers"]
+__all__ = ["arguments", "build", "fill", "load_weights"]
 
 
 def _function(name: str, what: str) -> Callable[..., nn.Module]:
@@ -164,8 +164,3 @@ def fill(model: nn.Module, weights: dict[str, Tensor], where: str) -> None:
                  ((lacking, "missing"), (foreign, "unknown"), (shapes, "of another shape")) if names]  # fmt: skip
         raise InputError(f"{where} does not fit this network: {'; '.join(parts)}; was it made with other options?")
     model.load_state_dict(weights)
-
-
-def neuron_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """The spiking neurons of a network, by path: snnfast's, or another library's with a ``v_threshold``."""
-    return {name: m for name, m in model.named_modules() if hasattr(m, "v_threshold")}

@@ -138,25 +138,31 @@ def distiller(
     except ImportError:
         raise InputError("this version has no snnfast.distill; give --distill none") from None
     made: list[Any] = []
+    # Where none is given, each loss has its own.
+    softening: dict[str, Any] = {} if config.temperature is None else {"temperature": config.temperature}
+    task_weight = config.task_weight
+    if task_weight is None:
+        task_weight = 1.0 - config.logit_weight if "logit" in losses else 1.0
     try:
         for loss in losses:
             if loss == "logit":
-                made.append(d.LogitKD(config.temperature, config.logit_weight))
+                made.append(d.LogitKD(weight=config.logit_weight, **softening))
             elif loss == "per-step":
-                made.append(d.PerStepKD(config.temperature, config.logit_weight, config.temporal_weight))
+                weights = {"weight": config.per_step_weight, "self_weight": config.self_weight}
+                made.append(d.PerStepKD(**weights, task_weight=task_weight, **softening))
             elif loss == "feature":
                 assert teacher is not None
                 made.append(d.FeatureKD(_pairs(config, student, teacher), config.feature_weight))
             elif loss == "temporal":
                 steps = (config.long_timesteps(), config.timesteps)
-                made.append(d.TemporalSelfKD(*steps, config.temperature, config.temporal_weight))
+                made.append(d.TemporalSelfKD(*steps, weight=config.temporal_weight, **softening))
             elif loss == "spatial":
                 layers = _spatial(config, student, classes)
-                made.append(d.SpatialSelfKD(layers, config.temperature, config.spatial_weight))
+                made.append(d.SpatialSelfKD(layers, weight=config.spatial_weight, **softening))
             else:
-                made.append(d.ConfidenceKD(config.temperature, config.temporal_weight))
-        # Per-step cross-entropy takes the place of the one on the mean.
-        task_weight = 0.0 if "per-step" in losses else config.task_weight
+                made.append(d.ConfidenceKD(weight=config.confidence_weight, **softening))
+        if "per-step" in losses:  # its cross-entropy of every step takes the place of the one on the mean
+            task_weight = 0.0
         return d.Distiller(student, teacher, made, task_weight=task_weight, example_inputs=example)
     except InputError:
         raise

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import csv
 import io
-import resource
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -30,13 +29,17 @@ def reset_peak_memory(device: torch.device) -> None:
             Path("/proc/self/clear_refs").write_text("5")
 
 
-def peak_memory(device: torch.device) -> int:
+def peak_memory(device: torch.device) -> int | None:
     """Largest memory since :func:`reset_peak_memory` in bytes: of tensors on a GPU, of the whole process on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     with contextlib.suppress(OSError, ValueError, IndexError):
         status = Path("/proc/self/status").read_text()
         return 1024 * int(status.split("VmHWM:")[1].split()[0])
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
     largest = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return largest if sys.platform == "darwin" else 1024 * largest
 

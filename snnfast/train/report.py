@@ -12,12 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from .. import __version__, functional
+from ..analysis._modules import evaluating, spiking_modules
 from .augment import Augment
 from .checkpoint import write_atomically
 from .config import Config
 from .data import Dataset
 from .errors import InputError
-from .models import neuron_layers
 from .progress import Display
 
 __all__ = ["Logs", "write_report"]
@@ -87,14 +87,17 @@ def _raster(network: nn.Module, dataset: Dataset, normal: Augment, timesteps: in
     """Spikes of the first test image in the last layer of neurons."""
     from ..analysis import plot_raster
 
-    name, layer = list(neuron_layers(network).items())[-1]
+    name, layer = list(spiking_modules(network).items())[-1]
     seen: list[Tensor] = []
-    hook = layer.register_forward_hook(lambda module, inputs, output: seen.append(output))
-    functional.reset_net(network)
     first = torch.zeros(1, dtype=torch.long, device=dataset.test.labels.device)
-    network(normal.normalise(dataset.test.gather(first)).to(next(network.parameters()).dtype))
     functional.reset_net(network)
-    hook.remove()
+    hook = layer.register_forward_hook(lambda module, inputs, output: seen.append(output))
+    try:
+        with evaluating(network):
+            network(normal.normalise(dataset.test.gather(first)).to(next(network.parameters()).dtype))
+    finally:
+        hook.remove()
+    functional.reset_net(network)
     spikes = torch.cat([s.unsqueeze(0) for s in seen]) if len(seen) > 1 else seen[0]
     title = f"{name}, first test image"
     plot_raster(spikes.reshape(timesteps, -1).float(), path, title=title)

@@ -16,13 +16,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..analysis._modules import spiking_modules
 from .augment import Augment
 from .checkpoint import Checkpoints, random_state, restore_random_state, seed_everything, write_atomically
 from .config import Config
 from .data import Dataset, epoch_order, split_seed
 from .errors import InputError, Interrupted, NonFiniteError
 from .evaluation import evaluate, laid_out
-from .models import fill, neuron_layers
+from .models import fill
 from .objective import Objective
 from .progress import Display, history_csv, peak_memory, reset_peak_memory
 
@@ -161,17 +162,18 @@ class Trainer:
             NonFiniteError: a weight is NaN or infinite; the checkpoints before are kept.
             CheckpointError: it cannot be written.
         """
-        fabric = self.fabric
+        fabric, sums = self.fabric, self.sums
         states = [random_state()]
         if fabric.world_size > 1:
             states = [{}] * fabric.world_size
             torch.distributed.all_gather_object(states, random_state())
+            sums = fabric.all_reduce(sums.clone(), reduce_op="mean")
         if not fabric.is_global_zero:
             return
         bad = [
             k for k, v in self.stage.network.state_dict().items() if v.is_floating_point() and not v.isfinite().all()
         ]
-        if bad or not self.sums.isfinite().all():
+        if bad or not sums.isfinite().all():
             raise self._not_finite(f"; {', '.join(bad[:3])} of the network are not finite" if bad else "")
         state = {
             "optimizer": self.optimizer.state_dict(),
@@ -179,7 +181,7 @@ class Trainer:
             "scaler": fabric.strategy.precision.state_dict(),
             "random": states,
             "position": {"epoch": self.epoch, "batch": self.batch},
-            "sums": self.sums.cpu(),
+            "sums": sums.cpu(),
             "terms": self.terms.cpu(),
             "names": list(self.stage.objective.names),
             "rate": self.rate,
@@ -365,7 +367,7 @@ class Trainer:
     def _watch(self) -> Any:
         """Counts spikes in the steps that are shown; compiled code must not meet hooks that come and go."""
         shown = (self.step + 1) % _SHOW_EVERY == 0 and sys.stderr.isatty()
-        if not shown or self.config.compile or self.config.accumulate > 1 or not neuron_layers(self.stage.network):
+        if not shown or self.config.compile or self.config.accumulate > 1 or not spiking_modules(self.stage.network):
             return contextlib.nullcontext()
         from ..analysis import FiringRateMonitor
 
