@@ -65,7 +65,7 @@ def check_number(name: str, value: Any) -> float:
         value = value.item()
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name} must be a number, got {type(value).__name__} {value!r}")
-    if math.isnan(value):
+    if value != value:  # not math.isnan, which torch.compile cannot trace once the number varies
         raise ValueError(f"{name} must be a number, got nan")
     return float(value)
 
@@ -85,7 +85,7 @@ def check_tau(name: str, value: Any) -> float:
     return tau
 
 
-def check_input(name: str, x: Any, least_dimensions: int) -> None:
+def check_input(name: str, x: Any, least_dimensions: int, folded: bool = False) -> None:
     """Raise unless ``x`` is a dense floating-point tensor that a neuron can take.
 
     Raises:
@@ -105,7 +105,7 @@ def check_input(name: str, x: Any, least_dimensions: int) -> None:
         raise ValueError(
             f"{name} must have time as its first dimension, [T, *], got a tensor of shape {tuple(x.shape)}"
         )
-    if least_dimensions and x.shape[0] == 0:
+    if least_dimensions and x.shape[0] == 0 and not folded:
         raise ValueError(f"{name} must have at least one time step, got T = 0 in shape {tuple(x.shape)}")
 
 

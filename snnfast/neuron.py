@@ -156,7 +156,8 @@ class BaseNode(MemoryModule):
         if not isinstance(v, Tensor):
             return float(v)
         if v.shape != x_seq.shape[1:]:
-            return 0.0 if self.v_reset is None else self.v_reset
+            start = self._memory_reset_values["v"]
+            return start if not isinstance(start, Tensor) else 0.0 if self.v_reset is None else self.v_reset
         dtype = dynamics.state_dtype(x_seq.dtype)
         return v if v.dtype == dtype and v.device == x_seq.device else v.to(device=x_seq.device, dtype=dtype)
 
@@ -221,8 +222,8 @@ class BaseNode(MemoryModule):
 
     def multi_step_forward(self, x_seq: Tensor) -> Tensor:
         """All time steps: ``[T, *]`` -> spikes ``[T, *]``; with ``timesteps`` ``[T * B, *]`` -> ``[T * B, *]``."""
-        functional.check_input("x_seq", x_seq, 1)
         T = self.timesteps
+        functional.check_input("x_seq", x_seq, 1, folded=T is not None)
         if T is None:
             s, v_seq = self._run(x_seq)
             if v_seq is not self.v_seq:
@@ -233,7 +234,7 @@ class BaseNode(MemoryModule):
                 f"x_seq must be [T * B, *] with timesteps={T}, got a first dimension of {x_seq.shape[0]}, which {T} "
                 "does not divide; repeat the input T times before the network, or set timesteps to its number of steps"
             )
-        s, self.v_seq = self._run(x_seq.unflatten(0, (T, -1)))
+        s, self.v_seq = self._run(x_seq.unflatten(0, (T, x_seq.shape[0] // T)))
         return s.flatten(0, 1)
 
     def extra_repr(self) -> str:

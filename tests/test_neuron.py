@@ -255,3 +255,20 @@ def test_reset_net_resets_many_steps_of_training():
         optimizer.step()
         losses.append(loss.item())
     assert losses[-1] <= losses[0]
+
+
+def test_an_empty_folded_batch_gives_an_empty_result():
+    x = torch.empty(0, 3, requires_grad=True)
+    s = snnfast.LIFNode(timesteps=4)(x)
+    assert s.shape == (0, 3)
+    s.sum().backward()
+    assert x.grad.shape == (0, 3)
+
+
+def test_another_batch_size_starts_from_the_reset_value():
+    node = snnfast.IFNode(v_threshold=1.0, v_reset=None, step_mode="m")
+    node.set_reset_value("v", 0.5)
+    node.reset()
+    node(torch.zeros(1, 3))
+    node(torch.zeros(1, 2))
+    assert torch.equal(node.v, torch.full((2,), 0.5))
