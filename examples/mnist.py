@@ -323,7 +323,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
     result = {"snnfast": snnfast.__version__, "torch": torch.__version__, "device": str(device)}
     result |= {"threads": torch.get_num_threads(), **vars(args), "out": str(args.out)}
     result |= {"network": NETWORK, "teacher channels": TEACHER, "student channels": STUDENT}
-    result["student neuron"] = repr(snnfast.LIFNode(timesteps=args.timesteps, **NEURON))
+    result["student neuron"] = " ".join(repr(snnfast.LIFNode(timesteps=args.timesteps, **NEURON)).split())
     console.print(*(f"{name}: {value}" for name, value in result.items()), sep="\n")
 
     result["networks"] = networks = train_all(args, data, console)
