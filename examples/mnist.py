@@ -247,7 +247,7 @@ def plot(result: dict[str, Any], path: Path) -> None:
     accuracy, operations, step_time = figure.subplots(1, 3)
     networks = result["networks"]
     for name, n in networks.items():
-        style = "k--" if name == TEACHER_NAME else "o-"
+        style = "ko--" if name == TEACHER_NAME else "o-"
         epochs = range(1, len(n["test accuracy"]) + 1)
         accuracy.plot(epochs, [100 * a for a in n["test accuracy"]], style, markersize=4, label=name)
     accuracy.set(xlabel="epoch", ylabel="test accuracy (%)", xticks=epochs, title="5,000 MNIST images, one seed")
@@ -258,7 +258,11 @@ def plot(result: dict[str, Any], path: Path) -> None:
     operations.barh(list(networks), macs, color="0.7", label="multiplications (MACs)")
     operations.barh(list(networks), acs, left=macs, color="tab:blue", label="additions (ACs)")
     operations.invert_yaxis()
-    operations.set(xlabel="million operations for one image", title=f"inference, T = {result['timesteps']}")
+    operations.set(
+        xlabel="million operations for one image",
+        xlim=(0, 1.05 * max(macs)),
+        title=f"inference, T = {result['timesteps']}",
+    )
     operations.legend(loc="lower right")
 
     times = result["milliseconds"]
