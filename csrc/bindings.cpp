@@ -170,7 +170,7 @@ void prepare_cpu_output(Call& call, int threads, void* output) {
   const int64_t bytes = call.T * call.N * element_size(call.dtype);
   call.threads = threads;
   call.stream_stores = bytes >= stream_stores_from;
-  if (bytes >= int64_t(4) << 20) advise_huge_pages(output, bytes);
+  if (output && bytes >= int64_t(4) << 20) advise_huge_pages(output, bytes);
 }
 
 void cpu_forward(const Config& config, int threads, SNNFAST_INPUTS, SNNFAST_OUTPUTS) {

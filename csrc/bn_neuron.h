@@ -56,7 +56,7 @@ const R* of_step(const BatchNormCall& b, const void* constants, int64_t t) {
 }
 
 template <bool runs, class T, class R>
-void normalise_row(const BatchNormCall& b, int64_t t, int64_t begin, int64_t n, const T* ahead, R* y) {
+__attribute__((noinline)) void normalise_row(const BatchNormCall& b, int64_t t, int64_t begin, int64_t n, const T* ahead, R* y) {
   const T* x = static_cast<const T*>(b.call.x) + t * b.call.N + begin;
   const R *scale = of_step<R>(b, b.scale, t), *shift = of_step<R>(b, b.shift, t);
   for_each_part<runs>(b, begin, begin + n, [&](int64_t at, int64_t length, int64_t constant) {
@@ -71,12 +71,6 @@ void normalise_row(const BatchNormCall& b, int64_t t, int64_t begin, int64_t n, 
 }
 
 // ---- sums over a channel ----
-SNNFAST_FN void add_to(double* sum, double v) { *sum += v; }
-SNNFAST_FN void add_to(double* sum, float v) { *sum += v; }
-SNNFAST_FN void add_to(double* sum, Float64Vector v) {
-  Float64Vector s = load(sum, (Float64Vector*)nullptr);
-  store<false>(sum, s + v);
-}
 typedef float HalfFloat32Vector __attribute__((vector_size(kVectorBytes / 2)));
 SNNFAST_FN Float64Vector lower(Float32Vector v) {
   HalfFloat32Vector halves[2];
@@ -108,7 +102,7 @@ class Sums {
     if constexpr (runs)
       lanes[k][which] += v;
     else
-      add_to(to[k] + i, v);
+      store<false>(to[k] + i, load(to[k] + i, (Float64Vector*)nullptr) + v);
   }
   SNNFAST_FN void add(int k, int64_t i, double v) {
     if constexpr (runs)
@@ -243,7 +237,7 @@ bool statistics(const BatchNormCall& b) {
 
 // ---- forward ----
 template <class T, bool stream, class R>
-void spikes_row(T* to, const R* s, int64_t n) {
+__attribute__((noinline)) void spikes_row(T* to, const R* s, int64_t n) {
   for_each_in_row<R, stream>(to, n, [&](auto tag, int64_t i) __attribute__((always_inline)) {
     store_spikes<stream>(to + i, load(s + i, (decltype(tag)*)nullptr));
   });
@@ -296,18 +290,21 @@ bool batch_norm_forward(const BatchNormCall& b) {
 }
 
 // ---- backward ----
-// Neurons per tile: what a tile needs for all steps stays in the caches.
+// Neurons per tile: what a tile needs for all steps stays in the caches, a few steps' in the first-level one.
 inline int64_t batch_norm_backward_tile(int64_t T) {
-  const int64_t tile = 8192 / smaller(T, 128) / 64 * 64;
-  return smaller(tile, kBatchNormTile);
+  return T <= kFewSteps ? 2 * kTile : 8192 / smaller(T, 128) / 64 * 64;
 }
+// Between rows of a scratch array: rows a multiple of 4 KiB apart would all fall on the same lines of the cache.
+inline int64_t scratch_stride(int64_t tile) { return tile + 80; }
 
 // The gradient of the normalised input of one tile, [T, n].
 template <class Neuron, class R>
 class BatchNormScratch {
  public:
   BatchNormScratch(int64_t T, int64_t tile)
-      : neuron(T, tile), size_(T * tile), memory_(static_cast<R*>(malloc(3 * size_ * sizeof(R) + 64))) {}
+      : neuron(T, smaller(tile, T <= kFewSteps ? kTile : tile)),
+        size_(T * scratch_stride(tile)),
+        memory_(static_cast<R*>(malloc(3 * size_ * sizeof(R) + 64))) {}
   ~BatchNormScratch() { free(memory_); }
   BatchNormScratch(const BatchNormScratch&) = delete;
   BatchNormScratch& operator=(const BatchNormScratch&) = delete;
@@ -324,7 +321,7 @@ class BatchNormScratch {
 
 // Adds g and g * (x - centre) to the channels' sums and writes g, times grad_scale if there is one, to grad_x.
 template <bool runs, class T, class R>
-void collect_row(const BatchNormCall& b, int64_t t, int64_t begin, int64_t n, const R* g, Accumulators& accumulators) {
+__attribute__((noinline)) void collect_row(const BatchNormCall& b, int64_t t, int64_t begin, int64_t n, const R* g, Accumulators& accumulators) {
   const T* x = static_cast<const T*>(b.call.x) + t * b.call.N + begin;
   T* to = static_cast<T*>(b.call.grad_x) + t * b.call.N + begin;
   const R* centre = of_step<R>(b, b.centre, t);
@@ -336,6 +333,7 @@ void collect_row(const BatchNormCall& b, int64_t t, int64_t begin, int64_t n, co
     Sums<runs> sums(accumulators.sum(0) + group + constant, accumulators.sum(1) + group + constant);
     for_each_in_row<R, false>(to + at, length, [&](auto tag, int64_t i) __attribute__((always_inline)) {
       using V = decltype(tag);
+      __builtin_prefetch(to + at + n + i, 1);
       const V grad = load(g + at + i, (V*)nullptr);
       const V product = grad * (load(x + at + i, (V*)nullptr) - minus.at(tag, i));
       store<false>(to + at + i, scaled ? grad * by.at(tag, i) : grad);
@@ -357,9 +355,10 @@ void collect_row(const BatchNormCall& b, int64_t t, int64_t begin, int64_t n, co
 
 // The neuron's backward on the scratch rows of one tile. Returns the gradient of the decay.
 template <class Neuron, class R>
-double backward_of_tile(const Call& whole, int64_t begin, int64_t n, const BatchNormScratch<Neuron, R>& scratch) {
+double backward_of_tile(const Call& whole, int64_t begin, int64_t n, int64_t stride,
+                        const BatchNormScratch<Neuron, R>& scratch) {
   Call c = whole;
-  c.N = n;
+  c.N = stride;  // of its rows; the neurons are the first n
   c.x = scratch.array(0);
   c.grad_s = whole.grad_s ? scratch.array(1) : nullptr;
   c.grad_x = scratch.array(2);
@@ -379,7 +378,7 @@ template <class Neuron, class T>
 bool batch_norm_backward(const BatchNormCall& b) {
   using R = typename StateOf<T>::type;
   const Call& c = b.call;
-  const int64_t tile = batch_norm_backward_tile(c.T);
+  const int64_t tile = batch_norm_backward_tile(c.T), stride = scratch_stride(tile);
   return over_chunks(
       b, batch_norm_threads(b), [&] { return BatchNormScratch<Neuron, R>(c.T, tile); },
       [&](int64_t chunk, int64_t begin, int64_t end, Accumulators& accumulators,
@@ -388,24 +387,24 @@ bool batch_norm_backward(const BatchNormCall& b) {
         for (int64_t i = begin; i < end; i += tile) {
           const int64_t n = smaller(tile, end - i);
           for (int64_t t = 0; t < c.T; ++t) {
-            const T* next = static_cast<const T*>(c.x) + (t + 1 < c.T ? (t + 1) * c.N + i : i + n);
-            R* y = scratch.array(0) + t * n;
+            const T* next = static_cast<const T*>(c.x) + t * c.N + i + n;
+            R* y = scratch.array(0) + t * stride;
             if (b.runs())
               normalise_row<true>(b, t, i, n, next, y);
             else
               normalise_row<false>(b, t, i, n, next, y);
             if (!c.grad_s) continue;
             const T* grad_s = static_cast<const T*>(c.grad_s) + t * c.N + i;
-            const T* ahead = t + 1 < c.T ? grad_s + c.N : static_cast<const T*>(c.grad_s) + i + n;
-            R* to = scratch.array(1) + t * n;
+            const T* ahead = grad_s + n;
+            R* to = scratch.array(1) + t * stride;
             for_each_in_row<R, false>(to, n, [&](auto tag, int64_t j) __attribute__((always_inline)) {
               __builtin_prefetch(ahead + j);
               store<false>(to + j, load(grad_s + j, (decltype(tag)*)nullptr));
             });
           }
-          grad_decay += backward_of_tile(c, i, n, scratch);
+          grad_decay += backward_of_tile(c, i, n, stride, scratch);
           for (int64_t t = 0; t < c.T; ++t) {
-            const R* g = scratch.array(2) + t * n;
+            const R* g = scratch.array(2) + t * stride;
             if (b.runs())
               collect_row<true, T>(b, t, i, n, g, accumulators);
             else

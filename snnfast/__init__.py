@@ -9,6 +9,7 @@ torch.Size([16, 2, 4])
 from . import analysis, encoding, functional, layer, losses, models, neuron, surrogate
 from ._version import __version__
 from .convert import from_nir, to_nir, to_spiking
+from .fused import fuse
 from .neuron import IFNode, LIFNode, ParametricLIFNode
 
 __all__ = [
@@ -20,6 +21,7 @@ __all__ = [
     "encoding",
     "from_nir",
     "functional",
+    "fuse",
     "layer",
     "losses",
     "models",

@@ -187,7 +187,21 @@ def batch_norm_constants(x: Tensor) -> int:
 
 def _batch_norm(run: int, constants: Constants, x: Tensor, groups: int, **given: Any) -> float:
     T = x.shape[0]
-    names = "first scale shift centre slope offset s v grad_s grad_v grad_x grad_v0 sums".split()
+    names = [
+        "first",
+        "scale",
+        "shift",
+        "centre",
+        "slope",
+        "offset",
+        "s",
+        "v",
+        "grad_s",
+        "grad_v",
+        "grad_x",
+        "grad_v0",
+        "sums",
+    ]
     return _C.cpu_batch_norm(
         _config(constants),
         run,
@@ -223,9 +237,7 @@ def batch_norm_forward(
     v: Tensor,
 ) -> None:
     """Spikes ``s`` and final potentials of the normalised ``x * scale + shift``."""
-    _batch_norm(
-        _FORWARD, constants, x, scale.shape[0], v0=v0, decay=decay, scale=scale, shift=shift, s=s, v=v
-    )
+    _batch_norm(_FORWARD, constants, x, scale.shape[0], v0=v0, decay=decay, scale=scale, shift=shift, s=s, v=v)
 
 
 def batch_norm_backward(

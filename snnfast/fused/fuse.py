@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 from torch import fx, nn
 
 from ..base import StepModule
-from ..convert.to_spiking_layers import MaxPoolOfRates, Repeat, _start_afresh
 from ..convert.to_spiking_layers import Dropout as DropoutOfRates
+from ..convert.to_spiking_layers import MaxPoolOfRates, Repeat, _start_afresh
 from ..network import holds_single_steps
 from ..neuron import BaseNode
 from . import batch_norm
