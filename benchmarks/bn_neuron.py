@@ -24,8 +24,7 @@ from .measure import RESULTS, compare, environment, refuse_unless_idle
 
 T, B, C, SIZE = 4, 32, 64, 32
 FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
-# Passes over [T, N], as PERFORMANCE.md counts them: forward statistics R, then R, W; backward R, R, W (sums) and R, R, W
-# for the fused; R, then R, W, then R, W, and R, R, W, then R, R, then R, R, W for the two modules.
+# Passes over [T, N] in a training step, a read or a write each: docs/fusion.md lists them.
 FUSED_PASSES, SEPARATE_PASSES = 3 + 6, 5 + 8
 
 

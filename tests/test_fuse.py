@@ -33,9 +33,9 @@ def small_network(neuron=snnfast.LIFNode):
         nn.Conv2d(3, 8, 3, padding=1, bias=False),
         nn.BatchNorm2d(8),
         neuron(timesteps=T),
-        nn.Sequential(nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8), neuron(timesteps=T)),
+        nn.Sequential(nn.Conv2d(8, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8), neuron(timesteps=T)),
         nn.Flatten(),
-        nn.Linear(8 * 8 * 8, 10),
+        nn.Linear(8 * 8 * 8, 10, bias=False),
         nn.BatchNorm1d(10),
         neuron(timesteps=T),
     )

@@ -171,6 +171,10 @@ def backward(
 # ---- batch norm and neuron in one, on the CPU ----
 _STATISTICS, _FORWARD, _BACKWARD, _BACKWARD_INPUT = range(4)  # BatchNormPass in csrc/dispatch.h
 _LEAST_RUN = 32  # BatchNormCall::runs
+_BATCH_NORM_TENSORS = (
+    *("first", "scale", "shift", "centre", "slope", "offset"),
+    *("s", "v", "grad_s", "grad_v", "grad_x", "grad_v0", "sums"),
+)
 _NO_NEURON = Constants(0, 0, 0, 1.0, 0.0, 2.0, 1.0, 1.0, 0.0, 0.0)
 
 
@@ -187,21 +191,6 @@ def batch_norm_constants(x: Tensor) -> int:
 
 def _batch_norm(run: int, constants: Constants, x: Tensor, groups: int, **given: Any) -> float:
     T = x.shape[0]
-    names = [
-        "first",
-        "scale",
-        "shift",
-        "centre",
-        "slope",
-        "offset",
-        "s",
-        "v",
-        "grad_s",
-        "grad_v",
-        "grad_x",
-        "grad_v0",
-        "sums",
-    ]
     return _C.cpu_batch_norm(
         _config(constants),
         run,
@@ -216,7 +205,7 @@ def _batch_norm(run: int, constants: Constants, x: Tensor, groups: int, **given:
         _inner(x),
         groups,
         given.get("batch_statistics", False),
-        *(_address(given.get(name)) for name in names),
+        *(_address(given.get(name)) for name in _BATCH_NORM_TENSORS),
     )
 
 

@@ -28,7 +28,7 @@ _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 # ---- what can be fused ----
-def misfit(norm: nn.Module, neuron: nn.Module) -> str | None:
+def misfit(norm: Any, neuron: Any) -> str | None:
     """Why these two modules, whatever their input, cannot run as one; ``None`` if they can."""
     if isinstance(norm, nn.SyncBatchNorm):
         return "SyncBatchNorm takes its statistics over several processes"
@@ -39,17 +39,17 @@ def misfit(norm: nn.Module, neuron: nn.Module) -> str | None:
     if _layout(norm, neuron) is None:
         return (
             f"the norm's step mode is {getattr(norm, 'step_mode', 's (time folded into the batch)')} and the neuron's "
-            f"is {neuron.step_mode}, with timesteps={neuron.timesteps}"  # type: ignore[union-attr]
+            f"is {neuron.step_mode}, with timesteps={neuron.timesteps}"
         )
     if neuron.store_v_seq:
         return "the neuron keeps its potentials (store_v_seq)"
     if neuron.backend in ("triton", "reference"):
         return f"the neuron asks for backend={neuron.backend!r}"
-    if not is_fused(recognise(neuron.surrogate_function)):  # type: ignore[arg-type]
+    if not is_fused(recognise(neuron.surrogate_function)):
         return "the neuron's surrogate has no kernel"
-    weights = [t.dtype for t in (*norm.parameters(), *norm.buffers()) if t.is_floating_point()]
-    if any(dtype not in _DTYPES for dtype in weights):
-        return f"the norm's parameters are {weights[0]}"
+    for t in (norm.weight, norm.bias, norm.running_mean, norm.running_var):
+        if t is not None and t.dtype not in _DTYPES:
+            return f"the norm's parameters are {t.dtype}"
     return None
 
 

@@ -24,7 +24,7 @@ _LEAVES = (StepModule, Repeat, MaxPoolOfRates, DropoutOfRates)
 
 @dataclass
 class FuseReport:
-    """What :func:`fuse` did: names of ``(norm, neuron)`` in ``fused``, and of norms with the reason in ``left_alone``."""
+    """What :func:`fuse` did: the names of ``(norm, neuron)`` pairs, and of the norms left alone, with the reason."""
 
     fused: list[tuple[str, str]] = field(default_factory=list)
     left_alone: dict[str, str] = field(default_factory=dict)
@@ -182,9 +182,9 @@ def _shared_parameters(model: nn.Module) -> set[int]:
 
 
 def _why_not(norm: nn.Module, neuron: Any, found: _Found, shared: set[int]) -> str | None:
+    if found.calls[neuron] > 1:
+        return f"the neuron is called {found.calls[neuron]} times in a forward"
     for module, word in ((norm, "the norm"), (neuron, "the neuron")):
-        if found.calls[module] > 1:
-            return f"{word} is called {found.calls[module]} times in a forward"
         if any(id(t) in shared for t in (*module._parameters.values(), *module._buffers.values()) if t is not None):
             return f"{word} shares a parameter with another module"
         if "forward" in module.__dict__:
@@ -228,14 +228,16 @@ def fuse(model: nn.Module) -> FuseReport:
         if not isinstance(norm, _NORM) or norm in fused_already or _is_part_of_node(name, model):
             continue
         neuron = found.neurons.get(norm)
-        if neuron is None:
+        if found.calls[norm] > 1:
+            report.left_alone[name] = f"the norm is called {found.calls[norm]} times in a forward"
+        elif neuron is None:
             untraced = "the forward around it cannot be traced, or does not call it"
             report.left_alone[name] = found.reasons.get(norm, untraced)
         elif (reason := _why_not(norm, neuron, found, shared)) is not None:
             report.left_alone[name] = reason
         else:
             norm.forward = _Defer(norm)  # type: ignore[method-assign,assignment]
-            neuron.forward = _NormAndNeuron(neuron)  # type: ignore[method-assign,assignment]
+            neuron.forward = _NormAndNeuron(neuron)
             report.fused.append((name, names[neuron]))
     return report
 

@@ -1,7 +1,7 @@
 """Batch norm and neuron as one differentiable function, and the torch ops under it.
 
-``torch.ops.snnfast.bn_statistics``, ``bn_multi_step`` and ``bn_multi_step_backward`` take tensors and numbers only. Their
-input ``x`` is ``[T, B, C, *]``; statistics are ``[G, C]`` in float64, ``G`` being 1, or ``T`` where each time step has
+``torch.ops.snnfast.bn_statistics``, ``bn_multi_step`` and ``bn_multi_step_backward`` take tensors and numbers only;
+``x`` is ``[T, B, C, *]``; statistics are ``[G, C]`` in float64, ``G`` being 1, or ``T`` where each time step has
 its own. The normalised input is ``x * scale + shift``, each operation rounded once in the state's dtype (float32,
 float64 for float64 input; never bfloat16), and it is the same in every pass.
 """
@@ -64,7 +64,10 @@ def _channel_count(x: Tensor, mean: Tensor) -> int:
 def _statistics(x: Tensor, per_step: bool) -> tuple[Tensor, Tensor]:
     x = time_major(x)
     groups = x.shape[0] if per_step else 1
-    first = x[(slice(groups), 0, slice(None), *(0,) * (x.dim() - 3))].double()
+    first = x[:groups, 0]
+    while first.dim() > 2:
+        first = first[..., 0]
+    first = first.double()
     sums = torch.empty((groups, x.shape[2], 2), dtype=torch.float64, device=x.device)
     native.batch_norm_statistics(x, _per_channel(x, first, torch.float64), sums)
     away, square = (sums / (x.numel() // first.numel())).unbind(-1)
@@ -95,7 +98,7 @@ def _multi_step_backward(*args: Any) -> tuple[Tensor, ...]:
     grad_x = torch.empty_like(x)
     grad_v0 = None if v0 is None else ops._empty_state(x)
     sums = torch.empty((*mean.shape, 2), dtype=torch.float64, device=x.device)
-    per_channel = [_per_channel(x, t, dtype) for t in (scale, shift, centre)]
+    scales, shifts, centres = (_per_channel(x, t, dtype) for t in (scale, shift, centre))
     grad_decay = native.batch_norm_backward(
         constants,
         ops._laid_out_as(grad_s, x, x.dtype),
@@ -103,7 +106,9 @@ def _multi_step_backward(*args: Any) -> tuple[Tensor, ...]:
         x,
         ops._laid_out_as(v0, x[0], dtype),
         decay,
-        *per_channel,
+        scales,
+        shifts,
+        centres,
         batch_statistics,
         grad_x,
         grad_v0,
@@ -117,8 +122,8 @@ def _multi_step_backward(*args: Any) -> tuple[Tensor, ...]:
         count = _channel_count(x, mean)
         slope = scale * rstd * rstd * sum_gx / -count
         offset = scale * sum_g / -count - slope * offcentre
-        at = [_per_channel(x, t, dtype) for t in (slope, offset)]
-        native.batch_norm_backward_input(x, per_channel[0], per_channel[2], *at, grad_x)
+        slopes, offsets = (_per_channel(x, t, dtype) for t in (slope, offset))
+        native.batch_norm_backward_input(x, scales, centres, slopes, offsets, grad_x)
     decay_grad = ops._nothing(x) if decay is None else torch.full_like(decay, grad_decay)
     grad_weight, grad_bias = (t.sum(0).to(dtype) for t in (sum_gx * rstd, sum_g))
     return grad_x, grad_weight, grad_bias, ops._nothing(x) if grad_v0 is None else grad_v0, decay_grad
@@ -231,8 +236,9 @@ class _BatchNormMultiStep(torch.autograd.Function):
             return (None,) * 10
         if torch.is_grad_enabled():  # create_graph: the backward must itself be differentiable
             given = (x, weight, bias, v0, decay)
-            of = (None, None) if batch_statistics else (mean, var)
-            s, v = reference(x, *of, weight, bias, v0, decay, eps, constants, per_step)
+            if batch_statistics:
+                mean = var = None
+            s, v = reference(x, mean, var, weight, bias, v0, decay, eps, constants, per_step)
             outputs = [(y, g.to(y.dtype)) for y, g in ((s, grad_s), (v, grad_v)) if g is not None]
             wanted = [t for t in given if t is not None and t.requires_grad]
             found = torch.autograd.grad(
@@ -271,7 +277,7 @@ def batch_norm_multi_step(
     per_step: bool,
     constants: Constants,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Batch norm of a checked ``x`` ``[T, B, C, *]`` and a neuron over its steps: spikes, final potential, mean, variance.
+    """Batch norm of a checked ``x`` ``[T, B, C, *]`` and a neuron: spikes, final potential, mean and variance.
 
     ``mean`` and ``var`` ``[C]`` are those to normalise by, ``None`` for those of ``x`` itself; the ones used come back
     as ``[G, C]`` in float64, without a gradient, the variance biased.
