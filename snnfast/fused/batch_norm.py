@@ -137,13 +137,6 @@ def run(norm: Any, neuron: Any, x: Tensor, per_step: bool = False) -> Tensor:
     x_seq = _sequence(norm, neuron, x, per_step)
     if x_seq is None:
         return type(neuron).forward(neuron, _normalised(norm, neuron, x, per_step))
-    if torch.is_autocast_enabled("cpu"):
-        with torch.autocast("cpu", enabled=False):
-            return _run_fused(norm, neuron, x_seq, per_step)
-    return _run_fused(norm, neuron, x_seq, per_step)
-
-
-def _run_fused(norm: Any, neuron: Any, x_seq: Tensor, per_step: bool) -> Tensor:
     batch_statistics = _takes_batch_statistics(norm)
     v = neuron._state_for(x_seq)
     v0, v_init = (v, 0.0) if isinstance(v, Tensor) else (None, v)

@@ -236,9 +236,8 @@ class _BatchNormMultiStep(torch.autograd.Function):
             return (None,) * 10
         if torch.is_grad_enabled():  # create_graph: the backward must itself be differentiable
             given = (x, weight, bias, v0, decay)
-            if batch_statistics:
-                mean = var = None
-            s, v = reference(x, mean, var, weight, bias, v0, decay, eps, constants, per_step)
+            used: tuple[Tensor | None, Tensor | None] = (None, None) if batch_statistics else (mean, var)
+            s, v = reference(x, used[0], used[1], weight, bias, v0, decay, eps, constants, per_step)
             outputs = [(y, g.to(y.dtype)) for y, g in ((s, grad_s), (v, grad_v)) if g is not None]
             wanted = [t for t in given if t is not None and t.requires_grad]
             found = torch.autograd.grad(
