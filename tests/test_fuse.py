@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 import snnfast
+import snnfast.checkpoint
 from snnfast import backends, functional, layer
 from snnfast.fused import BatchNormNode, FuseReport, fuse, unfuse
 from snnfast.fused import ops as fused_ops
@@ -274,3 +275,21 @@ def test_nodes_are_not_taken_apart_and_bad_arguments():
     assert fuse(net) == FuseReport()
     with pytest.raises(TypeError, match="model must be"):
         fuse([net])
+
+
+def test_compiled_and_checkpointed():
+    net = small_network()
+    apart = copy.deepcopy(net)
+    fuse(net)
+    x = torch.randn(T * 2, 3, 8, 8)
+    want = apart(x)
+    want.sum().backward()
+    compiled = torch.compile(copy.deepcopy(net), backend="aot_eager", fullgraph=True)
+    results = [(compiled, compiled(x)), (net, snnfast.checkpoint.checkpoint(net, x))]
+    for model, y in results:
+        y.sum().backward()
+        assert torch.equal(y, want)
+        for p, w in zip(model.parameters(), apart.parameters(), strict=True):
+            assert (p.grad - w.grad).norm() <= 1e-4 * w.grad.norm() + 1e-6
+        for b, w in zip(model.buffers(), apart.buffers(), strict=True):
+            assert torch.allclose(b, w, rtol=1e-5, atol=1e-6)
