@@ -170,7 +170,7 @@ void prepare_cpu_output(Call& call, int threads, void* output) {
   const int64_t bytes = call.T * call.N * element_size(call.dtype);
   call.threads = threads;
   call.stream_stores = bytes >= stream_stores_from;
-  if (bytes >= int64_t(4) << 20) advise_huge_pages(output, bytes);
+  if (output && bytes >= int64_t(4) << 20) advise_huge_pages(output, bytes);
 }
 
 void cpu_forward(const Config& config, int threads, SNNFAST_INPUTS, SNNFAST_OUTPUTS) {
@@ -189,6 +189,39 @@ double cpu_backward(const Config& config, int threads, SNNFAST_INPUTS, SNNFAST_G
   std::vector<double> partial(call.decay ? backward_blocks(T, N) : 0);
   call.grad_decay_partial = partial.data();
   if (!kernels->backward(call)) throw std::bad_alloc();
+  double sum = 0;
+  for (double part : partial) sum += part;
+  return sum;
+}
+
+// The arguments of every pass with batch norm after the neuron's: where the channels lie, and the norm's tensors.
+// Returns the gradient of the decay, 0 where there is none.
+double cpu_batch_norm(const Config& config, int pass, int threads, int dtype, int64_t T, int64_t N, uintptr_t x,
+                      uintptr_t v0, uintptr_t decay, int64_t channels, int64_t inner, int64_t groups,
+                      bool batch_statistics, uintptr_t first, uintptr_t scale, uintptr_t shift, uintptr_t centre,
+                      uintptr_t slope, uintptr_t offset, uintptr_t s, uintptr_t v, uintptr_t grad_s, uintptr_t grad_v,
+                      uintptr_t grad_x, uintptr_t grad_v0, uintptr_t sums) {
+  py::gil_scoped_release release;
+  BatchNormCall b{};
+  b.call = backward_call(config, dtype, T, N, x, v0, 0, decay, 0, 0, 0, 0, grad_s, grad_v, 0, 0, grad_x, grad_v0, 0, 0,
+                         0, 0);
+  b.call.s = pointer(s);
+  b.call.final_state[0] = pointer(v);
+  prepare_cpu_output(b.call, threads, s ? b.call.s : b.call.grad_x);
+  b.channels = channels;
+  b.inner = inner;
+  b.groups = groups;
+  b.batch_statistics = batch_statistics;
+  b.first = pointer(first);
+  b.scale = pointer(scale);
+  b.shift = pointer(shift);
+  b.centre = pointer(centre);
+  b.slope = pointer(slope);
+  b.offset = pointer(offset);
+  b.sums = static_cast<double*>(pointer(sums));
+  double partial[kMostChunks] = {};
+  b.call.grad_decay_partial = partial;
+  if (!kernels->batch_norm(b, BatchNormPass(pass))) throw std::bad_alloc();
   double sum = 0;
   for (double part : partial) sum += part;
   return sum;
@@ -229,6 +262,7 @@ PYBIND11_MODULE(_C, m) {
       .def(py::init<int, int, int, int, double, double, double, double, double, double, double>());
   m.def("cpu_forward", &cpu_forward);
   m.def("cpu_backward", &cpu_backward);
+  m.def("cpu_batch_norm", &cpu_batch_norm);
   m.def("corrected_division_is_exact", [](float tau) { return kernels->corrected_division_is_exact(tau); });
   m.def("cpu_sets", &cpu_sets, "Instruction sets of this build that this processor has, best first.");
   m.def("cpu_set", [] { return kernels->name; });

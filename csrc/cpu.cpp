@@ -5,7 +5,7 @@
 //
 // Compiled once per instruction set with SNNFAST_CPU_SET naming it. Everything has internal linkage but the one table
 // at the end, and nothing from the standard library is instantiated here (see portable.h).
-#include "cpu_backward.h"
+#include "bn_neuron.h"
 
 namespace snnfast {
 namespace {
@@ -183,6 +183,7 @@ extern const CpuKernels SNNFAST_NAME(SNNFAST_CPU_SET) = {
     SNNFAST_STRING(SNNFAST_CPU_SET),
     [](const Call& c) { run_neuron(c, false); },
     [](const Call& c) { return run_neuron(c, true); },
+    run_batch_norm,
     corrected_division_is_exact,
 };
 

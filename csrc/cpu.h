@@ -9,6 +9,7 @@ struct CpuKernels {
   const char* name;
   void (*forward)(const Call&);
   bool (*backward)(const Call&);  // false: out of memory
+  bool (*batch_norm)(const BatchNormCall&, BatchNormPass);
   // Whether the corrected reciprocal gives the bits of a / tau for every float a in its range.
   bool (*corrected_division_is_exact)(float tau);
 };
@@ -29,5 +30,8 @@ inline int64_t backward_block_size(int64_t T) {
 inline int64_t backward_blocks(int64_t T, int64_t N) {
   return (N + backward_block_size(T) - 1) / backward_block_size(T);
 }
+
+// Partial sums of a learnable decay that the backward with batch norm leaves, one per chunk.
+constexpr int64_t kMostChunks = 128;
 
 }  // namespace snnfast

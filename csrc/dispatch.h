@@ -45,6 +45,28 @@ struct Call {
   int stream_stores;  // CPU only: 1 writes past the caches, 0 does not
 };
 
+// Batch norm in front of the neuron, CPU only: x of the call is the norm's input. Channel of neuron n: n / inner %
+// channels. Constants are per channel or, where a channel's neighbours are few (see runs), per element of [channels,
+// inner]; there is one set of them, or one for each of the T time steps (groups).
+struct BatchNormCall {
+  Call call;
+  int64_t channels, inner, groups;
+  bool batch_statistics;  // whether gradients go through mean and variance too
+
+  const void* first;  // statistics: any value near each channel's, [groups, constants] float64
+  const void* scale;  // [groups, constants] in the state's type, as are the following
+  const void* shift;
+  const void* centre;  // backward: the mean
+  const void* slope;   // the backward's second pass: what grad_x takes of x - centre
+  const void* offset;  // and of nothing
+
+  double* sums;  // output, [groups, channels, 2]: statistics x - first and its square; backward g and g * (x - centre)
+
+  bool runs() const { return inner >= 32; }
+  int64_t constants() const { return runs() ? channels : channels * inner; }
+};
+enum BatchNormPass { kStatistics, kForward, kBackward, kBackwardInput };
+
 namespace {
 
 inline double initial_state(const Call& c, int k) { return k == 0 ? c.v_init : 0.0; }

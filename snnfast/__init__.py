@@ -6,9 +6,10 @@
 torch.Size([16, 2, 4])
 """
 
-from . import analysis, distill, encoding, functional, layer, losses, models, neuron, surrogate
+from . import analysis, distill, encoding, functional, fused, layer, losses, models, neuron, surrogate
 from ._version import __version__
 from .convert import accelerate, from_nir, restore, to_nir, to_spiking, unroll, verify
+from .fused import fuse
 from .neuron import IFNode, LIFNode, ParametricLIFNode
 
 __all__ = [
@@ -22,6 +23,8 @@ __all__ = [
     "encoding",
     "from_nir",
     "functional",
+    "fuse",
+    "fused",
     "layer",
     "losses",
     "models",

@@ -1,0 +1,499 @@
+// Batch norm and neuron in one on the CPU. A row of the convolution's output is normalised into a scratch row in the
+// first-level cache, x * scale + shift with one pair of constants per channel, each operation rounded once in the
+// state's type, and the neuron's own row loop (cpu_rows.h, cpu_backward.h) runs on the scratch row. So the normalised
+// input never goes to memory, every pass has the same bits of it, and there is no second copy of a neuron's loop.
+//
+// Sums are made in float64, one partial sum per chunk of neurons; chunks depend on the shape alone and are added in
+// order, so results have the same bits for any number of threads.
+#pragma once
+
+#include "cpu_backward.h"
+
+namespace snnfast {
+namespace {
+
+constexpr int64_t kBatchNormTile = 2048;
+
+// The bounds of the chunks' neurons, whole tiles each.
+struct Chunks {
+  explicit Chunks(int64_t N) {
+    const int64_t tiles = (N + kBatchNormTile - 1) / kBatchNormTile;
+    const int64_t each = (tiles + kMostChunks - 1) / kMostChunks;
+    size = each * kBatchNormTile;
+    count = (N + size - 1) / size;
+  }
+  int64_t size, count;
+};
+
+// Calls f(offset, length, constant) for the parts of neurons begin to end whose constants are one channel's (runs), or
+// lie side by side from `constant` on.
+template <bool runs, class F>
+SNNFAST_FN void for_each_part(const BatchNormCall& b, int64_t begin, int64_t end, F f) {
+  const int64_t period = runs ? b.inner : b.constants();
+  for (int64_t i = begin; i < end;) {
+    const int64_t next = smaller(end, (i / period + 1) * period);
+    f(i - begin, next - i, runs ? i / period % b.channels : i % period);
+    i = next;
+  }
+}
+
+// A per-channel constant along such a part.
+template <bool runs, class R>
+struct Along {
+  explicit Along(const R* from) : from(from), value(*from) {}
+  template <class V>
+  SNNFAST_FN V at(V, int64_t i) const {
+    if constexpr (runs) return broadcast<V>(value);
+    return load(from + i, (V*)nullptr);
+  }
+  const R* from;
+  R value;
+};
+
+template <class R>
+const R* of_step(const BatchNormCall& b, const void* constants, int64_t t) {
+  return static_cast<const R*>(constants) + (b.groups > 1 ? t * b.constants() : 0);
+}
+
+template <bool runs, class T, class R>
+__attribute__((noinline)) void normalise_row(const BatchNormCall& b, int64_t t, int64_t begin, int64_t n,
+                                             const T* ahead, R* y) {
+  const T* x = static_cast<const T*>(b.call.x) + t * b.call.N + begin;
+  const R *scale = of_step<R>(b, b.scale, t), *shift = of_step<R>(b, b.shift, t);
+  for_each_part<runs>(b, begin, begin + n, [&](int64_t at, int64_t length, int64_t constant) {
+    const Along<runs, R> by(scale + constant), plus(shift + constant);
+    for_each_in_row<R, false>(y + at, length, [&](auto tag, int64_t i) __attribute__((always_inline)) {
+      using V = decltype(tag);
+      __builtin_prefetch(ahead + at + i);
+      const V scaled = load(x + at + i, (V*)nullptr) * by.at(tag, i);
+      store<false>(y + at + i, scaled + plus.at(tag, i));
+    });
+  });
+}
+
+// ---- sums over a channel ----
+// The halves of a vector in float64. GCC makes four instructions of __builtin_convertvector where there is one.
+SNNFAST_FN Float64Vector lower(Float32Vector v) {
+#if defined(__AVX512F__)
+  return (Float64Vector)_mm512_cvtps_pd(_mm512_castps512_ps256((__m512)v));
+#elif defined(__AVX2__)
+  return (Float64Vector)_mm256_cvtps_pd(_mm256_castps256_ps128((__m256)v));
+#else
+  Float64Vector half;
+  for (int i = 0; i < int(sizeof(half) / sizeof(double)); ++i) half[i] = v[i];
+  return half;
+#endif
+}
+SNNFAST_FN Float64Vector upper(Float32Vector v) {
+#if defined(__AVX512F__)
+  return (Float64Vector)_mm512_cvtps_pd(_mm512_extractf32x8_ps((__m512)v, 1));
+#elif defined(__AVX2__)
+  return (Float64Vector)_mm256_cvtps_pd(_mm256_extractf128_ps((__m256)v, 1));
+#else
+  Float64Vector half;
+  constexpr int lanes = sizeof(half) / sizeof(double);
+  for (int i = 0; i < lanes; ++i) half[i] = v[lanes + i];
+  return half;
+#endif
+}
+
+// Two sums of float64 over the elements of a part: lanes of their own where all elements are one channel's, else one
+// sum for each element of the part. term(v, i, k) gives what element i of value v adds to sum k.
+template <bool runs>
+class Sums {
+ public:
+  Sums(double* first, double* second) : to{first, second} {}
+  ~Sums() {
+    if constexpr (runs)
+      for (int k = 0; k < 2; ++k) {
+        const Float64Vector both = lanes[k][0] + lanes[k][1];
+        double sum = rest[k];
+        for (int i = 0; i < int(sizeof(both) / sizeof(double)); ++i) sum += both[i];
+        *to[k] += sum;
+      }
+  }
+  template <int which>
+  SNNFAST_FN void add(int k, int64_t i, Float64Vector v) {
+    if constexpr (runs)
+      lanes[k][which] += v;
+    else
+      store<false>(to[k] + i, load(to[k] + i, (Float64Vector*)nullptr) + v);
+  }
+  SNNFAST_FN void add(int k, int64_t i, double v) {
+    if constexpr (runs)
+      rest[k] += v;
+    else
+      to[k][i] += v;
+  }
+
+ private:
+  double* to[2];
+  double rest[2] = {};
+  Float64Vector lanes[2][2] = {};
+};
+constexpr int64_t kDoubles = sizeof(Float64Vector) / sizeof(double);
+
+// The accumulators of one chunk: [2][groups][constants], folded to the channels of the chunk's partial sums at its end.
+class Accumulators {
+ public:
+  explicit Accumulators(const BatchNormCall& b) : plane_(b.groups * b.constants()) {
+    memory_ = static_cast<double*>(malloc(2 * plane_ * sizeof(double)));
+  }
+  ~Accumulators() { free(memory_); }
+  Accumulators(const Accumulators&) = delete;
+  Accumulators& operator=(const Accumulators&) = delete;
+
+  bool allocated() const { return memory_; }
+  void clear() { memset(memory_, 0, 2 * plane_ * sizeof(double)); }
+  double* sum(int k) { return memory_ + k * plane_; }
+  // partial is [groups][channels][2]
+  void fold(const BatchNormCall& b, double* partial) const {
+    const int64_t each = b.constants() / b.channels;
+    for (int64_t c = 0; c < b.groups * b.channels; ++c)
+      for (int k = 0; k < 2; ++k) {
+        double sum = 0;
+        for (int64_t i = 0; i < each; ++i) sum += memory_[k * plane_ + c * each + i];
+        partial[2 * c + k] = sum;
+      }
+  }
+
+ private:
+  double* memory_;
+  int64_t plane_;
+};
+
+// Runs work(chunk, begin, end, accumulators, scratch) over all chunks and adds their partial sums up in order in
+// b.sums. False where memory ran out.
+template <class MakeScratch, class Work>
+bool over_chunks(const BatchNormCall& b, int threads, MakeScratch make_scratch, Work work) {
+  const Chunks chunks(b.call.N);
+  const int64_t sums = 2 * b.groups * b.channels;
+  double* partial = b.sums ? static_cast<double*>(malloc(chunks.count * sums * sizeof(double))) : nullptr;
+  if (b.sums && !partial) return false;
+  int allocated = 1;
+#pragma omp parallel num_threads(threads) if (threads > 1) reduction(min : allocated)
+  {
+    const FlushDenormals flush;
+    Accumulators accumulators(b);
+    auto scratch = make_scratch();
+    allocated = accumulators.allocated() && scratch.allocated();
+    const bool usable = allocated;
+#pragma omp for schedule(static)
+    for (int64_t chunk = 0; chunk < chunks.count; ++chunk) {
+      if (!usable) continue;
+      accumulators.clear();
+      work(chunk, chunk * chunks.size, smaller((chunk + 1) * chunks.size, b.call.N), accumulators, scratch);
+      if (partial) accumulators.fold(b, partial + chunk * sums);
+    }
+  }
+  if (partial) {
+    memset(b.sums, 0, sums * sizeof(double));
+    for (int64_t chunk = 0; chunk < chunks.count; ++chunk)
+      for (int64_t i = 0; i < sums; ++i) b.sums[i] += partial[chunk * sums + i];
+    free(partial);
+  }
+  return allocated;
+}
+
+struct NoScratch {
+  bool allocated() const { return true; }
+};
+
+int batch_norm_threads(const BatchNormCall& b) {
+  constexpr int64_t serial_below = 32768;  // as kSerialBelow in cpu.cpp
+  return b.call.T * b.call.N < serial_below ? 1 : int(smaller(b.call.threads, Chunks(b.call.N).count));
+}
+
+// ---- statistics ----
+// b.sums becomes the sums of x - first and of its square, `first` [groups, constants] being each channel's first
+// element: whatever the mean, nothing cancels that float64 cannot spare.
+template <bool runs, class T>
+bool statistics(const BatchNormCall& b) {
+  using R = typename StateOf<T>::type;
+  return over_chunks(
+      b, batch_norm_threads(b), [] { return NoScratch(); },
+      [&](int64_t, int64_t begin, int64_t end, Accumulators& accumulators, NoScratch&) {
+        // Tile by tile through time: the accumulators of a tile stay in the first-level cache.
+        for (int64_t tile = begin; tile < end; tile += kBatchNormTile)
+          for (int64_t t = 0; t < b.call.T; ++t) {
+            const int64_t n = smaller(kBatchNormTile, end - tile);
+            const T* x = static_cast<const T*>(b.call.x) + t * b.call.N + tile;
+            const T* ahead = t + 1 < b.call.T ? x + b.call.N : static_cast<const T*>(b.call.x) + tile + n;
+            const double* first = of_step<double>(b, b.first, t);
+            const int64_t group = first - static_cast<const double*>(b.first);
+            for_each_part<runs>(b, tile, tile + n, [&](int64_t at, int64_t length, int64_t constant) {
+              const Along<runs, double> minus(first + constant);
+              Sums<runs> sums(accumulators.sum(0) + group + constant, accumulators.sum(1) + group + constant);
+              for_each_in_row<R, false>(x + at, length, [&](auto tag, int64_t i) __attribute__((always_inline)) {
+                using V = decltype(tag);
+                const V value = load(x + at + i, (V*)nullptr);
+                __builtin_prefetch(ahead + at + i);
+                if constexpr (sizeof(V) == sizeof(R)) {
+                  const double d = value - minus.at(double(), i);
+                  sums.add(0, i, d);
+                  sums.add(1, i, d * d);
+                } else if constexpr (sizeof(R) == sizeof(double)) {
+                  const V d = value - minus.at(value, i);
+                  sums.template add<0>(0, i, d);
+                  sums.template add<0>(1, i, d * d);
+                } else {
+                  const Float64Vector low = lower(value) - minus.at(Float64Vector(), i);
+                  const Float64Vector high = upper(value) - minus.at(Float64Vector(), i + kDoubles);
+                  sums.template add<0>(0, i, low);
+                  sums.template add<1>(0, i + kDoubles, high);
+                  sums.template add<0>(1, i, low * low);
+                  sums.template add<1>(1, i + kDoubles, high * high);
+                }
+              });
+            });
+          }
+      });
+}
+
+// ---- forward ----
+template <class T, bool stream, class R>
+__attribute__((noinline)) void spikes_row(T* to, const R* s, int64_t n) {
+  for_each_in_row<R, stream>(to, n, [&](auto tag, int64_t i) __attribute__((always_inline)) {
+    store_spikes<stream>(to + i, load(s + i, (decltype(tag)*)nullptr));
+  });
+}
+
+template <class Neuron, class T, bool stream, class R>
+void batch_norm_forward_tile(const BatchNormCall& b, int64_t begin, int64_t n) {
+  const Call& c = b.call;
+  const Params<R> p = params_of<R>(c);
+  alignas(64) R y[kBatchNormTile], s[kBatchNormTile], state[Neuron::kStates][kBatchNormTile];
+  ForwardRow<Neuron, R, R> row{};
+  for (int k = 0; k < Neuron::kStates; ++k) {
+    row.state[k] = state[k];
+    fill_state(state[k], c.state[k], begin, n, initial_state(c, k));
+  }
+  constexpr bool direct = sizeof(T) == sizeof(R);
+  for (int64_t t = 0; t < c.T; ++t) {
+    const T* next = static_cast<const T*>(c.x) + (t + 1 < c.T ? (t + 1) * c.N + begin : begin + n);
+    if (b.runs())
+      normalise_row<true>(b, t, begin, n, next, y);
+    else
+      normalise_row<false>(b, t, begin, n, next, y);
+    T* to = static_cast<T*>(c.s) + t * c.N + begin;
+    row.x = row.ahead = y;
+    row.s = direct ? reinterpret_cast<R*>(to) : s;
+    row.ahead_s = direct && t + 1 < c.T ? row.s + c.N : row.s;
+    row.template run<direct && stream, kSpikeRow>(n, p);
+    if constexpr (!direct) spikes_row<T, stream>(to, s, n);
+  }
+  for (int k = 0; k < Neuron::kStates; ++k) memcpy(static_cast<R*>(c.final_state[k]) + begin, state[k], n * sizeof(R));
+}
+
+template <class Neuron, class T, bool stream>
+bool batch_norm_forward(const BatchNormCall& b) {
+  using R = typename StateOf<T>::type;
+  const int64_t tiles = (b.call.N + kBatchNormTile - 1) / kBatchNormTile;
+  [[maybe_unused]] const int threads = batch_norm_threads(b);
+#pragma omp parallel num_threads(threads) if (threads > 1)
+  {
+    const FlushDenormals flush;
+#pragma omp for schedule(static)
+    for (int64_t tile = 0; tile < tiles; ++tile) {
+      const int64_t begin = tile * kBatchNormTile;
+      batch_norm_forward_tile<Neuron, T, stream, R>(b, begin, smaller(kBatchNormTile, b.call.N - begin));
+    }
+    if (stream) store_fence();
+  }
+  return true;
+}
+
+// ---- backward ----
+// Neurons per tile: what a tile needs for all steps stays in the caches, a few steps' in the first-level one.
+inline int64_t batch_norm_backward_tile(int64_t T) {
+  return T <= kFewSteps ? 2 * kTile : 8192 / smaller(T, 128) / 64 * 64;
+}
+// Between rows of a scratch array: rows a multiple of 4 KiB apart would all fall on the same lines of the cache.
+inline int64_t scratch_stride(int64_t tile) { return tile + 80; }
+
+// The gradient of the normalised input of one tile, [T, n].
+template <class Neuron, class R>
+class BatchNormScratch {
+ public:
+  BatchNormScratch(int64_t T, int64_t tile)
+      : neuron(T, smaller(tile, T <= kFewSteps ? kTile : tile)),
+        size_(T * scratch_stride(tile)),
+        memory_(static_cast<R*>(malloc(3 * size_ * sizeof(R) + 64))) {}
+  ~BatchNormScratch() { free(memory_); }
+  BatchNormScratch(const BatchNormScratch&) = delete;
+  BatchNormScratch& operator=(const BatchNormScratch&) = delete;
+
+  bool allocated() const { return memory_ && neuron.allocated(); }
+  R* array(int k) const { return reinterpret_cast<R*>((uintptr_t(memory_) + 63) / 64 * 64) + k * size_; }
+
+  BackwardScratch<Neuron, R> neuron;
+
+ private:
+  int64_t size_;
+  R* memory_;
+};
+
+// Adds g and g * (x - centre) to the channels' sums and writes g, times grad_scale if there is one, to grad_x.
+template <bool runs, class T, class R>
+__attribute__((noinline)) void collect_row(const BatchNormCall& b, int64_t t, int64_t begin, int64_t n, const R* g,
+                                           Accumulators& accumulators) {
+  const T* x = static_cast<const T*>(b.call.x) + t * b.call.N + begin;
+  T* to = static_cast<T*>(b.call.grad_x) + t * b.call.N + begin;
+  const R* centre = of_step<R>(b, b.centre, t);
+  const R* factor = b.batch_statistics ? centre : of_step<R>(b, b.scale, t);
+  const bool scaled = !b.batch_statistics;
+  const int64_t group = centre - static_cast<const R*>(b.centre);
+  for_each_part<runs>(b, begin, begin + n, [&](int64_t at, int64_t length, int64_t constant) {
+    const Along<runs, R> minus(centre + constant), by(factor + constant);
+    Sums<runs> sums(accumulators.sum(0) + group + constant, accumulators.sum(1) + group + constant);
+    for_each_in_row<R, false>(to + at, length, [&](auto tag, int64_t i) __attribute__((always_inline)) {
+      using V = decltype(tag);
+      __builtin_prefetch(to + at + n + i, 1);
+      const V grad = load(g + at + i, (V*)nullptr);
+      const V product = grad * (load(x + at + i, (V*)nullptr) - minus.at(tag, i));
+      store<false>(to + at + i, scaled ? grad * by.at(tag, i) : grad);
+      if constexpr (sizeof(V) == sizeof(R)) {
+        sums.add(0, i, double(grad));
+        sums.add(1, i, double(product));
+      } else if constexpr (sizeof(R) == sizeof(double)) {
+        sums.template add<0>(0, i, grad);
+        sums.template add<0>(1, i, product);
+      } else {
+        sums.template add<0>(0, i, lower(grad));
+        sums.template add<1>(0, i + kDoubles, upper(grad));
+        sums.template add<0>(1, i, lower(product));
+        sums.template add<1>(1, i + kDoubles, upper(product));
+      }
+    });
+  });
+}
+
+// The neuron's backward on the scratch rows of one tile. Returns the gradient of the decay.
+template <class Neuron, class R>
+double backward_of_tile(const Call& whole, int64_t begin, int64_t n, int64_t stride,
+                        const BatchNormScratch<Neuron, R>& scratch) {
+  Call c = whole;
+  c.N = stride;  // of its rows; the neurons are the first n
+  c.x = scratch.array(0);
+  c.grad_s = whole.grad_s ? scratch.array(1) : nullptr;
+  c.grad_x = scratch.array(2);
+  for (int k = 0; k < Neuron::kStates; ++k) {
+    if (whole.state[k]) c.state[k] = static_cast<const R*>(whole.state[k]) + begin;
+    if (whole.grad_final_state[k]) c.grad_final_state[k] = static_cast<const R*>(whole.grad_final_state[k]) + begin;
+    if (whole.grad_state[k]) c.grad_state[k] = static_cast<R*>(whole.grad_state[k]) + begin;
+  }
+  double grad_decay = 0;
+  const int64_t step = c.T <= kFewSteps ? kTile : n;
+  for (int64_t i = 0; i < n; i += step)
+    grad_decay += backward_tile<Neuron, R, false, R>(c, i, smaller(i + step, n), scratch.neuron);
+  return grad_decay;
+}
+
+template <class Neuron, class T>
+bool batch_norm_backward(const BatchNormCall& b) {
+  using R = typename StateOf<T>::type;
+  const Call& c = b.call;
+  const int64_t tile = batch_norm_backward_tile(c.T), stride = scratch_stride(tile);
+  return over_chunks(
+      b, batch_norm_threads(b), [&] { return BatchNormScratch<Neuron, R>(c.T, tile); },
+      [&](int64_t chunk, int64_t begin, int64_t end, Accumulators& accumulators,
+          const BatchNormScratch<Neuron, R>& scratch) {
+        double grad_decay = 0;
+        for (int64_t i = begin; i < end; i += tile) {
+          const int64_t n = smaller(tile, end - i);
+          for (int64_t t = 0; t < c.T; ++t) {
+            const T* next = static_cast<const T*>(c.x) + t * c.N + i + n;
+            R* y = scratch.array(0) + t * stride;
+            if (b.runs())
+              normalise_row<true>(b, t, i, n, next, y);
+            else
+              normalise_row<false>(b, t, i, n, next, y);
+            if (!c.grad_s) continue;
+            const T* grad_s = static_cast<const T*>(c.grad_s) + t * c.N + i;
+            const T* ahead = grad_s + n;
+            R* to = scratch.array(1) + t * stride;
+            for_each_in_row<R, false>(to, n, [&](auto tag, int64_t j) __attribute__((always_inline)) {
+              __builtin_prefetch(ahead + j);
+              store<false>(to + j, load(grad_s + j, (decltype(tag)*)nullptr));
+            });
+          }
+          grad_decay += backward_of_tile(c, i, n, stride, scratch);
+          for (int64_t t = 0; t < c.T; ++t) {
+            const R* g = scratch.array(2) + t * stride;
+            if (b.runs())
+              collect_row<true, T>(b, t, i, n, g, accumulators);
+            else
+              collect_row<false, T>(b, t, i, n, g, accumulators);
+          }
+        }
+        if (Neuron::kLearnable) static_cast<double*>(c.grad_decay_partial)[chunk] = grad_decay;
+      });
+}
+
+// The second pass: grad_x, which holds the gradient g of the normalised input, becomes
+// g * scale + ((x - centre) * slope + offset), in place.
+template <bool runs, class T>
+bool batch_norm_backward_input(const BatchNormCall& b) {
+  using R = typename StateOf<T>::type;
+  const Call& c = b.call;
+  const int64_t tiles = (c.N + kBatchNormTile - 1) / kBatchNormTile;
+  [[maybe_unused]] const int threads = batch_norm_threads(b);
+#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
+  for (int64_t tile = 0; tile < tiles * c.T; ++tile) {
+    const FlushDenormals flush;
+    const int64_t t = tile / tiles, begin = tile % tiles * kBatchNormTile;
+    const T* x = static_cast<const T*>(c.x) + t * c.N + begin;
+    T* grad_x = static_cast<T*>(c.grad_x) + t * c.N + begin;
+    for_each_part<runs>(
+        b, begin, smaller(begin + kBatchNormTile, c.N), [&](int64_t at, int64_t length, int64_t constant) {
+          const Along<runs, R> by(of_step<R>(b, b.scale, t) + constant), minus(of_step<R>(b, b.centre, t) + constant),
+              slope(of_step<R>(b, b.slope, t) + constant), offset(of_step<R>(b, b.offset, t) + constant);
+          for_each_in_row<R, false>(grad_x + at, length, [&](auto tag, int64_t i) __attribute__((always_inline)) {
+            using V = decltype(tag);
+            const V away = load(x + at + i, (V*)nullptr) - minus.at(tag, i);
+            const V through_statistics = multiply_add(away, slope.at(tag, i), offset.at(tag, i));
+            const V g = load(grad_x + at + i, (V*)nullptr);
+            store<false>(grad_x + at + i, multiply_add(g, by.at(tag, i), through_statistics));
+          });
+        });
+  }
+  return true;
+}
+
+// ---- dispatch ----
+template <class T>
+bool run_batch_norm_dtype(const BatchNormCall& b, BatchNormPass pass) {
+  if (pass == kStatistics) return b.runs() ? statistics<true, T>(b) : statistics<false, T>(b);
+  if (pass == kBackwardInput)
+    return b.runs() ? batch_norm_backward_input<true, T>(b) : batch_norm_backward_input<false, T>(b);
+  switch (b.call.neuron) {
+#define SNNFAST_CASE(id, Neuron)                                               \
+  case id:                                                                     \
+    if constexpr (Neuron::kOwn == 0) {                                         \
+      if (pass == kBackward) return batch_norm_backward<Neuron, T>(b);         \
+      if (b.call.stream_stores) return batch_norm_forward<Neuron, T, true>(b); \
+      return batch_norm_forward<Neuron, T, false>(b);                          \
+    }                                                                          \
+    break;
+    SNNFAST_NEURONS(SNNFAST_CASE)
+#undef SNNFAST_CASE
+  }
+  return true;
+}
+
+bool run_batch_norm(const BatchNormCall& b, BatchNormPass pass) {
+  switch (b.call.dtype) {
+    case kFloat32:
+      return run_batch_norm_dtype<float>(b, pass);
+    case kFloat64:
+      return run_batch_norm_dtype<double>(b, pass);
+    case kBFloat16:
+      return run_batch_norm_dtype<BFloat16>(b, pass);
+    case kFloat16:
+      return run_batch_norm_dtype<Float16>(b, pass);
+  }
+  return true;
+}
+
+}  // namespace
+}  // namespace snnfast

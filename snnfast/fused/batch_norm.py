@@ -1,0 +1,230 @@
+"""Batch norm and neuron run as one: :class:`BatchNormNode`, and when that is possible."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import backends, dynamics, functional, layer
+from ..dynamics import Constants
+from ..neuron import BaseNode, IFNode, LIFNode, ParametricLIFNode
+from ..ops import _is_plain
+from ..surrogate import is_fused, recognise
+from .ops import batch_norm_multi_step
+
+__all__ = ["BatchNormNode"]
+
+FUSED_NEURONS = (IFNode, LIFNode, ParametricLIFNode)
+PLAIN_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)  # [N, C, *], time folded into N
+STEP_NORMS = (layer.BatchNorm1d, layer.BatchNorm2d, layer.BatchNorm3d)  # the same, or [T, B, C, *] in step mode 'm'
+TIME_NORMS = (
+    layer.ThresholdDependentBatchNorm1d,
+    layer.ThresholdDependentBatchNorm2d,
+    layer.ThresholdDependentBatchNorm3d,
+)  # [T, B, C, *]
+_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+# ---- what can be fused ----
+def misfit(norm: Any, neuron: Any) -> str | None:
+    """Why these two modules, whatever their input, cannot run as one; ``None`` if they can."""
+    if isinstance(norm, nn.SyncBatchNorm):
+        return "SyncBatchNorm takes its statistics over several processes"
+    if type(norm) not in PLAIN_NORMS + STEP_NORMS + TIME_NORMS:
+        return f"{type(norm).__name__} is not one of the batch norms that are known here"
+    if type(neuron) not in FUSED_NEURONS:
+        return f"{type(neuron).__name__} is not one of {', '.join(n.__name__ for n in FUSED_NEURONS)}"
+    if _layout(norm, neuron) is None:
+        return (
+            f"the norm's step mode is {getattr(norm, 'step_mode', 's (time folded into the batch)')} and the neuron's "
+            f"is {neuron.step_mode}, with timesteps={neuron.timesteps}"
+        )
+    if neuron.store_v_seq:
+        return "the neuron keeps its potentials (store_v_seq)"
+    if neuron.backend in ("triton", "reference"):
+        return f"the neuron asks for backend={neuron.backend!r}"
+    if not is_fused(recognise(neuron.surrogate_function)):
+        return "the neuron's surrogate has no kernel"
+    for t in (norm.weight, norm.bias, norm.running_mean, norm.running_var):
+        if t is not None and t.dtype not in _DTYPES:
+            return f"the norm's parameters are {t.dtype}"
+    return None
+
+
+def _layout(norm: Any, neuron: Any) -> str | None:
+    """``'folded'`` ``[T * B, C, *]``, ``'sequence'`` ``[T, B, C, *]``, ``'step'`` ``[B, C, *]``; ``None``: no match."""
+    over_time = type(norm) in TIME_NORMS or (type(norm) in STEP_NORMS and norm.step_mode == "m")
+    if over_time:
+        return "sequence" if neuron.step_mode == "m" and neuron.timesteps is None else None
+    if neuron.step_mode == "s":
+        return "step"
+    return "folded" if neuron.timesteps is not None else None
+
+
+def _sequence(norm: Any, neuron: Any, x: Any, per_step: bool) -> Tensor | None:
+    """``x`` as ``[T, B, C, *]`` where the kernels can take it; ``None``: the modules run one after the other."""
+    if not isinstance(x, Tensor) or x.device.type != "cpu" or x.dtype not in _DTYPES or not x.numel():
+        return None
+    if misfit(norm, neuron) is not None or torch._C._are_functorch_transforms_active():
+        return None
+    if not (torch.compiler.is_compiling() or _is_plain(x)):
+        return None
+    if x.layout is not torch.strided or backends.choose(neuron.backend, x.device) != backends.NATIVE:
+        return None
+    layout = _layout(norm, neuron)
+    if layout == "sequence":
+        x_seq = x if x.dim() > 2 and x.dim() - 1 in _dimensions(norm) else None
+    elif x.dim() not in _dimensions(norm):
+        return None
+    elif layout == "step":
+        x_seq = x.unsqueeze(0)
+    else:
+        x_seq = None if x.shape[0] % neuron.timesteps else x.unflatten(0, (neuron.timesteps, -1))
+    if x_seq is None or x_seq.shape[2] != norm.num_features:
+        return None
+    each = x_seq.numel() // (norm.num_features * (x_seq.shape[0] if per_step else 1))
+    return x_seq if each > 1 or not _takes_batch_statistics(norm) else None  # torch has the error for one element
+
+
+def _dimensions(norm: nn.Module) -> tuple[int, ...]:
+    """Of an input with the norm's time folded into the batch."""
+    if isinstance(norm, (nn.BatchNorm2d, layer.ThresholdDependentBatchNorm2d)):
+        return (4,)
+    return (5,) if isinstance(norm, (nn.BatchNorm3d, layer.ThresholdDependentBatchNorm3d)) else (2, 3)
+
+
+# ---- running ----
+def _takes_batch_statistics(norm: Any) -> bool:
+    return norm.training or norm.running_mean is None or norm.running_var is None
+
+
+def _update_running_statistics(norm: Any, mean: Tensor, var: Tensor, count: int) -> None:
+    """As torch does, once for each group ``[G, C]``; ``count`` elements are behind each mean."""
+    with torch.no_grad():
+        for group in range(mean.shape[0]):
+            factor = 0.0 if norm.momentum is None else norm.momentum
+            if norm.num_batches_tracked is not None:
+                norm.num_batches_tracked.add_(1)
+                if norm.momentum is None:
+                    factor = 1.0 / float(norm.num_batches_tracked)
+            norm.running_mean.lerp_(mean[group].to(norm.running_mean.dtype), factor)
+            unbiased = var[group] * (count / (count - 1))
+            norm.running_var.lerp_(unbiased.to(norm.running_var.dtype), factor)
+
+
+def _constants(neuron: Any, v_init: float) -> Constants:
+    surrogate: Any = recognise(neuron.surrogate_function)
+    flags = (dynamics.DECAY_INPUT if neuron.decay_input else 0) | (dynamics.DETACH_RESET if neuron.detach_reset else 0)
+    make = functional._constants if torch.compiler.is_compiling() else functional._cached_constants
+    return make(
+        neuron.dynamics.id,
+        surrogate.id,
+        surrogate.alpha,
+        surrogate.gain,
+        flags,
+        neuron.v_threshold,
+        neuron.v_reset,
+        neuron.tau,
+        0.0,
+        v_init,
+    )
+
+
+def run(norm: Any, neuron: Any, x: Tensor, per_step: bool = False) -> Tensor:
+    """``neuron(norm(x))``, in one where possible and else by the two modules' own forwards, hooks aside."""
+    x_seq = _sequence(norm, neuron, x, per_step)
+    if x_seq is None:
+        return type(neuron).forward(neuron, _normalised(norm, neuron, x, per_step))
+    batch_statistics = _takes_batch_statistics(norm)
+    v = neuron._state_for(x_seq)
+    v0, v_init = (v, 0.0) if isinstance(v, Tensor) else (None, v)
+    decay = neuron._decay(x_seq)
+    if decay is not None:
+        decay = decay.to(dynamics.state_dtype(x_seq.dtype))
+    s, neuron.v, mean, var = batch_norm_multi_step(
+        x_seq,
+        None if batch_statistics else norm.running_mean,
+        None if batch_statistics else norm.running_var,
+        norm.weight,
+        norm.bias,
+        v0,
+        decay,
+        eps=norm.eps,
+        per_step=per_step and batch_statistics,
+        constants=_constants(neuron, v_init),
+    )
+    if norm.training and norm.track_running_stats and norm.running_mean is not None:
+        _update_running_statistics(norm, mean, var, x_seq.numel() // mean.numel())
+    layout = _layout(norm, neuron)
+    return s if layout == "sequence" else s.squeeze(0) if layout == "step" else s.flatten(0, 1)
+
+
+def _normalised(norm: Any, neuron: Any, x: Tensor, per_step: bool) -> Tensor:
+    forward = type(norm).forward
+    layout = _layout(norm, neuron) if type(neuron) in FUSED_NEURONS else None
+    if not per_step or layout == "step" or not _takes_batch_statistics(norm):
+        return forward(norm, x)
+    if layout == "sequence":
+        return torch.cat([forward(norm, step) for step in x.split(1)])
+    return torch.cat([forward(norm, step) for step in x.chunk(neuron.timesteps)])
+
+
+class BatchNormNode(nn.Module):
+    """A batch norm and the neuron behind it as one: the normalised input never goes to memory.
+
+    Computes ``neuron(norm(x))``: spikes differ from the two modules' only where the charge is within rounding of the
+    threshold, gradients by rounding. In training the convolution's output ``x`` is all that is kept for backward, where
+    the two keep the normalised input too. Where the CPU kernels cannot serve (another device, a neuron with steps of
+    its own, ``store_v_seq``, hooks on the two, SyncBatchNorm), the two modules run one after the other.
+
+    Args:
+        norm: :class:`torch.nn.BatchNorm2d` (``1d``, ``3d``), whose input has time folded into the batch,
+            ``[T * B, C, *]``; or one of :mod:`snnfast.layer` in step mode ``'m'``, ``[T, B, C, *]``.
+        neuron: a :class:`~snnfast.IFNode`, :class:`~snnfast.LIFNode` or :class:`~snnfast.ParametricLIFNode`, with
+            ``timesteps`` where time is folded.
+        per_step: in training, take the statistics of each time step by itself, and update the running ones at each.
+
+    Raises:
+        TypeError: ``norm`` or ``neuron`` is not a module of that kind.
+
+    Example:
+        >>> from snnfast import IFNode
+        >>> node = BatchNormNode(nn.BatchNorm2d(3), IFNode(timesteps=4))
+        >>> node(torch.randn(4 * 2, 3, 8, 8)).shape
+        torch.Size([8, 3, 8, 8])
+    """
+
+    def __init__(self, norm: nn.Module, neuron: nn.Module, *, per_step: bool = False) -> None:
+        super().__init__()
+        if not isinstance(norm, nn.modules.batchnorm._BatchNorm):
+            raise TypeError(f"norm must be a batch norm such as torch.nn.BatchNorm2d, got {type(norm).__name__}")
+        if not isinstance(neuron, BaseNode):
+            raise TypeError(f"neuron must be a snnfast neuron such as snnfast.LIFNode, got {type(neuron).__name__}")
+        self.norm = norm
+        self.neuron = neuron
+        self.per_step = per_step
+
+    def forward(self, x: Tensor) -> Tensor:
+        if has_hooks(self.norm) or has_hooks(self.neuron):
+            if self.per_step:
+                raise RuntimeError("per_step=True does not call norm and neuron by themselves: remove their hooks")
+            return self.neuron(self.norm(x))
+        return run(self.norm, self.neuron, x, self.per_step)
+
+    def extra_repr(self) -> str:
+        return f"per_step={self.per_step}" if self.per_step else ""
+
+
+_HOOKS = (
+    "_forward_hooks",
+    "_forward_pre_hooks",
+    "_backward_hooks",
+    "_backward_pre_hooks",
+)
+
+
+def has_hooks(module: nn.Module, allowed: tuple[Any, ...] = ()) -> bool:
+    """Whether something hooked into ``module``'s calls would see a difference."""
+    return any(hook not in allowed for name in _HOOKS for hook in getattr(module, name).values())

@@ -1,0 +1,261 @@
+"""Batch norms and the neurons behind them, found in a network and fused in place: :func:`fuse`."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from torch import fx, nn
+
+from ..base import StepModule
+from ..convert.to_spiking_layers import Dropout as DropoutOfRates
+from ..convert.to_spiking_layers import MaxPoolOfRates, Repeat, _start_afresh
+from ..network import holds_single_steps
+from ..neuron import BaseNode
+from . import batch_norm
+
+__all__ = ["FuseReport", "fuse", "unfuse"]
+
+_NORM = nn.modules.batchnorm._BatchNorm
+_LEAVES = (StepModule, Repeat, MaxPoolOfRates, DropoutOfRates)
+
+
+@dataclass
+class FuseReport:
+    """What :func:`fuse` did: the names of ``(norm, neuron)`` pairs, and of the norms left alone, with the reason."""
+
+    fused: list[tuple[str, str]] = field(default_factory=list)
+    left_alone: dict[str, str] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        lines = [f"{len(self.fused)} batch norms fused with their neuron, {len(self.left_alone)} left alone"]
+        lines += [f"  {norm} + {neuron}" for norm, neuron in self.fused]
+        lines += [f"  {norm} left alone: {reason}" for norm, reason in self.left_alone.items()]
+        return "\n".join(lines)
+
+
+# ---- a fused pair ----
+class Deferred(NamedTuple):
+    """What a fused norm gives its neuron: its own input. Anything else that gets it fails, as it is no tensor."""
+
+    norm: nn.Module
+    x: Any
+
+
+class _Defer:
+    """Stands for a fused norm's forward."""
+
+    def __init__(self, norm: nn.Module) -> None:
+        self.norm = norm
+
+    def __call__(self, x: Any) -> Deferred:
+        return Deferred(self.norm, x)
+
+
+class _NormAndNeuron:
+    """Stands for a fused neuron's forward."""
+
+    def __init__(self, neuron: nn.Module) -> None:
+        self.neuron = neuron
+
+    def __call__(self, x: Any) -> Any:
+        if isinstance(x, Deferred):
+            return batch_norm.run(x.norm, self.neuron, x.x)
+        return type(self.neuron).forward(self.neuron, x)
+
+
+def _is_fused(module: nn.Module) -> bool:
+    return isinstance(module.__dict__.get("forward"), (_Defer, _NormAndNeuron))
+
+
+# ---- finding pairs ----
+class _Tracer(fx.Tracer):
+    """Into containers and users' modules, not into layers."""
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        if isinstance(m, _LEAVES) or holds_single_steps(m) or isinstance(m, batch_norm.BatchNormNode):
+            return True
+        return super().is_leaf_module(m, module_qualified_name) or not any(True for _ in m.children())
+
+
+@dataclass
+class _Found:
+    """Where each norm's output goes, over all traces: the neuron's module, or why there is none."""
+
+    neurons: dict[nn.Module, nn.Module] = field(default_factory=dict)
+    reasons: dict[nn.Module, str] = field(default_factory=dict)
+    calls: Counter[nn.Module] = field(default_factory=Counter)
+
+    def refuse(self, norm: nn.Module, reason: str) -> None:
+        self.neurons.pop(norm, None)
+        self.reasons.setdefault(norm, reason)
+
+
+def _graph(module: nn.Module) -> fx.Graph | None:
+    """The module's calls, or ``None`` where they depend on values that a trace does not have."""
+    if isinstance(module, _LEAVES) or not any(True for _ in module.children()):
+        return None
+    try:
+        return _Tracer().trace(module)
+    except Exception:  # whatever a user's forward raises on a stand-in for its input
+        return None
+
+
+def _search(module: nn.Module, found: _Found) -> None:
+    """Look through the largest parts of ``module`` that can be traced."""
+    graph = _graph(module)
+    if graph is not None:
+        _read(module, graph, found)
+        return
+    for child in module.children():
+        _search(child, found)
+
+
+def _read(module: nn.Module, graph: fx.Graph, found: _Found) -> None:
+    def called(node: fx.Node) -> nn.Module | None:
+        return module.get_submodule(str(node.target)) if node.op == "call_module" else None
+
+    for node in graph.nodes:
+        norm = called(node)
+        if norm is None:
+            continue
+        found.calls[norm] += 1
+        if not isinstance(norm, _NORM):
+            continue
+        users = list(node.users)
+        if not users:
+            found.refuse(norm, "its output is not used")
+        elif len(users) > 1:
+            found.refuse(norm, f"its output is used {len(users)} times: by {', '.join(str(u) for u in users)}")
+        elif not isinstance(neuron := called(users[0]), BaseNode):
+            found.refuse(norm, f"its output goes to {users[0]}, not to a neuron")
+        elif users[0].args != (node,) or users[0].kwargs:
+            found.refuse(norm, "the neuron is called with more than the norm's output")
+        elif found.neurons.get(norm, neuron) is not neuron:
+            found.refuse(norm, "its output goes to different neurons")
+        else:
+            found.neurons[norm] = neuron
+
+
+def _both_modes(model: nn.Module) -> Iterator[None]:
+    """Once as ``model`` is and once with training and evaluation exchanged, since a forward may depend on it."""
+    yield
+    for module in model.modules():
+        module.training = not module.training
+    try:
+        yield
+    finally:
+        for module in model.modules():
+            module.training = not module.training
+
+
+def _find(model: nn.Module) -> _Found:
+    passes = []
+    for _ in _both_modes(model):
+        found = _Found()
+        _search(model, found)
+        passes.append(found)
+    first, second = passes
+    for norm, neuron in second.neurons.items():
+        if first.neurons.get(norm) is not neuron:
+            first.refuse(norm, second.reasons.get(norm, "its output goes elsewhere in training and in evaluation"))
+    for norm in list(first.neurons):
+        if norm not in second.neurons:
+            first.refuse(norm, second.reasons.get(norm, "it is not called in both training and evaluation"))
+    for module, count in second.calls.items():
+        first.calls[module] = max(first.calls[module], count)
+    return first
+
+
+# ---- whether a pair may be fused ----
+def _shared_parameters(model: nn.Module) -> set[int]:
+    """Parameters and buffers that more than one module has."""
+    count = Counter(
+        id(t)
+        for module in model.modules()
+        for t in (*module._parameters.values(), *module._buffers.values())
+        if t is not None
+    )
+    return {key for key, number in count.items() if number > 1}
+
+
+def _why_not(norm: nn.Module, neuron: Any, found: _Found, shared: set[int]) -> str | None:
+    if found.calls[neuron] > 1:
+        return f"the neuron is called {found.calls[neuron]} times in a forward"
+    for module, word in ((norm, "the norm"), (neuron, "the neuron")):
+        if any(id(t) in shared for t in (*module._parameters.values(), *module._buffers.values()) if t is not None):
+            return f"{word} shares a parameter with another module"
+        if "forward" in module.__dict__:
+            return f"{word} has a forward of its own"
+        if batch_norm.has_hooks(module, allowed=(_start_afresh,)):
+            return f"{word} has hooks"
+    if norm.training != neuron.training:
+        mode = {True: "training", False: "evaluation"}
+        return f"the norm is in {mode[norm.training]} mode and the neuron in {mode[neuron.training]} mode"
+    return batch_norm.misfit(norm, neuron)
+
+
+def fuse(model: nn.Module) -> FuseReport:
+    """Fuse each batch norm of ``model`` with the neuron behind it, in place.
+
+    Modules, their names, parameters, buffers and ``state_dict`` keys stay as they are; a fused norm hands its input on
+    and its neuron does the work of both (see :class:`BatchNormNode`). Pairs are found by tracing the model's forward
+    with :mod:`torch.fx`, or those of its parts where it cannot be traced. What might come out different is left alone,
+    and the report says why. Copies and pickles of a fused model are fused; :func:`unfuse` goes back.
+
+    Args:
+        model: any module; :class:`torch.nn.BatchNorm2d` before a neuron with ``timesteps``, and the norms of
+            :mod:`snnfast.layer` before a multi-step neuron.
+
+    Raises:
+        TypeError: ``model`` is not a module.
+
+    Example:
+        >>> from snnfast import LIFNode
+        >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), LIFNode(timesteps=4))
+        >>> print(fuse(net))
+        1 batch norms fused with their neuron, 0 left alone
+          1 + 2
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    names = {module: name for name, module in model.named_modules()}
+    fused_already = {module for module in names if _is_fused(module)}
+    found, shared, report = _find(model), _shared_parameters(model), FuseReport()
+    for norm, name in names.items():
+        if not isinstance(norm, _NORM) or norm in fused_already or _is_part_of_node(name, model):
+            continue
+        neuron = found.neurons.get(norm)
+        if found.calls[norm] > 1:
+            report.left_alone[name] = f"the norm is called {found.calls[norm]} times in a forward"
+        elif neuron is None:
+            untraced = "the forward around it cannot be traced, or does not call it"
+            report.left_alone[name] = found.reasons.get(norm, untraced)
+        elif (reason := _why_not(norm, neuron, found, shared)) is not None:
+            report.left_alone[name] = reason
+        else:
+            norm.forward = _Defer(norm)  # type: ignore[method-assign,assignment]
+            neuron.forward = _NormAndNeuron(neuron)
+            report.fused.append((name, names[neuron]))
+    return report
+
+
+def _is_part_of_node(name: str, model: nn.Module) -> bool:
+    return "." in name and isinstance(model.get_submodule(name.rpartition(".")[0]), batch_norm.BatchNormNode)
+
+
+def unfuse(model: nn.Module) -> int:
+    """Undo :func:`fuse`, in place; returns the number of pairs.
+
+    Example:
+        >>> from snnfast import LIFNode
+        >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), LIFNode(timesteps=4))
+        >>> _ = fuse(net); unfuse(net)
+        1
+    """
+    fused = [module for module in model.modules() if _is_fused(module)]
+    for module in fused:
+        del module.__dict__["forward"]
+    return sum(isinstance(module, _NORM) for module in fused)

@@ -1,0 +1,295 @@
+"""fuse(): what it finds, what it leaves alone and why, and that nothing changes but the speed."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import pytest
+import torch
+from torch import nn
+
+import snnfast
+import snnfast.checkpoint
+from snnfast import backends, functional, layer
+from snnfast.fused import BatchNormNode, FuseReport, fuse, unfuse
+from snnfast.fused import ops as fused_ops
+
+pytestmark = pytest.mark.skipif(
+    backends.native.missing(torch.device("cpu")) is not None, reason="the compiled extension is not built here"
+)
+T = 4
+
+
+@pytest.fixture
+def count_fused(monkeypatch):
+    calls = []
+    run = fused_ops._forward_op
+    monkeypatch.setattr(fused_ops, "_forward_op", lambda *args: calls.append(1) or run(*args))
+    return calls
+
+
+def small_network(neuron=snnfast.LIFNode):
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1, bias=False),
+        nn.BatchNorm2d(8),
+        neuron(timesteps=T),
+        nn.Sequential(nn.Conv2d(8, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8), neuron(timesteps=T)),
+        nn.Flatten(),
+        nn.Linear(8 * 8 * 8, 10, bias=False),
+        nn.BatchNorm1d(10),
+        neuron(timesteps=T),
+    )
+
+
+def equal_outputs_and_gradients(fused, apart, x):
+    for training in (True, False):
+        results = []
+        for model in (fused, apart):
+            model.train(training).zero_grad()
+            functional.reset_net(model)
+            y = model(x)
+            (y * torch.linspace(-1, 1, y.numel()).view(y.shape)).sum().backward()
+            results.append((y.detach(), [p.grad for p in model.parameters()]))
+        (y, grads), (want, want_grads) = results
+        assert torch.allclose(y, want, rtol=1e-5, atol=1e-6)
+        for g, w in zip(grads, want_grads, strict=True):
+            assert (g - w).norm() <= 1e-4 * w.norm() + 1e-6
+        for b, w in zip(fused.buffers(), apart.buffers(), strict=True):
+            assert torch.allclose(b, w, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("neuron", [snnfast.IFNode, snnfast.LIFNode, snnfast.ParametricLIFNode])
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_sequential(neuron, memory_format, count_fused):
+    net = small_network(neuron).to(memory_format=memory_format)
+    apart = copy.deepcopy(net)
+    before = {k: v.clone() for k, v in net.state_dict().items()}
+    modules = dict(net.named_modules())
+    report = fuse(net)
+    assert report.fused == [("1", "2"), ("3.1", "3.2"), ("6", "7")]
+    assert not report.left_alone
+    assert dict(net.named_modules()) == modules
+    after = net.state_dict()
+    assert list(after) == list(before)
+    assert all(torch.equal(after[k], v) for k, v in before.items())
+    x = torch.randn(T * 2, 3, 8, 8).contiguous(memory_format=memory_format)
+    equal_outputs_and_gradients(net, apart, x)
+    assert len(count_fused) == 6
+    net.load_state_dict(apart.state_dict())
+
+
+def test_copies_pickles_and_the_way_back(count_fused):
+    net = small_network()
+    fuse(net)
+    x = torch.randn(T * 2, 3, 8, 8)
+    want = net.eval()(x)
+    for other in (copy.deepcopy(net), pickle.loads(pickle.dumps(net))):
+        count_fused.clear()
+        functional.reset_net(other)
+        assert torch.equal(other(x), want)
+        assert len(count_fused) == 3
+        assert other[1].forward.norm is other[1]
+        assert other[2].forward.neuron is other[2]
+    assert fuse(net) == FuseReport()  # nothing left to do
+    assert unfuse(net) == 3
+    count_fused.clear()
+    functional.reset_net(net)
+    assert torch.equal(net(x), want)
+    assert not count_fused
+    assert all("forward" not in m.__dict__ for m in net.modules())
+    assert len(fuse(net).fused) == 3
+
+
+@pytest.mark.parametrize("make", [snnfast.models.resnet18, snnfast.models.sew_resnet18, snnfast.models.vgg11])
+def test_models(make, count_fused):
+    net = make(timesteps=T, width=8) if make is not snnfast.models.vgg11 else make(timesteps=T)
+    if make is snnfast.models.vgg11:
+        assert len(fuse(net).fused) >= 7
+        return
+    apart = copy.deepcopy(net)
+    report = fuse(net)
+    blocks = 8
+    assert len(report.fused) == (blocks if make is snnfast.models.resnet18 else 2 * blocks + 3)
+    assert ("layers.1.0.bn1", "layers.1.0.relu1") in report.fused
+    assert "hooks" in report.left_alone["bn1"]  # of the first neuron, which repeats a constant input
+    if make is snnfast.models.resnet18:
+        assert report.left_alone["layers.0.0.bn2"] == "its output goes to add, not to a neuron"
+    else:
+        assert ("layers.1.0.downsample.1", "layers.1.0.downsample.2") in report.fused
+    equal_outputs_and_gradients(net, apart, torch.rand(2, 3, 16, 16))
+    assert len(count_fused) == 2 * len(report.fused)
+
+
+def test_layers_with_time():
+    net = nn.Sequential(
+        layer.Conv2d(3, 4, 3, step_mode="m"),
+        layer.BatchNorm2d(4, step_mode="m"),
+        snnfast.IFNode(step_mode="m"),
+        layer.Conv2d(4, 4, 3, step_mode="m"),
+        layer.ThresholdDependentBatchNorm2d(1.0, 1.0, 4),
+        snnfast.LIFNode(step_mode="m"),
+        layer.TemporalEffectiveBatchNorm2d(T, 4),
+        snnfast.LIFNode(step_mode="m"),
+    )
+    apart = copy.deepcopy(net)
+    report = fuse(net)
+    assert report.fused == [("1", "2"), ("4", "5")]
+    assert "TemporalEffectiveBatchNorm2d is not one of" in report.left_alone["6"]
+    equal_outputs_and_gradients(net, apart, torch.randn(T, 2, 3, 8, 8))
+
+
+class Twice(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.bn, self.lif = nn.BatchNorm2d(3), snnfast.LIFNode(timesteps=T)
+
+    def forward(self, x):
+        y = self.bn(x)
+        return self.lif(y) + y
+
+
+class Loops(nn.Module):
+    """A forward that no trace can follow, around parts that one can."""
+
+    def __init__(self):
+        super().__init__()
+        self.part = nn.Sequential(nn.BatchNorm2d(3), snnfast.LIFNode(timesteps=T))
+        self.bn, self.lif = nn.BatchNorm2d(3), snnfast.LIFNode(timesteps=T)
+
+    def forward(self, x):
+        if x.sum() > 1e9:
+            return x
+        return self.lif(self.bn(self.part(x)))
+
+
+class ByMode(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.bn, self.lif = nn.BatchNorm2d(3), snnfast.LIFNode(timesteps=T)
+
+    def forward(self, x):
+        y = self.bn(x)
+        return self.lif(y) if self.training else self.lif(y) + y.mean()
+
+
+class Own(snnfast.LIFNode):
+    def neuronal_charge(self, x):
+        self.v = self.v + 2 * x
+
+
+def pair(norm=None, neuron=None):
+    return nn.Sequential(norm or nn.BatchNorm2d(3), neuron or snnfast.LIFNode(timesteps=T))
+
+
+def tied():
+    net = nn.Sequential(*pair(), *pair())
+    net[2].weight = net[0].weight
+    return net
+
+
+def called_twice():
+    norm = nn.BatchNorm2d(3)
+    return nn.Sequential(norm, snnfast.LIFNode(timesteps=T), norm, snnfast.LIFNode(timesteps=T))
+
+
+def hooked(which, register):
+    net = pair()
+    getattr(net[which], register)(lambda *args: None)
+    return net
+
+
+def frozen():
+    net = pair()
+    net[0].eval()
+    return net
+
+
+REFUSED = {
+    "output used twice": (Twice, "bn", "its output is used 2 times"),
+    "in one mode only": (ByMode, "bn", "its output is used 2 times"),
+    "tied weights": (tied, "0", "shares a parameter"),
+    "called twice": (called_twice, "0", "called 2 times"),
+    "hook on the norm": (lambda: hooked(0, "register_forward_hook"), "0", "the norm has hooks"),
+    "hook on the neuron": (lambda: hooked(1, "register_forward_pre_hook"), "0", "the neuron has hooks"),
+    "backward hook": (lambda: hooked(0, "register_full_backward_hook"), "0", "the norm has hooks"),
+    "frozen norm": (frozen, "0", "the norm is in evaluation mode and the neuron in training mode"),
+    "step modes": (lambda: pair(neuron=snnfast.LIFNode(step_mode="m")), "0", "step mode"),
+    "own neuron": (lambda: pair(neuron=Own(timesteps=T)), "0", "Own is not one of"),
+    "synchronised": (lambda: pair(nn.SyncBatchNorm(3)), "0", "SyncBatchNorm"),
+    "complex": (lambda: pair(nn.BatchNorm2d(3).to(torch.complex64)), "0", "parameters are torch.complex64"),
+    "potentials": (lambda: pair(neuron=snnfast.LIFNode(timesteps=T, store_v_seq=True)), "0", "store_v_seq"),
+    "no neuron": (lambda: pair(neuron=nn.ReLU()), "0", "not to a neuron"),
+    "untraced": (Loops, "bn", "cannot be traced"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_left_alone_with_the_reason(name, count_fused):
+    make, norm, reason = REFUSED[name]
+    net = make()
+    apart = copy.deepcopy(net)
+    report = fuse(net)
+    assert reason in report.left_alone[norm], report
+    assert norm not in dict(report.fused)
+    assert norm in str(report)
+    assert reason in str(report)
+    if name not in ("synchronised", "complex"):
+        for training in (True, False):
+            if name != "frozen norm":
+                net.train(training), apart.train(training)
+            functional.reset_net(net), functional.reset_net(apart)
+            x = torch.randn(T * 2, 3, 5, 5)
+            assert torch.equal(net(x), apart(x))
+    if name == "untraced":
+        assert report.fused == [("part.0", "part.1")]
+        assert len(count_fused) == 2
+
+
+def test_a_fused_norm_elsewhere_fails_instead_of_passing_its_input_on():
+    net = pair()
+    fuse(net)
+    with pytest.raises(TypeError):
+        torch.relu(net[0](torch.randn(T, 3, 5, 5)))
+    assert torch.equal(net[1](torch.ones(T, 2)), snnfast.LIFNode(timesteps=T)(torch.ones(T, 2)))  # a neuron as ever
+
+
+def test_what_changes_after_fusing(count_fused):
+    """A module that is changed afterwards runs as the two modules do."""
+    x = torch.randn(T * 2, 3, 5, 5)
+    for change in (
+        lambda net: setattr(net[1], "store_v_seq", True),
+        lambda net: setattr(net[1], "backend", "reference"),
+        lambda net: net[0].eval(),
+    ):
+        net = pair()
+        apart = copy.deepcopy(net)
+        fuse(net)
+        change(net), change(apart)
+        assert torch.equal(net(x), apart(x))
+    assert len(count_fused) == 1  # the frozen norm, which the kernels serve too
+
+
+def test_nodes_are_not_taken_apart_and_bad_arguments():
+    net = nn.Sequential(BatchNormNode(nn.BatchNorm2d(3), snnfast.LIFNode(timesteps=T)))
+    assert fuse(net) == FuseReport()
+    with pytest.raises(TypeError, match="model must be"):
+        fuse([net])
+
+
+def test_compiled_and_checkpointed():
+    net = small_network()
+    apart = copy.deepcopy(net)
+    fuse(net)
+    x = torch.randn(T * 2, 3, 8, 8)
+    want = apart(x)
+    want.sum().backward()
+    compiled = torch.compile(copy.deepcopy(net), backend="aot_eager", fullgraph=True)
+    results = [(compiled, compiled(x)), (net, snnfast.checkpoint.checkpoint(net, x))]
+    for model, y in results:
+        y.sum().backward()
+        assert torch.equal(y, want)
+        for p, w in zip(model.parameters(), apart.parameters(), strict=True):
+            assert (p.grad - w.grad).norm() <= 1e-4 * w.grad.norm() + 1e-6
+        for b, w in zip(model.buffers(), apart.buffers(), strict=True):
+            assert torch.allclose(b, w, rtol=1e-5, atol=1e-6)
