@@ -20,6 +20,7 @@ from torch import Tensor
 from ..dynamics import NEURONS, Constants, Inputs
 from ..surrogate import SURROGATES
 
+_CALLS = 2  # csrc/bindings.cpp: what this module calls
 try:
     _C: Any = importlib.import_module("snnfast._C")
 except ImportError as error:
@@ -27,7 +28,10 @@ except ImportError as error:
     _why_missing = (
         f"the compiled extension is not here ({error}). Install a C++ compiler and run `pip install -e .` again"
     )
-else:
+if _C is not None and getattr(_C, "calls", None) != _CALLS:
+    _C = None
+    _why_missing = "the compiled extension was built from an older source. Run `pip install -e .` again"
+if _C is not None:
     assert {s.__name__: s.id for s in SURROGATES} == _C.surrogates, "csrc/surrogates.h and surrogate.py disagree"
     assert {n.name: n.id for n in NEURONS} == _C.neurons, "csrc/neurons.h and dynamics.py disagree"
 

@@ -7,6 +7,7 @@ metadata. ``docs/nir.md`` has the table of how Norse, snnTorch and SpikingJelly 
 
 from __future__ import annotations
 
+import copy
 import math
 import os
 from typing import TYPE_CHECKING
@@ -86,9 +87,17 @@ def to_nir(
     conventions = Conventions(
         _check_dt(dt), _check_choice("comparison", comparison, COMPARISONS), _check_choice("if_r", if_r, IF_R)
     )
-    graph = nir_export.export(model, sample, conventions)
+    graph = nir_export.export(_unfused(model), sample, conventions)
     graph.metadata = {"producer": f"snnfast {__version__}", **conventions._asdict()}
     return graph
+
+
+def _unfused(model: nn.Module) -> nn.Module:
+    """The model, or a copy with its batch norms and neurons apart, where ``snnfast.fuse`` has made them run as one."""
+    from ..fused import unfuse
+
+    apart = copy.deepcopy(model)
+    return apart if unfuse(apart) else model
 
 
 def from_nir(

@@ -45,7 +45,7 @@ def run_over_time(
         if library.is_multi_step(module):
             raise ValueError(
                 f"{name} is a {type(module).__name__}, which takes all time steps in one call already: call the model "
-                "with [T, B, ...], or use the library's neuron for one time step"
+                "itself, in its library's layout, or use the library's neuron for one time step"
             )
     if hasattr(module, "step_mode"):
         if module.step_mode != "s":

@@ -258,6 +258,15 @@ def _repeated(x: Tensor, T: int) -> Tensor:
     return x.unsqueeze(0).expand(T, *x.shape).flatten(0, 1)
 
 
+def _plain(value: Any) -> Any:
+    """With lists and dictionaries of Python's own in place of fx's, which nobody may change."""
+    if type(value) is fx.immutable_collections.immutable_list:
+        return [_plain(v) for v in value]
+    if type(value) is fx.immutable_collections.immutable_dict:
+        return {k: _plain(v) for k, v in value.items()}
+    return tuple(_plain(v) for v in value) if type(value) is tuple else value
+
+
 class _Pass:
     """One run of a program. Timed values are tensors ``[T * B, ...]``."""
 
@@ -271,7 +280,7 @@ class _Pass:
         self.values.update(zip(self.program.placeholders, (x, *state), strict=True))
         for node in self.program.graph.nodes:
             if node.op == "output":
-                return fx.map_arg(node.args[0], self._returned)
+                return _plain(fx.map_arg(node.args[0], self._returned))
             if node not in self.values:
                 self.values[node] = self._value(node)
         raise AssertionError("a graph ends with its output")

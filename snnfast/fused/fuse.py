@@ -11,7 +11,7 @@ from torch import fx, nn
 
 from ..base import StepModule
 from ..convert.to_spiking_layers import Dropout as DropoutOfRates
-from ..convert.to_spiking_layers import MaxPoolOfRates, Repeat, _start_afresh
+from ..convert.to_spiking_layers import MaxPoolOfRates, Repeat, _repeat_input, _start_afresh
 from ..network import holds_single_steps
 from ..neuron import BaseNode
 from . import batch_norm
@@ -30,7 +30,8 @@ class FuseReport:
     left_alone: dict[str, str] = field(default_factory=dict)
 
     def __str__(self) -> str:
-        lines = [f"{len(self.fused)} batch norms fused with their neuron, {len(self.left_alone)} left alone"]
+        norms = "batch norm" if len(self.fused) == 1 else "batch norms"
+        lines = [f"{len(self.fused)} {norms} fused with the neuron behind, {len(self.left_alone)} left alone"]
         lines += [f"  {norm} + {neuron}" for norm, neuron in self.fused]
         lines += [f"  {norm} left alone: {reason}" for norm, reason in self.left_alone.items()]
         return "\n".join(lines)
@@ -189,6 +190,8 @@ def _why_not(norm: nn.Module, neuron: Any, found: _Found, shared: set[int]) -> s
             return f"{word} shares a parameter with another module"
         if "forward" in module.__dict__:
             return f"{word} has a forward of its own"
+        if _repeat_input in module._forward_pre_hooks.values():
+            return f"{word} repeats its input over time (it is the first one of to_spiking)"
         if batch_norm.has_hooks(module, allowed=(_start_afresh,)):
             return f"{word} has hooks"
     if norm.training != neuron.training:
@@ -216,7 +219,7 @@ def fuse(model: nn.Module) -> FuseReport:
         >>> from snnfast import LIFNode
         >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), LIFNode(timesteps=4))
         >>> print(fuse(net))
-        1 batch norms fused with their neuron, 0 left alone
+        1 batch norm fused with the neuron behind, 0 left alone
           1 + 2
     """
     if not isinstance(model, nn.Module):
