@@ -2,6 +2,7 @@
 // Surrogate, reset, detach_reset and decay_input stay values at run time (see surrogates.h for why).
 #pragma once
 
+#include <float.h>
 #include <stdint.h>
 
 #include "neurons.h"
@@ -71,8 +72,9 @@ namespace {
 
 inline double initial_state(const Call& c, int k) { return k == 0 ? c.v_init : 0.0; }
 
-inline float above(float a) { return nextafterf(a, INFINITY); }
-inline double above(double a) { return nextafter(a, double(INFINITY)); }
+// The next number above; not a denormal one, which the CPU kernels would read as 0.
+inline float above(float a) { return fabsf(a) < FLT_MIN ? FLT_MIN : nextafterf(a, INFINITY); }
+inline double above(double a) { return fabs(a) < DBL_MIN ? DBL_MIN : nextafter(a, double(INFINITY)); }
 
 template <class R>
 inline Params<R> params_of(const Call& c) {

@@ -189,6 +189,8 @@ def multi_step(
     if own:
         own = tuple(t if t.dtype == dtype else t.to(dtype) for t in own)
     chosen = backends.choose(backend, x_seq.device)
+    if multi_spike and not neuron.own:  # counted by the kernels of such neurons only
+        chosen = backends.REFERENCE
     if chosen != backends.REFERENCE and neuron.id not in backends.KERNELS[chosen].NEURONS_SERVED:
         if backend not in ("auto", "reference"):
             raise ValueError(f"backend={backend!r} has no kernel for the neuron {neuron.name}; use backend='auto'")

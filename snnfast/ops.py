@@ -105,6 +105,11 @@ def _run_forward(inputs: Inputs, constants: Constants, backend: int) -> Outputs:
     return s, v, i, v_seq
 
 
+def summed(grad: Tensor, shape: torch.Size) -> Tensor:
+    """The gradient of a parameter of ``shape`` from one for each neuron."""
+    return grad.sum().reshape(shape) if shape.numel() == 1 else grad.sum_to_size(shape)
+
+
 def _run_backward(
     grads: Sequence[Tensor | None], given: Inputs, constants: Constants, backend: int, own_gradients: bool
 ) -> tuple[Tensor | None, ...]:
@@ -125,7 +130,7 @@ def _run_backward(
         )
         backends.KERNELS[backend].backward(constants, grads, inputs, grad_x, *states, grad_decay, *own)
     summed = (
-        None if g is None or t is None else g.sum_to_size(t.shape) for g, t in zip(own, given[_FIRST_OWN:], strict=True)
+        None if g is None or t is None else summed(g, t.shape) for g, t in zip(own, given[_FIRST_OWN:], strict=True)
     )
     return grad_x, *states, grad_decay, *summed
 
@@ -170,7 +175,7 @@ def _multi_step_backward_fake(*args: Any) -> tuple[Tensor, ...]:
         *(_nothing(x) if t is None else _empty_state(x) for t in inputs[1:3]),
         _nothing(x) if inputs.decay is None else torch.empty_like(inputs.decay),
         *(
-            _empty_state(x).sum_to_size(t.shape) if own_gradients and t is not None else _nothing(x)
+            summed(_empty_state(x), t.shape) if own_gradients and t is not None else _nothing(x)
             for t in inputs[_FIRST_OWN:]
         ),
     )

@@ -335,11 +335,21 @@ class Scaled(SurrogateFunction):
             raise TypeError(f"surrogate must be a snnfast.surrogate.SurrogateFunction, got {type(surrogate).__name__}")
         if isinstance(gain, bool) or not isinstance(gain, (int, float)) or not math.isfinite(gain):
             raise ValueError(f"gain must be a finite number, got {gain!r}")
-        super().__init__(surrogate.alpha, surrogate.spiking)
+        nn.Module.__init__(self)
         self.surrogate: SurrogateFunction = surrogate
         self.factor = float(gain)
-        self.gain = self.factor * surrogate.gain
+        self.spiking = surrogate.spiking
         self.id = surrogate.id  # type: ignore[misc]
+
+    @property
+    def alpha(self) -> float:  # type: ignore[override]
+        """The scaled surrogate's."""
+        return self.surrogate.alpha
+
+    @property
+    def gain(self) -> float:  # type: ignore[override]
+        """The product of all gains."""
+        return self.factor * self.surrogate.gain
 
     def derivative(self, u: Tensor) -> Tensor:
         return self.surrogate.derivative(u) * self.factor

@@ -299,3 +299,20 @@ def test_a_potential_at_the_threshold_does_not_fire(cls, delay):
 
     assert any((mem == 1.0).any() for *_, mem in steps(make(), x))
     assert_same(make, steps, x)
+
+
+@pytest.mark.parametrize("beta", [0.9, torch.tensor([0.5, 0.6, 0.7, 0.8])], ids=["one", "per neuron"])
+def test_training_after_an_evaluation_in_inference_mode(beta):
+    net = nn.Sequential(nn.Linear(5, 4), snntorch.Leaky(beta=beta))
+    snnfast.accelerate(net)
+
+    def run():
+        mem = torch.zeros(3, 4)
+        for _ in range(3):
+            spk, mem = net[1](net[0](torch.rand(3, 5)), mem)
+        return spk.sum() + mem.sum()
+
+    with torch.inference_mode():
+        run()
+    run().backward()
+    assert net[0].weight.grad.abs().sum() > 0

@@ -411,3 +411,17 @@ def run_compiled(model, x):
     s = model(x)
     (s * torch.linspace(-1, 1, s.numel()).view(s.shape)).sum().backward()
     return s.detach(), x.grad
+
+
+def test_create_graph_where_the_state_comes_from_the_same_weights():
+    def gradients(fused, create_graph):
+        torch.manual_seed(0)
+        norm, node = nn.BatchNorm2d(3).double(), snnfast.LIFNode(timesteps=2, tau=2.3)
+        nn.init.uniform_(norm.weight, 0.5, 1.5)
+        net = BatchNormNode(norm, node) if fused else nn.Sequential(norm, node)
+        xs = [torch.randn(4, 3, 4, 4, dtype=torch.double, requires_grad=True) for _ in range(2)]
+        out = sum((net(x) * torch.arange(1.0, 5).view(4, 1, 1, 1)).sum() for x in xs) + node.v.square().sum()
+        return torch.autograd.grad(out, [norm.weight, norm.bias, *xs], create_graph=create_graph)
+
+    for got, want in zip(gradients(True, True), gradients(False, False), strict=True):
+        assert torch.allclose(got, want, rtol=1e-9)

@@ -197,3 +197,41 @@ def test_learnable_gradient_is_deterministic_in_bits(backend, device):
         seen.add(torch.autograd.grad(s.sum(), k)[0].item())
         torch.set_num_threads(before)
     assert len(seen) == 1, seen
+
+
+@pytest.mark.parametrize(("backend", "device"), kernel_backends())
+def test_parameters_with_more_dimensions_than_a_step(backend, device):
+    x = torch.randn(6, device=device, requires_grad=True)
+    own = tuple(torch.tensor([value], device=device, requires_grad=True) for value in (0.5, 0.75))
+    s, v, _ = functional.multi_step(dynamics.LEAKY, x, 0.0, None, own, backend=backend)
+    grads = torch.autograd.grad(s.sum() + v, [x, *own])
+    assert [g.shape for g in grads] == [(6,), (1,), (1,)]
+
+
+@pytest.mark.parametrize("neuron", [n for n in NEURONS if not n.own], ids=lambda n: n.name)
+def test_strict_comparison_with_a_threshold_of_zero(neuron):
+    decay = torch.tensor(0.5) if neuron.learnable else None
+    x = torch.tensor([[0.0, -0.0, 1e-30, -1.0, 1.0]])
+    s, _, _ = functional.multi_step(neuron, x, 0.0, decay, v_threshold=0.0, strict=True)
+    assert s[0].tolist() == [0.0, 0.0, 1.0, 0.0, 1.0]
+
+
+def test_several_spikes_of_a_neuron_that_has_no_kernel_for_them():
+    x = torch.full((2, 3), 2.5)
+    for neuron in (dynamics.IF, dynamics.EXPONENTIAL_LIF):
+        own = tuple(torch.tensor(1.0) for _ in neuron.own)
+        s, v, _ = functional.multi_step(neuron, x, 0.0, None, own, v_reset=None, decay_input=False, multi_spike=True)
+        assert s[0].tolist() == [2.0, 2.0, 2.0], neuron.name
+        assert torch.equal(v, torch.zeros(3)), neuron.name
+
+
+def test_a_scaled_surrogate_follows_the_one_it_scales():
+    inner = surrogate.ATan(2.0)
+    scaled = surrogate.Scaled(inner, 3.0)
+    inner.alpha = 7.0
+    grads = []
+    for backend in ("auto", "reference"):
+        x = torch.linspace(-1, 2, 20).view(2, 10).requires_grad_()
+        s, _, _ = functional.if_multi_step(x, surrogate_function=scaled, backend=backend)
+        grads.append(torch.autograd.grad(s.sum(), x)[0])
+    assert torch.allclose(*grads, rtol=1e-5)

@@ -235,7 +235,9 @@ class _BatchNormMultiStep(torch.autograd.Function):
         if grad_s is None and grad_v is None:
             return (None,) * 10
         if torch.is_grad_enabled():  # create_graph: the backward must itself be differentiable
-            given = (x, weight, bias, v0, decay)
+            # By aliases: where x or v0 itself comes from the weight, its own graph is walked by whoever called.
+            given = tuple(None if t is None else t.view_as(t) for t in (x, weight, bias, v0, decay))
+            x, weight, bias, v0, decay = given
             used: tuple[Tensor | None, Tensor | None] = (None, None) if batch_statistics else (mean, var)
             s, v = reference(x, used[0], used[1], weight, bias, v0, decay, eps, constants, per_step)
             outputs = [(y, g.to(y.dtype)) for y, g in ((s, grad_s), (v, grad_v)) if g is not None]

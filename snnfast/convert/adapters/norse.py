@@ -119,7 +119,7 @@ class FusedCell(Fused):
                 return own
         given = [getattr(self.p, name) for name in self.own_names]
         own = tuple(t.to(device) for t in (given[0], *(self.dt * t for t in given[1:])))
-        if not any(t.requires_grad for t in given):
+        if not torch.is_inference_mode_enabled() and not any(t.requires_grad for t in given):
             plan.own = ([(t, t._version) for t in given], device), own
         return own
 

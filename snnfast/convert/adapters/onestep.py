@@ -106,7 +106,7 @@ class _Step(torch.autograd.Function):
         )  # fmt: skip
         grad_decay = None if decay is None else torch.full_like(decay, sum_decay)
         if own_gradients:
-            own = (None if g is None else g.sum_to_size(t.shape) for g, t in zip(own, saved[4:], strict=True))
+            own = (None if g is None else ops.summed(g, t.shape) for g, t in zip(own, saved[4:], strict=True))
         return None, grad_x, grad_v0, grad_i0, grad_decay, *own
 
 
@@ -144,7 +144,9 @@ def one_step(
         return _general(plan, x, state, own, decay)
     prepared = plan.prepared  # of the last call: own tensors that cannot change come as the same tuple
     if prepared is None or prepared[0] is not own or prepared[1] != x.shape:
-        prepared = plan.prepared = own, x.shape, _prepared(own, x)
+        prepared = own, x.shape, _prepared(own, x)
+        if not torch.is_inference_mode_enabled():  # whose tensors no later training step could use
+            plan.prepared = prepared
     v_init = 0.0
     if not isinstance(v, Tensor):
         v_init, v = v, None

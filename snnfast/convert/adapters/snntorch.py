@@ -118,7 +118,7 @@ class FusedLeaky(Fused):
                 return own
         given = [getattr(self, name) for name in self.own_names]
         own = (given[0], *(t.clamp(0, 1) for t in given[1:]))
-        if not any(t.requires_grad for t in given):
+        if not torch.is_inference_mode_enabled() and not any(t.requires_grad for t in given):
             plan.own = [(t, t._version) for t in given], own
         return own
 
