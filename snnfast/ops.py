@@ -129,10 +129,10 @@ def _run_backward(
             _laid_out_as(grad_v_seq, x, dtype),
         )
         backends.KERNELS[backend].backward(constants, grads, inputs, grad_x, *states, grad_decay, *own)
-    summed = (
+    own_sums = (
         None if g is None or t is None else summed(g, t.shape) for g, t in zip(own, given[_FIRST_OWN:], strict=True)
     )
-    return grad_x, *states, grad_decay, *summed
+    return grad_x, *states, grad_decay, *own_sums
 
 
 def _or_nothing(x: Tensor, *results: Tensor | None) -> tuple[Tensor, ...]:
