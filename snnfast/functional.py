@@ -130,17 +130,31 @@ def _constants(
     surrogate: int,
     alpha: float,
     gain: float,
-    flags: int,
-    v_threshold: float,
-    v_reset: float | None,
-    tau: float,
-    v_leak: float,
     v_init: float,
+    tau: float = 2.0,
+    decay_input: bool = True,
+    v_threshold: float = 1.0,
+    v_reset: float | None = 0.0,
+    v_leak: float = 0.0,
+    detach_reset: bool = False,
+    strict: bool = False,
+    multi_spike: bool = False,
+    resets: bool = True,
+    store_v_seq: bool = False,
 ) -> Constants:
+    flags = (
+        (dynamics.DECAY_INPUT if decay_input else 0)
+        | (dynamics.SOFT_RESET if v_reset is None else 0)
+        | (dynamics.DETACH_RESET if detach_reset else 0)
+        | (dynamics.STORE_V_SEQ if store_v_seq else 0)
+        | (dynamics.STRICT if strict else 0)
+        | (dynamics.MULTI_SPIKE if multi_spike else 0)
+        | (0 if resets else dynamics.NO_RESET)
+    )
     return Constants(
         neuron,
         surrogate,
-        flags | (dynamics.SOFT_RESET if v_reset is None else 0),
+        flags,
         check_number("v_threshold", v_threshold),
         0.0 if v_reset is None else check_number("v_reset", v_reset),
         check_tau("tau", tau) if neuron == dynamics.LIF.id else 1.0,
@@ -152,6 +166,15 @@ def _constants(
 
 
 _cached_constants = functools.lru_cache(maxsize=4096)(_constants)
+
+
+def constants_of(
+    neuron: Neuron, surrogate_function: SurrogateLike, v_init: float, *rest: Any, **keywords: Any
+) -> Constants:
+    """The kernels' constants of a call of :func:`multi_step` with a fused surrogate and these keywords."""
+    make = _constants if torch.compiler.is_compiling() else _cached_constants  # dynamo warns of caches
+    s: Any = surrogate_function
+    return make(neuron.id, s.id, s.alpha, s.gain, v_init, *rest, **keywords)
 
 
 def multi_step(
@@ -199,27 +222,10 @@ def multi_step(
         if is_fused(surrogate_function):
             v, i = state if isinstance(state, tuple) else (state, None)
             v0, v_init = (v, 0.0) if isinstance(v, Tensor) else (None, v)
-            make = _constants if torch.compiler.is_compiling() else _cached_constants
-            flags = (
-                (dynamics.DECAY_INPUT if decay_input else 0)
-                | (dynamics.DETACH_RESET if detach_reset else 0)
-                | (dynamics.STORE_V_SEQ if store_v_seq else 0)
-                | (dynamics.STRICT if strict else 0)
-                | (dynamics.MULTI_SPIKE if multi_spike else 0)
-                | (0 if resets else dynamics.NO_RESET)
-            )
-            constants = make(
-                neuron.id,
-                surrogate_function.id,  # type: ignore[union-attr,arg-type]
-                surrogate_function.alpha,  # type: ignore[union-attr]
-                surrogate_function.gain,  # type: ignore[union-attr]
-                flags,
-                v_threshold,
-                v_reset,
-                tau,
-                v_leak,
-                v_init,
-            )
+            constants = constants_of(
+                neuron, surrogate_function, v_init,
+                tau, decay_input, v_threshold, v_reset, v_leak, detach_reset, strict, multi_spike, resets, store_v_seq,
+            )  # fmt: skip
             inputs = Inputs(ops.time_major(x_seq), v0, i if isinstance(i, Tensor) else None, decay, *own)
             s, v, i, v_seq = ops.multi_step(inputs, constants, chosen)
             return s, (v, i) if isinstance(state, tuple) else v, v_seq

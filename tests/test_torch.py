@@ -18,8 +18,11 @@ STRICT = (dynamics.BOX_LIF, dynamics.CURRENT_LIF, *NEURONS[dynamics.LEAKY.id :])
 needs_native = pytest.mark.skipif(NATIVE_CPU is not None, reason=str(NATIVE_CPU))
 
 
-def constants(neuron, flags=dynamics.DECAY_INPUT | dynamics.STORE_V_SEQ):
-    return functional._constants(neuron.id, 1, 2.0, 1.5, flags, 0.875, 0.0, 3.0, 0.0625, 0.0)
+def constants(neuron, store_v_seq):
+    kind = surrogate.Scaled(surrogate.ATan(2.0), 1.5)
+    return functional.constants_of(
+        neuron, kind, 0.0, tau=3.0, decay_input=False, v_threshold=0.875, v_leak=0.0625, store_v_seq=store_v_seq
+    )
 
 
 def inputs(neuron, device="cpu", dtype=torch.float32, shape=(4, 2, 3), grad=True):
@@ -53,7 +56,7 @@ def names_of(given):
 def test_opcheck(backend, device, neuron, store_v_seq):
     index = backends.NAMES.index(backend) - 1
     given = inputs(neuron, device, grad=False)
-    numbers = (*constants(neuron, dynamics.STORE_V_SEQ * store_v_seq), index)
+    numbers = (*constants(neuron, store_v_seq), index)
     forward, backward = torch.ops.snnfast.multi_step.default, torch.ops.snnfast.multi_step_backward.default
     torch.library.opcheck(forward, (*given, *numbers))
     torch.library.opcheck(forward, (*given._replace(v0=None, i0=None), *numbers))

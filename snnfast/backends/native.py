@@ -91,7 +91,7 @@ def _address(t: Tensor | None) -> int:
     return 0 if t is None else t.data_ptr()
 
 
-def _addresses(inputs: Inputs) -> tuple[int, ...]:
+def _addresses(inputs: Sequence[Any]) -> tuple[int, ...]:
     """Where the inputs lie, and which of the neurons' own parameters have one value for each neuron, as bits."""
     x, v0, i0, decay, *own = inputs
     if decay is None and own[0] is None:
@@ -110,8 +110,15 @@ def forward(
     v_seq: Tensor | None,
 ) -> None:
     """Spikes ``s`` and final states of input ``x``, and the potentials ``v_seq`` if wanted."""
-    x = inputs.x
-    T = x.shape[0]
+    launch_forward(_config(constants), inputs.x.shape[0], inputs, s, v, i, v_seq)
+
+
+def launch_forward(
+    config: Any, T: int, inputs: Sequence[Any], s: Tensor, v: Tensor, i: Tensor | None, v_seq: Tensor | None
+) -> None:
+    """The same for a caller that keeps the constants as :func:`_config` makes them, and whose tensors may lack the
+    dimension of time where ``T`` is 1."""
+    x = inputs[0]
     rest = (
         _DTYPE[x.dtype],
         T,
@@ -123,9 +130,9 @@ def forward(
         0 if v_seq is None else v_seq.data_ptr(),
     )
     if x.is_cuda:
-        _C.cuda_forward(_config(constants), x.device.index, torch.cuda.current_stream(x.device).cuda_stream, *rest)
+        _C.cuda_forward(config, x.device.index, torch.cuda.current_stream(x.device).cuda_stream, *rest)
     else:
-        _C.cpu_forward(_config(constants), torch.get_num_threads(), *rest)
+        _C.cpu_forward(config, torch.get_num_threads(), *rest)
 
 
 def backward(
@@ -143,14 +150,28 @@ def backward(
 
     ``grad_own`` has one value for each neuron, also where the parameter itself has one for all.
     """
-    x = inputs.x
-    T = x.shape[0]
-    N = x.numel() // T
-    config = _config(constants)
+    T = inputs.x.shape[0]
+    launch_backward(_config(constants), T, grads, inputs, grad_x, grad_v0, grad_i0, grad_decay, *grad_own)
+
+
+def launch_backward(
+    config: Any,
+    T: int,
+    grads: Sequence[Tensor | None],
+    inputs: Sequence[Any],
+    # outputs
+    grad_x: Tensor,
+    grad_v0: Tensor | None,
+    grad_i0: Tensor | None,
+    grad_decay: Tensor | None,
+    *grad_own: Tensor | None,
+) -> None:
+    """To :func:`backward` what :func:`launch_forward` is to :func:`forward`."""
+    x = inputs[0]
     rest = (
         _DTYPE[x.dtype],
         T,
-        N,
+        x.numel() // T,
         *_addresses(inputs),
         *map(_address, grads),
         grad_x.data_ptr(),

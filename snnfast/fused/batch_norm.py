@@ -115,20 +115,15 @@ def _update_running_statistics(norm: Any, mean: Tensor, var: Tensor, count: int)
 
 
 def _constants(neuron: Any, v_init: float) -> Constants:
-    surrogate: Any = recognise(neuron.surrogate_function)
-    flags = (dynamics.DECAY_INPUT if neuron.decay_input else 0) | (dynamics.DETACH_RESET if neuron.detach_reset else 0)
-    make = functional._constants if torch.compiler.is_compiling() else functional._cached_constants
-    return make(
-        neuron.dynamics.id,
-        surrogate.id,
-        surrogate.alpha,
-        surrogate.gain,
-        flags,
-        neuron.v_threshold,
-        neuron.v_reset,
-        neuron.tau,
-        0.0,
+    return functional.constants_of(
+        neuron.dynamics,
+        recognise(neuron.surrogate_function),
         v_init,
+        tau=neuron.tau,
+        decay_input=neuron.decay_input,
+        v_threshold=neuron.v_threshold,
+        v_reset=neuron.v_reset,
+        detach_reset=neuron.detach_reset,
     )
 
 

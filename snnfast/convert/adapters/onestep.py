@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ... import backends, dynamics, functional, ops
+from ... import backends, functional, ops
 from ...backends import native
 from ...dynamics import Constants, Inputs
 from .base import Plan
@@ -25,47 +25,18 @@ class _Call:
     __slots__ = ("config", "constants", "has_current")
 
     def __init__(self, plan: Plan, v_init: float) -> None:
-        k = plan.keywords
-        flags = (
-            (dynamics.DECAY_INPUT if k.get("decay_input", True) else 0)
-            | (dynamics.DETACH_RESET if k.get("detach_reset") else 0)
-            | (dynamics.STRICT if k.get("strict") else 0)
-            | (dynamics.MULTI_SPIKE if k.get("multi_spike") else 0)
-            | (0 if k.get("resets", True) else dynamics.NO_RESET)
-        )
-        kind = k["surrogate_function"]
-        self.constants: Constants = functional._constants(
-            plan.neuron.id, kind.id, kind.alpha, kind.gain, flags, k.get("v_threshold", 1.0), k.get("v_reset", 0.0),
-            k.get("tau", 2.0), k.get("v_leak", 0.0), v_init,
-        )  # fmt: skip
+        keywords = {"strict": plan.neuron.strict, **plan.keywords}
+        kind = keywords.pop("surrogate_function")
+        self.constants: Constants = functional.constants_of(plan.neuron, kind, v_init, **keywords)
         self.config = native._config(self.constants)
         self.has_current = len(plan.neuron.states) > 1
-
-
-def _addresses(tensors: tuple[Any, ...]) -> tuple[int, ...]:
-    """``native._addresses``, for what :func:`one_step` lets through."""
-    x, v, i, decay, threshold, beta, current_decay = tensors
-    if threshold is None:
-        return x.data_ptr(), 0 if v is None else v.data_ptr(), 0, 0 if decay is None else decay.data_ptr(), 0, 0, 0, 0
-    each = (1 if threshold.numel() > 1 else 0) | (2 if beta.numel() > 1 else 0)
-    third = 0
-    if current_decay is not None:
-        each |= 4 if current_decay.numel() > 1 else 0
-        third = current_decay.data_ptr()
-    return (
-        x.data_ptr(), 0 if v is None else v.data_ptr(), 0 if i is None else i.data_ptr(), 0, threshold.data_ptr(),
-        beta.data_ptr(), third, each,
-    )  # fmt: skip
 
 
 def _forward(call: _Call, tensors: tuple[Any, ...]) -> tuple[Any, ...]:
     x = tensors[0]
     s, v = torch.empty_like(x), torch.empty_like(x)
     i = torch.empty_like(x) if call.has_current else None
-    native._C.cpu_forward(
-        call.config, torch.get_num_threads(), native._DTYPE[x.dtype], 1, x.numel(), *_addresses(tensors), s.data_ptr(),
-        v.data_ptr(), 0 if i is None else i.data_ptr(), 0,
-    )  # fmt: skip
+    native.launch_forward(call.config, 1, tensors, s, v, i, None)
     return (s, v) if i is None else (s, v, i)
 
 
@@ -98,13 +69,9 @@ class _Step(torch.autograd.Function):
         own: Any = (None, None, None)
         if own_gradients:
             own = tuple(None if t is None else torch.empty_like(x) for t in saved[4:])
-        sum_decay = native._C.cpu_backward(
-            ctx.call.config, torch.get_num_threads(), native._DTYPE[x.dtype], 1, x.numel(), *_addresses(saved),
-            0 if grad_s is None else grad_s.data_ptr(), 0 if grad_v is None else grad_v.data_ptr(),
-            0 if grad_i is None else grad_i.data_ptr(), 0, grad_x.data_ptr(), 0 if v is None else grad_v0.data_ptr(),
-            0 if i is None else grad_i0.data_ptr(), *(0 if t is None else t.data_ptr() for t in own),
-        )  # fmt: skip
-        grad_decay = None if decay is None else torch.full_like(decay, sum_decay)
+        grad_decay = None if decay is None else torch.empty_like(decay)
+        grads = (grad_s, grad_v, grad_i, None)
+        native.launch_backward(ctx.call.config, 1, grads, saved, grad_x, grad_v0, grad_i0, grad_decay, *own)
         if own_gradients:
             own = (None if g is None else ops.summed(g, t.shape) for g, t in zip(own, saved[4:], strict=True))
         return None, grad_x, grad_v0, grad_i0, grad_decay, *own
