@@ -43,7 +43,7 @@ void stream_four_steps(const Call& c, int64_t begin, int64_t end) {
 template <class Neuron, class T, bool stream>
 void forward_block(const Call& c, int64_t begin, int64_t end) {
   using R = typename StateOf<T>::type;
-  if constexpr (stream && Neuron::kOwn == 0 && sizeof(R) == sizeof(float))
+  if constexpr (stream && kFitsRegisters<Neuron, R>)
     if (c.T == 4 && !c.v_seq && (c.N * sizeof(T)) % kVectorBytes == 0)
       return stream_four_steps<Neuron, T>(c, begin, end);
   const Params<R> p = params_of<R>(c);

@@ -68,6 +68,23 @@ void derivatives(R* derivative, const R* h, const R* own_threshold, int64_t n, c
     derivative_row(derivative, h, [=](auto, int64_t) { return p.threshold; }, n, p);
 }
 
+// The gradient of the decay, over vectors of neurons and those left over.
+template <class R>
+class DecaySum {
+ public:
+  SNNFAST_FN void add(typename VectorOf<R>::type grad) { lanes_ += grad; }
+  SNNFAST_FN void add(R grad) { rest_ += grad; }
+  double total() const {
+    double sum = rest_;
+    for (int i = 0; i < int(sizeof(lanes_) / sizeof(R)); ++i) sum += lanes_[i];
+    return sum;
+  }
+
+ private:
+  typename VectorOf<R>::type lanes_{};
+  R rest_{};
+};
+
 template <class Neuron, class T, class R>
 struct BackwardRow {
   const T* grad_s;      // may be null
@@ -103,10 +120,8 @@ struct BackwardRow {
  private:
   template <bool stream, bool own_gradients, bool usual>
   SNNFAST_FN double loop(int64_t n, const Params<R> p) const {
-    using Vector = typename VectorOf<R>::type;
     const BackwardRow row = *this;
-    Vector decay_lanes{};
-    R decay_rest{};
+    DecaySum<R> decay;
     for_each_in_row<R, stream>(row.grad_x, n, [&](auto tag, int64_t i) __attribute__((always_inline)) {
       using V = decltype(tag);
       V grad_state[Neuron::kStates], tape[Neuron::kTape], before[Neuron::kStates], own[kMaxOwn] = {};
@@ -136,16 +151,9 @@ struct BackwardRow {
       if constexpr (own_gradients)
         for (int k = 0; k < Neuron::kOwn; ++k)
           store<false>(row.grad_own[k] + i, load(row.grad_own[k] + i, (V*)nullptr) + grads.own[k]);
-      if constexpr (Neuron::kLearnable) {
-        if constexpr (sizeof(V) == sizeof(R))
-          decay_rest += grads.decay;
-        else
-          decay_lanes += grads.decay;
-      }
+      if constexpr (Neuron::kLearnable) decay.add(grads.decay);
     });
-    double sum = decay_rest;
-    for (int i = 0; i < int(sizeof(Vector) / sizeof(R)); ++i) sum += decay_lanes[i];
-    return sum;
+    return decay.total();
   }
 };
 
@@ -253,7 +261,6 @@ template <class Neuron, class T, bool stream>
 double backward_four_steps(const Call& c, int64_t begin, int64_t end) {
   constexpr int kT = 4;
   using R = typename StateOf<T>::type;
-  using Vector = typename VectorOf<R>::type;
   const T* const x = static_cast<const T*>(c.x) + begin;
   const T* const grad_s = static_cast<const T*>(c.grad_s) + begin;
   T* const grad_x = static_cast<T*>(c.grad_x) + begin;
@@ -263,8 +270,7 @@ double backward_four_steps(const Call& c, int64_t begin, int64_t end) {
   const int64_t N = c.N;
   const R v_init = R(c.v_init);
   constexpr int64_t further = kPrefetchBytes / 4 / int64_t(sizeof(T));
-  Vector decay_lanes{};
-  R decay_rest{};
+  DecaySum<R> decay;
   with_known_reset<false>(params_of<R>(c), [&](const Params<R> p) __attribute__((always_inline)) {
     for_each_in_row<R, stream>(grad_x, end - begin, [&](auto tag, int64_t i) __attribute__((always_inline)) {
       using V = decltype(tag);
@@ -297,29 +303,23 @@ double backward_four_steps(const Call& c, int64_t begin, int64_t end) {
         store<stream>(grad_x + t * N + i, out);
       }
       if (grad_v0) store<false>(grad_v0 + begin + i, grad_state[0]);
-      if constexpr (Neuron::kLearnable) {
-        if constexpr (sizeof(V) == sizeof(R))
-          decay_rest += grads.decay;
-        else
-          decay_lanes += grads.decay;
-      }
+      if constexpr (Neuron::kLearnable) decay.add(grads.decay);
     });
   });
-  double sum = decay_rest;
-  for (int i = 0; i < int(sizeof(Vector) / sizeof(R)); ++i) sum += decay_lanes[i];
-  return sum;
+  return decay.total();
 }
 
+// What four steps of need no more registers than there are.
 template <class Neuron, class R>
-constexpr bool kFewStates = Neuron::kOwn == 0 && sizeof(R) == sizeof(float);
+constexpr bool kFitsRegisters = Neuron::kOwn == 0 && sizeof(R) == sizeof(float);
 
 template <class Neuron, class T, bool stream, class R>
 void backward_block(const Call& c, int64_t index, int64_t begin, int64_t end,
                     const BackwardScratch<Neuron, R>& memory) {
   double grad_decay = 0;
   const bool rows_aligned = !stream || (c.N * sizeof(T)) % kVectorBytes == 0;
-  if (kFewStates<Neuron, R> && c.T == 4 && c.grad_s && !c.grad_v_seq && rows_aligned) {
-    if constexpr (kFewStates<Neuron, R>) grad_decay = backward_four_steps<Neuron, T, stream>(c, begin, end);
+  if (kFitsRegisters<Neuron, R> && c.T == 4 && c.grad_s && !c.grad_v_seq && rows_aligned) {
+    if constexpr (kFitsRegisters<Neuron, R>) grad_decay = backward_four_steps<Neuron, T, stream>(c, begin, end);
   } else {
     const int64_t tile = c.T <= kFewSteps ? kTile : end - begin;
     for (int64_t b = begin; b < end; b += tile)

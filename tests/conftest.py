@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 
+import numpy as np
 import pytest
 import torch
 
@@ -38,6 +39,42 @@ def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(autouse=True)
 def seeded() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="module")
+def one_thread():
+    """For tests on tiny tensors, where a second thread only waits."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def count_fused(monkeypatch):
+    """How many calls of a batch norm with its neuron went to the kernels."""
+    from snnfast.fused import ops
+
+    calls = []
+    run = ops._forward_op
+    monkeypatch.setattr(ops, "_forward_op", lambda *args: calls.append(1) or run(*args))
+    return calls
+
+
+@pytest.fixture(scope="module")
+def small_mnist(tmp_path_factory):
+    """A folder with 200 and 50 images like MNIST's, noise around ten patterns, in idx files."""
+    folder = tmp_path_factory.mktemp("mnist")
+    rng = np.random.default_rng(0)
+    patterns = rng.integers(0, 2, (10, 7, 7)).repeat(4, 1).repeat(4, 2) * 180
+    for prefix, count in (("train", 200), ("t10k", 50)):
+        labels = np.arange(count) % 10
+        images = (patterns[labels] + rng.integers(0, 75, (count, 28, 28))).astype(np.uint8)
+        header = np.array([2051, count, 28, 28], ">i4").tobytes()
+        (folder / f"{prefix}-images-idx3-ubyte").write_bytes(header + images.tobytes())
+        content = np.array([2049, count], ">i4").tobytes() + labels.astype(np.uint8).tobytes()
+        (folder / f"{prefix}-labels-idx1-ubyte").write_bytes(content)
+    return folder
 
 
 @pytest.fixture(scope="session")

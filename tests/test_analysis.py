@@ -553,8 +553,8 @@ def test_parameter_table():
 def test_saved_bytes():
     x = torch.randn(8, 4, 100)
     lif = snnfast.LIFNode(step_mode="m", backend="native")
-    if snnfast.neuron.backends.KERNELS[0].missing(torch.device("cpu")):
-        pytest.skip("no native build")
+    if reason := snnfast.neuron.backends.KERNELS[0].missing(torch.device("cpu")):
+        pytest.skip(reason)
     given = (x * 1).requires_grad_()
     assert analysis.saved_bytes(lif, given) == x.numel() * 4  # the input, and nothing else
     lif.reset()

@@ -22,15 +22,6 @@ NEURONS = (snnfast.IFNode, snnfast.LIFNode, snnfast.ParametricLIFNode)
 T = 4
 
 
-@pytest.fixture
-def count_fused(monkeypatch):
-    """How many calls went to the kernels."""
-    calls = []
-    run = fused_ops._forward_op
-    monkeypatch.setattr(fused_ops, "_forward_op", lambda *args: calls.append(1) or run(*args))
-    return calls
-
-
 def norm_for(x, affine=True, **kwargs):
     kinds = {2: nn.BatchNorm1d, 3: nn.BatchNorm1d, 4: nn.BatchNorm2d, 5: nn.BatchNorm3d}
     norm = kinds[x.dim()](x.shape[1], affine=affine, **kwargs)

@@ -63,19 +63,8 @@ RUN = [
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A small MNIST of noise around ten patterns, in idx files."""
-    folder = tmp_path_factory.mktemp("mnist")
-    rng = np.random.default_rng(0)
-    patterns = rng.integers(0, 200, (10, 28, 28))
-    for prefix, count in (("train", 200), ("t10k", 50)):
-        labels = np.arange(count) % 10
-        images = (patterns[labels] + rng.integers(0, 55, (count, 28, 28))).astype(np.uint8)
-        header = [2051, count, 28, 28]
-        (folder / f"{prefix}-images-idx3-ubyte").write_bytes(np.array(header, ">i4").tobytes() + images.tobytes())
-        content = np.array([2049, count], ">i4").tobytes() + labels.astype(np.uint8).tobytes()
-        (folder / f"{prefix}-labels-idx1-ubyte").write_bytes(content)
-    return folder
+def data(small_mnist: Path) -> Path:
+    return small_mnist
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -167,7 +156,7 @@ while True:
 """
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
 def test_killed_at_random_times_ends_with_the_same_bits(data: Path, uninterrupted: Path, tmp_path: Path) -> None:
     out = tmp_path / "killed"
     seed = random.SystemRandom().randrange(10**6)

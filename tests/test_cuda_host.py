@@ -12,9 +12,10 @@ import pytest
 import torch
 from cuda_host import GXX, ROOT, FlatCall, Guarded, build, guarded_copy, point
 
-pytestmark = pytest.mark.skipif(
-    GXX is None, reason="g++ is not on PATH, so the CUDA kernels cannot be built for the CPU"
-)
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.skipif(GXX is None, reason="g++ is not on PATH, so the CUDA kernels cannot be built for the CPU"),
+]
 
 NEURONS = {"IF": 0, "LIF": 1, "ParametricLIF": 2}
 DTYPES = {"float32": 0, "float64": 1, "bfloat16": 2, "float16": 3}
@@ -25,15 +26,6 @@ DIVIDE, MULTIPLY, CORRECTED = 0, 1, 2
 @pytest.fixture
 def kernels(cuda_host_kernels):
     return cuda_host_kernels
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """The loops' tensors are tiny; threads would only wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 class Case:

@@ -26,16 +26,9 @@ from snnfast.distill import (
 )
 from snnfast.neuron import BaseNode
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 T, B, CLASSES = 4, 6, 5
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """On tensors of this size two threads only wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def lif(**kwargs) -> snnfast.LIFNode:

@@ -13,20 +13,11 @@ import snnfast
 import snnfast.checkpoint
 from snnfast import backends, functional, layer
 from snnfast.fused import BatchNormNode, FuseReport, fuse, unfuse
-from snnfast.fused import ops as fused_ops
 
 pytestmark = pytest.mark.skipif(
     backends.native.missing(torch.device("cpu")) is not None, reason="the compiled extension is not built here"
 )
 T = 4
-
-
-@pytest.fixture
-def count_fused(monkeypatch):
-    calls = []
-    run = fused_ops._forward_op
-    monkeypatch.setattr(fused_ops, "_forward_op", lambda *args: calls.append(1) or run(*args))
-    return calls
 
 
 def small_network(neuron=snnfast.LIFNode):

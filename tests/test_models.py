@@ -9,16 +9,10 @@ from torch import nn
 import snnfast
 from snnfast import models
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 ALL = [getattr(models, name) for name in models.__all__]
 T, B = 2, 2
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def narrow(model, **kwargs):

@@ -15,15 +15,9 @@ from snnfast import models
 from snnfast.checkpoint import checkpoint
 from snnfast.models.resnet import BasicBlock
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 T, B = 2, 4
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def resnet(width=4, **kwargs):

@@ -16,16 +16,9 @@ from torch.nn import functional as F
 import snnfast
 from snnfast import functional
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 T, B = 4, 3
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """The networks are tiny: a second thread only waits."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 # ---- the reference: neurons and networks stepped by hand ----

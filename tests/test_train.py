@@ -57,19 +57,8 @@ SMALL = [
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A small MNIST: noise around ten patterns, in idx files."""
-    folder = tmp_path_factory.mktemp("mnist")
-    rng = np.random.default_rng(0)
-    patterns = rng.integers(0, 2, (10, 7, 7)).repeat(4, 1).repeat(4, 2) * 180
-    for prefix, count in (("train", 200), ("t10k", 50)):
-        labels = np.arange(count) % 10
-        images = (patterns[labels] + rng.integers(0, 75, (count, 28, 28))).astype(np.uint8)
-        header = np.array([2051, count, 28, 28], ">i4").tobytes()
-        (folder / f"{prefix}-images-idx3-ubyte").write_bytes(header + images.tobytes())
-        content = np.array([2049, count], ">i4").tobytes() + labels.astype(np.uint8).tobytes()
-        (folder / f"{prefix}-labels-idx1-ubyte").write_bytes(content)
-    return folder
+def data(small_mnist: Path) -> Path:
+    return small_mnist
 
 
 @pytest.fixture(autouse=True)

@@ -89,9 +89,7 @@ class Plan:
         self.watched = tuple((t, t._version) for t in watched)
         self.calls: dict[float, Any] = {}  # onestep's, and the next one
         self.prepared: tuple[Any, Any, Any] | None = None
-        self.own: tuple[Any, tuple[Tensor, ...]] | None = (
-            None  # parameters that are not learnt, and what they came from
-        )
+        self.own: tuple[Any, tuple[Tensor, ...]] | None = None  # parameters that are not learnt, and their source
 
     def stale(self) -> bool:
         """Whether a tensor whose value was read has been written since."""
