@@ -388,7 +388,7 @@ def test_networks_that_do_not_correspond():
     for wrong in (lambda: load_peer_weights(3, theirs), lambda: load_peer_weights(ours, 3)):
         with pytest.raises(TypeError, match="must be a"):
             wrong()
-    with pytest.raises(TypeError, match="target must be .* got str"):
+    with pytest.raises(TypeError, match=r"target must be .* got str"):
         give_peer_weights(ours, "snntorch")
 
 
