@@ -404,13 +404,19 @@ def multi_step(inputs: Inputs, constants: Constants, backend: int) -> Outputs:
 
 
 class _Guard(torch.autograd.Function):
-    """Passes a reference path's outputs through as one node of the graph, which notices when the graph is gone."""
+    """Passes a reference path's outputs through as one node of the graph, which notices when the graph is gone.
+
+    Its outputs may be written in place, as a kernel's may, so they are no views: the sequences, which were stacked just
+    now and are saved nowhere, are declared as written; the states, which the graph may hold, are copied.
+    """
 
     @staticmethod
-    def forward(ctx: Any, *outputs: Tensor | None) -> tuple[Tensor | None, ...]:
-        ctx.save_for_backward(outputs[0])
+    def forward(ctx: Any, s: Tensor, v_seq: Tensor | None, *states: Tensor) -> tuple[Tensor | None, ...]:
+        ctx.mark_dirty(*(t for t in (s, v_seq) if t is not None))
+        copies = tuple(t.clone() for t in states)
+        ctx.save_for_backward(s.new_empty(0))
         ctx.set_materialize_grads(False)
-        return tuple(None if t is None else t.view_as(t) for t in outputs)
+        return s, v_seq, *copies
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import importlib
 import sys
+from collections.abc import Iterable
 from types import ModuleType
 from typing import Any, ClassVar
 
@@ -157,6 +158,17 @@ def number(t: Any) -> float | None:
 def of_this_step(state: Any, x: Tensor) -> bool:
     """Whether ``state`` is one potential for each element of ``x``."""
     return type(state) is Tensor and state.shape == x.shape and state.dtype == x.dtype and state.device == x.device
+
+
+def broadcasts(own: Iterable[Tensor], step: torch.Size) -> bool:
+    """Whether each parameter broadcasts to a time step of shape ``step``; one that has more elements or dimensions
+    makes the libraries' potentials as large as itself."""
+    for t in own:
+        if t.dim():
+            shape = t.shape
+            if len(shape) > len(step) or any(a != 1 and a != b for a, b in zip(reversed(shape), reversed(step))):  # noqa: B905
+                return False
+    return True
 
 
 def is_version(pair: tuple[Tensor, int]) -> bool:
