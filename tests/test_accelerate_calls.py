@@ -187,3 +187,24 @@ def test_states_may_be_detached_in_place(backend, monkeypatch):
     for _ in range(2):
         neuron(torch.randn(3, 4, requires_grad=True)).sum().backward()
         neuron.mem.detach_()  # what snntorch.Leaky.detach_hidden does
+
+
+def test_training_goes_on_from_a_state_of_inference_mode():
+    """Which their additions do not save for backward, and the kernels do."""
+    neuron = pytest.importorskip("spikingjelly.activation_based.neuron", reason="spikingjelly is not installed")
+    snntorch = pytest.importorskip("snntorch", reason="snntorch is not installed")
+
+    def evaluated_before(call, module, x):
+        with torch.inference_mode():
+            call(module, x)
+        return call(module, x)
+
+    x = torch.randn(4, 3, 5) * 2
+    over_time = {"step_mode": "m", "v_reset": None}
+    assert_same(lambda: neuron.LIFNode(**over_time), lambda m, x: evaluated_before(lambda m, x: m(x), m, x), x)
+    assert_same(lambda: neuron.LIFNode(v_reset=None), lambda m, x: evaluated_before(step_loop, m, x), x)
+    assert_same(lambda: snntorch.Leaky(beta=0.5, init_hidden=True), lambda m, x: evaluated_before(step_loop, m, x), x)
+    ours = snnfast.LIFNode(step_mode="m")
+    leaf = x.clone().requires_grad_()
+    evaluated_before(lambda m, x: m(x), ours, leaf).sum().backward()
+    assert leaf.grad.abs().sum() > 0
