@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 
 import pytest
@@ -208,3 +209,50 @@ def test_training_goes_on_from_a_state_of_inference_mode():
     leaf = x.clone().requires_grad_()
     evaluated_before(lambda m, x: m(x), ours, leaf).sum().backward()
     assert leaf.grad.abs().sum() > 0
+
+
+def test_exchanged_buffers_count():
+    """``functional_call`` puts tensors in their places without setting an attribute, and takes them away again."""
+    snntorch = pytest.importorskip("snntorch", reason="snntorch is not installed")
+    sl = pytest.importorskip("sinabs.layers", reason="sinabs is not installed")
+    x = torch.randn(4, 5, 6) * 2
+
+    def drive(neuron, x):
+        names = ("beta", "threshold", "graded_spikes_factor") if hasattr(neuron, "beta") else ("spike_threshold",)
+        other = {name: torch.tensor(0.7) for name in names}
+        found = []
+        for values in ({}, other, {}):
+            found.append(torch.func.functional_call(neuron, values, (x,)))
+        return found
+
+    assert_same(lambda: snntorch.Leaky(beta=0.4, init_hidden=True), drive, x)
+    assert_same(lambda: sl.LIF(tau_mem=5.0), drive, x, step=torch.Size((4, 6)))
+
+
+def test_parametrized_before_and_after():
+    snntorch = pytest.importorskip("snntorch", reason="snntorch is not installed")
+
+    class Squash(nn.Module):
+        def forward(self, x):
+            return x.sigmoid()
+
+    x, found = torch.randn(6, 3, 5) * 2, []
+    for when in ("never accelerated", "before", "after", "and restored"):
+        neuron = snntorch.Leaky(beta=0.3, init_hidden=True)
+        if when in ("after", "and restored"):
+            snnfast.accelerate(neuron)
+        nn.utils.parametrize.register_parametrization(neuron, "beta", Squash())
+        if when == "before":
+            assert snnfast.accelerate(neuron).replaced
+        if when == "and restored":
+            assert snnfast.restore(neuron) == 1
+            assert not isinstance(neuron, snnfast.convert.adapters.base.Fused)
+        neuron = copy.deepcopy(neuron)
+        first = step_loop(neuron, x)
+        with torch.no_grad():
+            neuron.parametrizations.beta.original.fill_(-2.0)
+        found.append(torch.stack(first + step_loop(neuron, x)))
+        if when != "before":
+            assert isinstance(neuron, snntorch.Leaky)
+    assert all(torch.equal(f, found[0]) for f in found)
+    assert found[0].mean() > 0.05

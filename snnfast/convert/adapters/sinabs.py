@@ -72,6 +72,7 @@ class FusedLIF(Fused):
         return Plan(
             dynamics.EXPONENTIAL_LIF,
             (threshold,),
+            ("spike_threshold",),
             decay_input=bool(module.norm_input),
             v_reset=None,
             multi_spike=module.spike_fn is activation.MultiSpike,

@@ -16,7 +16,7 @@ from snntorch import surrogate as their_surrogate
 from torch import Tensor, nn
 
 from ... import dynamics, functional, surrogate
-from .base import Fused, Plan, broadcasts, is_version, of_this_step, served
+from .base import Fused, Plan, broadcasts, holds, is_version, of_this_step, served
 from .onestep import one_step
 
 # The function that made a surrogate: how the numbers in its closure give a fused one.
@@ -59,7 +59,7 @@ class LeakyPlan(Plan):
     def __init__(
         self, module: Any, neuron: dynamics.Neuron, graded: bool, watched: tuple[Tensor, ...], **kw: Any
     ) -> None:
-        super().__init__(neuron, watched, **kw)
+        super().__init__(neuron, watched, ("graded_spikes_factor", "reset_mechanism_val"), **kw)
         self.graded = graded
         self.returns_states = module.output or not module.init_hidden
 
@@ -114,7 +114,7 @@ class FusedLeaky(Fused):
         """Threshold and clamped decays; the same tuple again while none of them is learnt or written."""
         if plan.own is not None:
             versions, own = plan.own
-            if all(map(is_version, versions)):
+            if all(map(is_version, versions)) and holds(self, self.own_names, versions):
                 return own
         given = [getattr(self, name) for name in self.own_names]
         own = (given[0], *(t.clamp(0, 1) for t in given[1:]))

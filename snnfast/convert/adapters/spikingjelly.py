@@ -40,7 +40,7 @@ class NodePlan(Plan):
         super().__init__(neuron, **keywords)
         self.surrogate, self.alpha = their_surrogate, their_surrogate.alpha
 
-    def stale(self) -> bool:
+    def stale(self, module: Any) -> bool:
         return self.surrogate.alpha != self.alpha or not self.surrogate.spiking
 
 
