@@ -32,7 +32,7 @@ def misfit(norm: Any, neuron: Any) -> str | None:
     """Why these two modules, whatever their input, cannot run as one; ``None`` if they can."""
     if isinstance(norm, nn.SyncBatchNorm):
         return "SyncBatchNorm takes its statistics over several processes"
-    if type(norm) not in PLAIN_NORMS + STEP_NORMS + TIME_NORMS:
+    if type(norm) not in PLAIN_NORMS + TIME_NORMS and not _has_step_mode(norm):
         return f"{type(norm).__name__} is not one of the batch norms that are known here"
     if type(neuron) not in FUSED_NEURONS:
         return f"{type(neuron).__name__} is not one of {', '.join(n.__name__ for n in FUSED_NEURONS)}"
@@ -53,9 +53,16 @@ def misfit(norm: Any, neuron: Any) -> str | None:
     return None
 
 
+def _has_step_mode(norm: Any) -> bool:
+    """One of our batch norms with a step mode, or of SpikingJelly's, which do the same."""
+    kind = type(norm)
+    theirs = kind.__module__.startswith("spikingjelly.activation_based.layer")
+    return kind in STEP_NORMS or (theirs and kind.__name__ in {k.__name__ for k in STEP_NORMS})
+
+
 def _layout(norm: Any, neuron: Any) -> str | None:
     """``'folded'`` ``[T * B, C, *]``, ``'sequence'`` ``[T, B, C, *]``, ``'step'`` ``[B, C, *]``; ``None``: no match."""
-    over_time = type(norm) in TIME_NORMS or (type(norm) in STEP_NORMS and norm.step_mode == "m")
+    over_time = type(norm) in TIME_NORMS or (_has_step_mode(norm) and norm.step_mode == "m")
     if over_time:
         return "sequence" if neuron.step_mode == "m" and neuron.timesteps is None else None
     if neuron.step_mode == "s":
