@@ -1,0 +1,266 @@
+"""Less memory for a training step: :class:`packed_spikes` keeps spikes as one bit each for the backward pass."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import ops
+from .backends import native
+from .fused import ops as fused_ops
+
+__all__ = ["packed_spikes"]
+
+_LEAST = 1024  # elements: below, the bookkeeping is as large as what it saves
+_FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+_INTS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # by the bytes of an element
+_ONES = {t: int(torch.ones((), dtype=t).view(_INTS[t.itemsize])) for t in _FLOATS}  # 1.0 as its bits
+
+
+class packed_spikes(contextlib.ContextDecorator):  # noqa: N801 (a context manager, named as torch names its own)
+    """Within this context autograd keeps spikes in 1 bit each, and gives the backward the very same tensors.
+
+    A convolution or linear layer keeps its input for its weight's gradient: behind a neuron that is a tensor of zeros
+    and ones in 16 to 64 bits each. Here it becomes bits when it is saved and a tensor again, of the same dtype, strides
+    and values, when the backward asks for it. Gradients have the same bits as without.
+
+    On the CPU each saved tensor is looked at: what holds 0 and one other value is packed, whatever made it (so are
+    pooled, cast, concatenated or scaled spikes), and the indices of a max-pooling take as few bytes as hold them. On
+    a GPU, where looking would mean waiting, spikes are those that the graph shows to come from a neuron of snnfast
+    through layers that leave zeros and ones (views, casts, copies, concatenation, max-pooling), and not modified since.
+    Everything else is kept as it is. Only the forward needs the context; the backward may run in or outside of it.
+
+    Attributes:
+        tensors: how many saved tensors were made smaller so far.
+        bytes_before: their size as they were saved.
+        bytes_after: their size as they are kept.
+
+    Example:
+        >>> import snnfast
+        >>> net = torch.nn.Sequential(snnfast.layer.Linear(64, 64), snnfast.IFNode(step_mode="m"), torch.nn.Linear(64, 8))
+        >>> with packed_spikes() as packed:
+        ...     y = net(torch.randn(4, 32, 64))
+        >>> y.sum().backward()
+        >>> packed.bytes_before // packed.bytes_after
+        32
+    """
+
+    def __init__(self) -> None:
+        self.tensors = self.bytes_before = self.bytes_after = 0
+        self._entered: list[Any] = []
+
+    def __enter__(self) -> packed_spikes:
+        hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, unpack)
+        hooks.__enter__()
+        self._entered.append(hooks)
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._entered.pop().__exit__(*error)
+
+    def _pack(self, t: Tensor) -> Any:
+        kept = pack(t)
+        if not isinstance(kept, _Kept):
+            self.tensors += 1
+            self.bytes_before += t.numel() * t.element_size()
+            self.bytes_after += kept.nbytes
+        return kept
+
+    def __repr__(self) -> str:
+        before, after = self.bytes_before / 2**20, self.bytes_after / 2**20
+        return f"packed_spikes: {self.tensors} tensors of {before:.1f} MiB kept in {after:.1f} MiB"
+
+
+# ---- what is kept of a saved tensor ----
+class _Kept:
+    """The tensor itself. Autograd does not look for in-place changes under hooks, so this does."""
+
+    __slots__ = ("tensor", "version")
+
+    def __init__(self, t: Tensor) -> None:
+        self.tensor = t.detach()  # t may be an output of the node that saves it: a cycle
+        self.version = t._version
+
+    @property
+    def nbytes(self) -> int:
+        return self.tensor.untyped_storage().nbytes()
+
+    def unpack(self) -> Tensor:
+        if self.tensor._version != self.version:
+            raise RuntimeError(
+                "one of the variables needed for gradient computation has been modified by an inplace operation: "
+                f"{self.tensor.type()} {list(self.tensor.shape)} is at version {self.tensor._version}; expected version "
+                f"{self.version} instead (saved within snnfast.packed_spikes)"
+            )
+        return self.tensor
+
+
+class _Bits:
+    """A tensor of 0 and one other value, as bits in the order of its memory."""
+
+    __slots__ = ("bits", "dtype", "one", "other", "shape", "stride")
+
+    def __init__(self, t: Tensor, bits: Tensor, one: int, other: Tensor | None) -> None:
+        self.bits, self.one, self.other = bits, one, other
+        self.shape, self.stride, self.dtype = t.shape, t.stride(), t.dtype
+
+    @property
+    def nbytes(self) -> int:
+        return self.bits.numel()
+
+    def unpack(self) -> Tensor:
+        t = torch.empty_strided(self.shape, self.stride, dtype=self.dtype, device=self.bits.device)
+        dense = t if _layout(t) == "dense" else torch.empty(self.shape, dtype=self.dtype, device=t.device)
+        if self.other is not None:
+            _unpack_in_torch(self, dense)
+        elif t.is_cuda:
+            native.cuda_unpack_bits(self.bits, self.one, dense)
+        else:
+            native.unpack_bits(self.bits, self.one, dense)
+        return t if dense is t else t.copy_(dense)
+
+
+class _Narrowed:
+    """Whole numbers in fewer bytes."""
+
+    __slots__ = ("dtype", "tensor")
+
+    def __init__(self, t: Tensor, dtype: torch.dtype) -> None:
+        self.dtype, self.tensor = t.dtype, t.detach().to(dtype)
+
+    @property
+    def nbytes(self) -> int:
+        return self.tensor.numel() * self.tensor.element_size()
+
+    def unpack(self) -> Tensor:
+        return self.tensor.to(self.dtype)
+
+
+def pack(t: Tensor) -> Any:
+    """The hook for what autograd saves: an object with ``unpack()`` and ``nbytes``."""
+    if type(t) is Tensor and t.numel() >= _LEAST and t.layout is torch.strided and not (t.is_leaf and t.requires_grad):
+        packed: Any = None
+        if t.dtype in _FLOATS and not t.is_neg() and not t._is_zerotensor():
+            packed = _as_bits(t)
+        elif t.dtype is torch.int64 and t.device.type == "cpu":
+            packed = _narrowed(t)
+        if packed is not None:
+            return packed
+    return _Kept(t)
+
+
+def unpack(kept: Any) -> Tensor:
+    """The hook for what the backward asks for."""
+    return kept.unpack()
+
+
+# ---- bits ----
+def _layout(t: Tensor) -> str:
+    """``'dense'``: ``t`` fills its memory, its dimensions in any order; ``'gaps'``: not all of it; or ``'overlaps'``."""
+    if t.is_contiguous():
+        return "dense"
+    layout, end = "dense", 1
+    for stride, size in sorted(zip(t.stride(), t.shape, strict=True)):
+        if size == 1:
+            continue
+        if stride < end:
+            return "overlaps"
+        if stride > end:
+            layout = "gaps"
+        end = stride * size
+    return layout
+
+
+def _as_bits(t: Tensor) -> _Bits | None:
+    on_cpu = t.device.type == "cpu"
+    if not on_cpu and not is_spikes(t):
+        return None
+    layout, whole = _layout(t), t.detach()
+    if layout == "overlaps":  # such as an expanded tensor, which is small already
+        return None
+    if layout == "gaps":
+        whole = whole.contiguous()
+    size = (t.numel() + 63) // 64 * 8
+    if native.missing(t.device) is not None:
+        return _pack_in_torch(t, whole, size)
+    if on_cpu:
+        bits = torch.empty(size, dtype=torch.uint8)
+        one = native.pack_bits(whole, bits)
+        return None if one is None else _Bits(t, bits, one, None)
+    bits = torch.zeros(size + 8, dtype=torch.uint8, device=t.device)
+    native.cuda_pack_bits(whole, bits, _ONES[t.dtype])
+    return _Bits(t, bits, _ONES[t.dtype], None)
+
+
+def _in_memory_order(t: Tensor, dtype: torch.dtype) -> Tensor:
+    """All elements of a dense tensor one after the other, as ``dtype`` of the same size."""
+    order = sorted(range(t.dim()), key=lambda d: (t.stride(d), t.shape[d] == 1), reverse=True)
+    return t.permute(order).view(-1).view(dtype)
+
+
+def _pack_in_torch(t: Tensor, whole: Tensor, size: int) -> _Bits | None:
+    """Where there are no kernels; ``other`` tells whether there are values other than 0 and 1."""
+    flat = _in_memory_order(whole, _INTS[t.element_size()])
+    ones = flat == _ONES[t.dtype]
+    other = (~ones & (flat != 0)).any()
+    if t.device.type == "cpu" and other:
+        return None
+    ones = torch.nn.functional.pad(ones.to(torch.uint8), (0, size * 8 - t.numel())).view(-1, 8)
+    places = torch.arange(8, dtype=torch.uint8, device=t.device)
+    return _Bits(t, (ones << places).sum(1, dtype=torch.uint8), _ONES[t.dtype], other)
+
+
+def _unpack_in_torch(kept: _Bits, to: Tensor) -> None:
+    places = torch.arange(8, dtype=torch.uint8, device=to.device)
+    ones = ((kept.bits.unsqueeze(1) >> places) & 1).flatten()[: to.numel()].to(kept.dtype)
+    assert kept.other is not None
+    _in_memory_order(to, kept.dtype).copy_(torch.where(kept.other, torch.nan, ones))
+
+
+# ---- spikes, as the graph shows them ----
+_SPIKING: dict[Any, Any] = {  # nodes whose first output are spikes, and where the constants of their call are
+    ops._EagerMultiStep._backward_cls: lambda node: node.call[0],  # type: ignore[attr-defined]
+    ops._MultiStep._backward_cls: lambda node: ops.Constants._make(node.numbers[:-1]),  # type: ignore[attr-defined]
+    fused_ops._BatchNormMultiStep._backward_cls: lambda node: node.call[-1],  # type: ignore[attr-defined]
+}
+_FAITHFUL = frozenset(
+    f"{name}Backward{k}"
+    for name in (
+        *("View", "UnsafeView", "ReshapeAlias", "Permute", "Transpose", "T", "Squeeze", "Unsqueeze", "Alias"),
+        *("Clone", "ToCopy", "Expand", "Repeat", "Slice", "Select", "Split", "SplitWithSizes", "Unbind", "Unfold"),
+        *("Cat", "Stack", "MaxPool2DWithIndices", "MaxPool3DWithIndices", "AdaptiveMaxPool2D", "AdaptiveMaxPool3D"),
+    )
+    for k in range(2)
+)
+_DEPTH = 16
+
+
+def is_spikes(t: Tensor) -> bool:
+    """Whether the graph shows that ``t`` holds zeros and ones: a neuron's spikes, moved about but not computed with.
+
+    What was modified in place is none of these.
+    """
+    return t._version == 0 and t.grad_fn is not None and _gives_spikes(t.grad_fn, t.output_nr, _DEPTH)
+
+
+def _gives_spikes(node: Any, output: int, depth: int) -> bool:
+    constants = _SPIKING.get(type(node))
+    if constants is not None:
+        return output == 0 and not constants(node).flags & ops.dynamics.MULTI_SPIKE
+    if depth == 0 or node.name() not in _FAITHFUL:
+        return False
+    return all(n is not None and _gives_spikes(n, k, depth - 1) for n, k in node.next_functions)
+
+
+# ---- whole numbers ----
+def _narrowed(t: Tensor) -> _Narrowed | None:
+    least, most = (int(v) for v in torch.aminmax(t.detach()))
+    if least < 0:
+        return None
+    for dtype in (torch.uint8, torch.int16, torch.int32):
+        if most <= torch.iinfo(dtype).max:
+            return _Narrowed(t, dtype)
+    return None
