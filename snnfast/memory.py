@@ -1,8 +1,10 @@
-"""Less memory for a training step: :class:`packed_spikes` keeps spikes as one bit each for the backward pass."""
+"""Less memory for a training step: :class:`packed_spikes` keeps spikes as one bit each for the backward pass, and
+:func:`chunked` (in ``chunks.py``) runs a long sequence some time steps at a time."""
 
 from __future__ import annotations
 
 import contextlib
+import threading
 from typing import Any
 
 import torch
@@ -10,9 +12,10 @@ from torch import Tensor
 
 from . import ops
 from .backends import native
+from .chunks import chunked
 from .fused import ops as fused_ops
 
-__all__ = ["packed_spikes"]
+__all__ = ["chunked", "packed_spikes"]
 
 _LEAST = 1024  # elements: below, the bookkeeping is as large as what it saves
 _FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -53,25 +56,36 @@ class packed_spikes(contextlib.ContextDecorator):  # noqa: N801 (a context manag
         self._entered: list[Any] = []
 
     def __enter__(self) -> packed_spikes:
-        hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, unpack)
+        hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, _unpack)
         hooks.__enter__()
         self._entered.append(hooks)
+        _active.depth = getattr(_active, "depth", 0) + 1
         return self
 
     def __exit__(self, *error: Any) -> None:
         self._entered.pop().__exit__(*error)
+        _active.depth -= 1
 
     def _pack(self, t: Tensor) -> Any:
-        kept = pack(t)
-        if not isinstance(kept, _Kept):
-            self.tensors += 1
-            self.bytes_before += t.numel() * t.element_size()
-            self.bytes_after += kept.nbytes
-        return kept
+        packed = made_smaller(t)
+        if packed is None:
+            return _Kept(t)
+        self.tensors += 1
+        self.bytes_before += t.numel() * t.element_size()
+        self.bytes_after += packed.nbytes
+        return packed
 
     def __repr__(self) -> str:
         before, after = self.bytes_before / 2**20, self.bytes_after / 2**20
         return f"packed_spikes: {self.tensors} tensors of {before:.1f} MiB kept in {after:.1f} MiB"
+
+
+_active = threading.local()  # in how many of these contexts each thread is
+
+
+def is_packing() -> bool:
+    """Whether this thread is within :class:`packed_spikes`."""
+    return getattr(_active, "depth", 0) > 0
 
 
 # ---- what is kept of a saved tensor ----
@@ -83,10 +97,6 @@ class _Kept:
     def __init__(self, t: Tensor) -> None:
         self.tensor = t.detach()  # t may be an output of the node that saves it: a cycle
         self.version = t._version
-
-    @property
-    def nbytes(self) -> int:
-        return self.tensor.untyped_storage().nbytes()
 
     def unpack(self) -> Tensor:
         if self.tensor._version != self.version:
@@ -139,21 +149,16 @@ class _Narrowed:
         return self.tensor.to(self.dtype)
 
 
-def pack(t: Tensor) -> Any:
-    """The hook for what autograd saves: an object with ``unpack()`` and ``nbytes``."""
-    if type(t) is Tensor and t.numel() >= _LEAST and t.layout is torch.strided and not (t.is_leaf and t.requires_grad):
-        packed: Any = None
-        if t.dtype in _FLOATS and not t.is_neg() and not t._is_zerotensor():
-            packed = _as_bits(t)
-        elif t.dtype is torch.int64 and t.device.type == "cpu":
-            packed = _narrowed(t)
-        if packed is not None:
-            return packed
-    return _Kept(t)
+def made_smaller(t: Tensor) -> Any:
+    """An object with ``unpack()`` and ``nbytes`` for a tensor of spikes or of small indices, ``None`` for another."""
+    if type(t) is not Tensor or t.numel() < _LEAST or t.layout is not torch.strided or (t.is_leaf and t.requires_grad):
+        return None
+    if t.dtype in _FLOATS and not t.is_neg() and not t._is_zerotensor():
+        return _as_bits(t)
+    return _narrowed(t) if t.dtype is torch.int64 and t.device.type == "cpu" else None
 
 
-def unpack(kept: Any) -> Tensor:
-    """The hook for what the backward asks for."""
+def _unpack(kept: Any) -> Tensor:
     return kept.unpack()
 
 
