@@ -9,8 +9,8 @@ each storage once, without parameters and buffers. SpikingJelly's neurons stand 
 * ``GPU, h alone``: its Triton kernels under a ``PrecisionConfig``, which forgo second derivatives, keep h only:
   kept = kept(snnfast) + (4 bytes - bytes of x) * T * N per neuron.
 
-And a sequence of T = 64, whole and in chunks: the allocator's peak over the step, as torch.profiler sees it. Counting is
-not timing: other work on the machine does no harm.
+And a sequence of T = 64, whole and in chunks: the allocator's peak over the step, as torch.profiler sees it. Counting
+is not timing: other work on the machine does no harm.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from .measure import RESULTS, environment
 
 T, B, LONG, CHUNK = 4, 2, 64, 8
 NETWORKS: dict[str, Callable[..., Any]] = {"ResNet-18": snnfast.models.resnet18, "VGG-11": snnfast.models.vgg11}
-MIB = 2**20
+MIB, NO_TARGET = 2**20, float("inf")
 ATAN = snnfast.surrogate.ATan()
 
 
@@ -183,7 +183,7 @@ def rows() -> Iterator[Row]:
             found = kept(make, dtype)
             theirs = found["SpikingJelly, GPU"]
             for variant, size in found.items():
-                target = 0.5 if variant == "snnfast + fuse + packed_spikes" else float("inf")
+                target = 0.5 if variant == "snnfast + fuse + packed_spikes" else NO_TARGET
                 note = f"{size / MIB:.1f} MiB against {theirs / MIB:.1f} MiB"
                 if target == 0.5:
                     note += "; gradients of the same bits as without packing" if dtype == torch.float32 else ""
@@ -193,16 +193,17 @@ def rows() -> Iterator[Row]:
     for variant, size in found.items():
         work = f"VGG-11, T={LONG}, B={B}, float32, peak of a step: {variant}"
         note = f"{size / MIB:.0f} MiB against {found['snnfast'] / MIB:.0f} MiB"
-        yield Row(work, "snnfast", size / found["snnfast"], float("inf"), False, "x", note)
+        yield Row(work, "snnfast", size / found["snnfast"], NO_TARGET, False, "x", note)
 
 
 def markdown(found: list[Row], device: dict[str, Any]) -> str:
     lines = ["| work | against | kept | | |", "|---|---|---|---|---|"]
     for row in found:
-        target = "" if row.target == float("inf") else f"target ≤ {row.target:g}: {'met' if row.met else 'missed'}"
+        target = "" if row.target == NO_TARGET else f"target ≤ {row.target:g}: {'met' if row.met else 'missed'}"
         lines.append(f"| {row.work} | {row.against} | {row.value:.2f} x | {row.note} | {target} |")
     facts = ", ".join(f"{k}: {v}" for k, v in device.items())
-    return f"# Memory of a training step\n\n{__doc__.split(chr(10), 1)[1].strip()}\n\n{facts}\n\n" + "\n".join(lines) + "\n"
+    about = str(__doc__).split("\n", 1)[1].strip()
+    return f"# Memory of a training step\n\n{about}\n\n{facts}\n\n" + "\n".join(lines) + "\n"
 
 
 def main() -> None:
@@ -215,7 +216,8 @@ def main() -> None:
         found.append(row)
         print(f"{row.work:<80} {row.value:.2f}x  {row.note}", flush=True)
     arguments.out.mkdir(parents=True, exist_ok=True)
-    record = {"environment": device, "rows": [{k: v for k, v in r.as_dict().items() if v != float("inf")} for r in found]}
+    rows_ = [r.as_dict() | ({"target": None, "met": None} if r.target == NO_TARGET else {}) for r in found]
+    record = {"environment": device, "rows": rows_}
     (arguments.out / "memory.json").write_text(json.dumps(record, indent=1) + "\n")
     (arguments.out / "memory.md").write_text(markdown(found, device))
     print(f"written to {arguments.out / 'memory'}.json, .md")

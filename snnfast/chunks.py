@@ -10,12 +10,14 @@ import torch.utils.checkpoint
 from torch import Tensor, nn
 
 from . import functional, layer
+from .base import MemoryModule
 from .checkpoint import _again, _state
 from .convert.to_spiking import SpikingNetwork
 from .convert.to_spiking_layers import Dropout as DropoutOfRates
 from .convert.to_spiking_layers import MaxPoolOfRates
 from .encoding import check_steps
 from .fused import BatchNormNode
+from .network import _their_reset
 
 __all__ = ["chunked"]
 
@@ -59,11 +61,11 @@ def chunked(model: nn.Module, x: Tensor, chunk: int, *, chunk_statistics: bool =
     outputs, potentials = [], []
     for steps, part in parts:
         outputs.append(_one_chunk(run, part, steps))
-        potentials.append({m: m.v_seq for m in model.modules() if isinstance(getattr(m, "v_seq", None), Tensor)})
+        potentials.append({m: m.v_seq for m in run.modules if isinstance(getattr(m, "v_seq", None), Tensor)})
     for module in potentials[-1]:
-        module.v_seq = torch.cat([each[module] for each in potentials])  # type: ignore[assignment]
-    steps = [steps for steps, _ in parts]
-    return run.finish(_concatenated(outputs, steps))
+        module.v_seq = torch.cat([each[module] for each in potentials])
+    lengths = [run.lengths(steps, part) for steps, part in parts]
+    return run.finish(_concatenated(outputs, lengths))
 
 
 def _one_chunk(run: _Run, part: Any, steps: int) -> Any:
@@ -79,20 +81,20 @@ def _one_chunk(run: _Run, part: Any, steps: int) -> Any:
     )
 
 
-def _concatenated(outputs: list[Any], steps: list[int]) -> Any:
+def _concatenated(outputs: list[Any], lengths: list[tuple[int, ...]]) -> Any:
     first = outputs[0]
     if isinstance(first, Tensor):
-        for y, K in zip(outputs, steps, strict=True):
-            if y.dim() == 0 or y.shape[0] % K:
+        for y, allowed in zip(outputs, lengths, strict=True):
+            if y.dim() == 0 or y.shape[0] not in allowed:
                 raise ValueError(
                     f"model must return tensors with time as their first dimension, got shape {tuple(y.shape)} for a "
-                    f"chunk of {K} steps; take a mean over time from the result of chunked"
+                    f"chunk of {allowed[0]} steps; take a mean over time from the result of chunked"
                 )
         return torch.cat(outputs)
     if isinstance(first, dict):
-        return type(first)((k, _concatenated([y[k] for y in outputs], steps)) for k in first)
+        return type(first)((k, _concatenated([y[k] for y in outputs], lengths)) for k in first)
     if isinstance(first, (tuple, list)):
-        parts = (_concatenated(list(each), steps) for each in zip(*outputs, strict=True))
+        parts = (_concatenated(list(each), lengths) for each in zip(*outputs, strict=True))
         return type(first)(*parts) if hasattr(first, "_fields") else type(first)(parts)
     return first
 
@@ -103,8 +105,9 @@ class _Run:
 
     def __init__(self, model: Any) -> None:
         self.model = model
-        self.folded = [m for m in model.modules() if m is not model and getattr(m, "timesteps", None) is not None]
-        self.dropouts = [m for m in model.modules() if isinstance(m, DropoutOfRates)]
+        self.modules: list[Any] = list(model.modules())
+        self.folded = [m for m in self.modules if m is not model and getattr(m, "timesteps", None) is not None]
+        self.dropouts = [m for m in self.modules if isinstance(m, DropoutOfRates)]
 
     def split(self, x: Tensor, chunk: int) -> list[tuple[int, Any]]:
         """The chunks as ``(steps, input)``."""
@@ -120,6 +123,10 @@ class _Run:
             raise ValueError(f"x must be [T * B, *] with timesteps={found[0]}, got shape {tuple(x.shape)}")
         parts = x.unflatten(0, (found[0], -1)).split(chunk)
         return [(len(part), part.flatten(0, 1)) for part in parts]
+
+    def lengths(self, steps: int, part: Tensor) -> tuple[int, ...]:
+        """The first dimension that a chunk's outputs may have."""
+        return (steps, len(part)) if self.folded else (steps,)
 
     def finish(self, y: Any) -> Any:
         """The network's result from the chunks' outputs."""
@@ -170,7 +177,7 @@ class _OfSpikingNetwork(_Run):
 
     def __init__(self, model: Any) -> None:
         super().__init__(model)
-        self.hooked = [m for m in model.modules() if m is not model and hasattr(m, "auto_reset")]
+        self.hooked = [m for m in self.modules if m is not model and hasattr(m, "auto_reset")]
         if model._untraced:
             model.auto_reset = False  # raises, with the reason
         if model.auto_reset:
@@ -181,6 +188,9 @@ class _OfSpikingNetwork(_Run):
         if self.model.coding is None:
             return [(min(chunk, T - start), x) for start in range(0, T, chunk)]
         return [(len(part), part) for part in self.model.coding(x, T).split(chunk)]
+
+    def lengths(self, steps: int, part: Tensor) -> tuple[int, ...]:
+        return (steps,)
 
     def finish(self, y: Any) -> Any:
         y = super().finish(y)
@@ -213,7 +223,12 @@ def _check_layers(model: nn.Module, chunk_statistics: bool) -> None:
         if module is not model and isinstance(module, SpikingNetwork):
             raise ValueError(f"model must not contain a network of to_spiking, got one at {name!r}: chunk that one")
         if isinstance(module, MaxPoolOfRates):
-            raise ValueError(f"model must not have max_pool='rates', whose counts run over all steps, got it at {name!r}")
+            raise ValueError(f"model must not have max_pool='rates', which counts over all steps, got it at {name!r}")
+        if torch.is_grad_enabled() and _keeps_unknown_state(module):
+            raise ValueError(
+                f"model must keep its states where the second run of a chunk can restore them, but {name!r}, a {kind}, "
+                "has a reset and is no snnfast.base.MemoryModule: make it one, or call snnfast.accelerate first"
+            )
         if isinstance(module, layer._TemporalEffective):
             raise ValueError(f"model must not have a scale for each of T steps, got the {kind} {name!r}")
         if not isinstance(module, nn.modules.batchnorm._BatchNorm) or module in of_steps or chunk_statistics:
@@ -223,3 +238,9 @@ def _check_layers(model: nn.Module, chunk_statistics: bool) -> None:
                 f"model must not take batch statistics over all time steps, as {name!r}, a {kind} in training, does: "
                 "call eval() on it, or accept a chunk's with chunk_statistics=True"
             )
+
+
+def _keeps_unknown_state(module: nn.Module) -> bool:
+    if isinstance(module, MemoryModule) or isinstance(getattr(module, "_memories", None), dict):
+        return False
+    return callable(getattr(module, "reset", None)) or _their_reset(module) is not None

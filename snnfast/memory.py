@@ -23,7 +23,7 @@ _INTS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # by the bytes of an e
 _ONES = {t: int(torch.ones((), dtype=t).view(_INTS[t.itemsize])) for t in _FLOATS}  # 1.0 as its bits
 
 
-class packed_spikes(contextlib.ContextDecorator):  # noqa: N801 (a context manager, named as torch names its own)
+class packed_spikes(contextlib.ContextDecorator):
     """Within this context autograd keeps spikes in 1 bit each, and gives the backward the very same tensors.
 
     A convolution or linear layer keeps its input for its weight's gradient: behind a neuron that is a tensor of zeros
@@ -33,7 +33,8 @@ class packed_spikes(contextlib.ContextDecorator):  # noqa: N801 (a context manag
     On the CPU each saved tensor is looked at: what holds 0 and one other value is packed, whatever made it (so are
     pooled, cast, concatenated or scaled spikes), and the indices of a max-pooling take as few bytes as hold them. On
     a GPU, where looking would mean waiting, spikes are those that the graph shows to come from a neuron of snnfast
-    through layers that leave zeros and ones (views, casts, copies, concatenation, max-pooling), and not modified since.
+    through layers that leave zeros and ones (views, casts, copies, concatenation, max-pooling), and not modified since;
+    should they be something else after all, through code that autograd does not see, their layer's gradient is NaN.
     Everything else is kept as it is. Only the forward needs the context; the backward may run in or outside of it.
 
     Attributes:
@@ -43,7 +44,7 @@ class packed_spikes(contextlib.ContextDecorator):  # noqa: N801 (a context manag
 
     Example:
         >>> import snnfast
-        >>> net = torch.nn.Sequential(snnfast.layer.Linear(64, 64), snnfast.IFNode(step_mode="m"), torch.nn.Linear(64, 8))
+        >>> net = torch.nn.Sequential(torch.nn.Linear(64, 64), snnfast.IFNode(step_mode="m"), torch.nn.Linear(64, 8))
         >>> with packed_spikes() as packed:
         ...     y = net(torch.randn(4, 32, 64))
         >>> y.sum().backward()
@@ -59,12 +60,12 @@ class packed_spikes(contextlib.ContextDecorator):  # noqa: N801 (a context manag
         hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, _unpack)
         hooks.__enter__()
         self._entered.append(hooks)
-        _active.depth = getattr(_active, "depth", 0) + 1
+        _local.depth += 1
         return self
 
     def __exit__(self, *error: Any) -> None:
         self._entered.pop().__exit__(*error)
-        _active.depth -= 1
+        _local.depth -= 1
 
     def _pack(self, t: Tensor) -> Any:
         packed = made_smaller(t)
@@ -80,32 +81,47 @@ class packed_spikes(contextlib.ContextDecorator):  # noqa: N801 (a context manag
         return f"packed_spikes: {self.tensors} tensors of {before:.1f} MiB kept in {after:.1f} MiB"
 
 
-_active = threading.local()  # in how many of these contexts each thread is
+class _Local(threading.local):
+    """Of each thread."""
+
+    depth = 0  # in how many of these contexts it is
+    unpacked: list[_Kept] | None = None  # where `_Kept.unpack` notes itself, if anyone wants to know
+
+
+_local = _Local()
 
 
 def is_packing() -> bool:
     """Whether this thread is within :class:`packed_spikes`."""
-    return getattr(_active, "depth", 0) > 0
+    return _local.depth > 0
 
 
 # ---- what is kept of a saved tensor ----
 class _Kept:
     """The tensor itself. Autograd does not look for in-place changes under hooks, so this does."""
 
-    __slots__ = ("tensor", "version")
+    __slots__ = ("dtype", "tensor", "version")
 
     def __init__(self, t: Tensor) -> None:
         self.tensor = t.detach()  # t may be an output of the node that saves it: a cycle
-        self.version = t._version
+        self.version, self.dtype = t._version, t.dtype
 
     def unpack(self) -> Tensor:
-        if self.tensor._version != self.version:
+        if _local.unpacked is not None:
+            _local.unpacked.append(self)
+        t = self.tensor
+        if t._version != self.version:
             raise RuntimeError(
                 "one of the variables needed for gradient computation has been modified by an inplace operation: "
-                f"{self.tensor.type()} {list(self.tensor.shape)} is at version {self.tensor._version}; expected version "
-                f"{self.version} instead (saved within snnfast.packed_spikes)"
+                f"{t.type()} {list(t.shape)} is at version {t._version}; expected version {self.version} instead "
+                "(saved within snnfast.packed_spikes)"
             )
-        return self.tensor
+        return t.to(self.dtype)
+
+    def narrow(self, dtype: torch.dtype) -> None:
+        """Keep it as ``dtype``, which must hold its values."""
+        self.tensor = self.unpack().to(dtype)
+        self.version = self.tensor._version
 
 
 class _Bits:
@@ -154,6 +170,8 @@ def made_smaller(t: Tensor) -> Any:
     if type(t) is not Tensor or t.numel() < _LEAST or t.layout is not torch.strided or (t.is_leaf and t.requires_grad):
         return None
     if t.dtype in _FLOATS and not t.is_neg() and not t._is_zerotensor():
+        if t.device.type != "cpu" and t.grad_fn is not None:
+            _narrow_pooling(t.grad_fn, _DEPTH)
         return _as_bits(t)
     return _narrowed(t) if t.dtype is torch.int64 and t.device.type == "cpu" else None
 
@@ -164,7 +182,7 @@ def _unpack(kept: Any) -> Tensor:
 
 # ---- bits ----
 def _layout(t: Tensor) -> str:
-    """``'dense'``: ``t`` fills its memory, its dimensions in any order; ``'gaps'``: not all of it; or ``'overlaps'``."""
+    """``'dense'``: ``t`` fills its memory, in any order of dimensions; ``'gaps'``: not all of it; or ``'overlaps'``."""
     if t.is_contiguous():
         return "dense"
     layout, end = "dense", 1
@@ -227,18 +245,20 @@ def _unpack_in_torch(kept: _Bits, to: Tensor) -> None:
 
 # ---- spikes, as the graph shows them ----
 _SPIKING: dict[Any, Any] = {  # nodes whose first output are spikes, and where the constants of their call are
-    ops._EagerMultiStep._backward_cls: lambda node: node.call[0],  # type: ignore[attr-defined]
-    ops._MultiStep._backward_cls: lambda node: ops.Constants._make(node.numbers[:-1]),  # type: ignore[attr-defined]
-    fused_ops._BatchNormMultiStep._backward_cls: lambda node: node.call[-1],  # type: ignore[attr-defined]
+    ops._EagerMultiStep._backward_cls: lambda node: node.call[0],
+    ops._MultiStep._backward_cls: lambda node: ops.Constants._make(node.numbers[:-1]),
+    fused_ops._BatchNormMultiStep._backward_cls: lambda node: node.call[-1],
 }
-_FAITHFUL = frozenset(
-    f"{name}Backward{k}"
-    for name in (
-        *("View", "UnsafeView", "ReshapeAlias", "Permute", "Transpose", "T", "Squeeze", "Unsqueeze", "Alias"),
-        *("Clone", "ToCopy", "Expand", "Repeat", "Slice", "Select", "Split", "SplitWithSizes", "Unbind", "Unfold"),
-        *("Cat", "Stack", "MaxPool2DWithIndices", "MaxPool3DWithIndices", "AdaptiveMaxPool2D", "AdaptiveMaxPool3D"),
-    )
-    for k in range(2)
+
+
+def _nodes(names: str) -> frozenset[str]:
+    return frozenset(f"{name}Backward{k}" for name in names.split() for k in range(2))
+
+
+_VIEWS = _nodes("View UnsafeView ReshapeAlias Permute Transpose T Squeeze Unsqueeze Alias Clone ToCopy")
+_FAITHFUL = _VIEWS | _nodes(
+    "Expand Repeat Slice Select Split SplitWithSizes Unbind Unfold Cat Stack "
+    "MaxPool2DWithIndices MaxPool3DWithIndices AdaptiveMaxPool2D AdaptiveMaxPool3D"
 )
 _DEPTH = 16
 
@@ -269,3 +289,30 @@ def _narrowed(t: Tensor) -> _Narrowed | None:
         if most <= torch.iinfo(dtype).max:
             return _Narrowed(t, dtype)
     return None
+
+
+def _narrow_pooling(node: Any, depth: int) -> None:
+    """The indices of a max-pooling in 2 bytes, where that holds any index of its input; without looking at them.
+
+    They are seen for the first time when autograd saves them, which does not tell what they are; so this is done when
+    the pooled tensor is saved by the next layer.
+    """
+    while depth and node is not None and node.name() in _VIEWS:
+        node, depth = node.next_functions[0][0], depth - 1
+    if node is None or node.name() not in ("MaxPool2DWithIndicesBackward0", "MaxPool3DWithIndicesBackward0"):
+        return
+    _local.unpacked = []
+    try:
+        indices = node._saved_result1
+        found = _local.unpacked
+    except RuntimeError:  # the graph is gone already
+        return
+    finally:
+        _local.unpacked = None
+    kernel, dilation = node._saved_kernel_size, node._saved_dilation
+    stride = node._saved_stride or kernel
+    size = 1  # the most elements that the pooled planes of the input can have
+    for out, k, s, d in zip(indices.shape[-len(kernel) :], kernel, stride, dilation, strict=True):
+        size *= out * s + d * (k - 1)
+    if len(found) == 1 and found[0].tensor.dtype is torch.int64 and size <= torch.iinfo(torch.int16).max:
+        found[0].narrow(torch.int16)

@@ -403,15 +403,20 @@ def test_retain_graph_and_double_backward():
     assert_equal(found[2], found[0])
 
 
-@pytest.mark.parametrize("where", ["outside", "inside"])
+@pytest.mark.parametrize("where", ["around the forward", "around the call", "in the function"])
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_gradient_checkpointing(where, reentrant):
     net = nn.Sequential(nn.Conv2d(3, 8, 3), snnfast.to_spiking(nn.Sequential(nn.Conv2d(8, 8, 3), nn.ReLU()), T))
     x = torch.randn(2, 3, 16, 16)
 
+    def in_the_function(x):
+        with packed_spikes():
+            return net[1](x)
+
     def forward(stage):
-        with packed_spikes() if where == "inside" else torch.enable_grad():
-            return torch.utils.checkpoint.checkpoint(net[1], stage, use_reentrant=reentrant)
+        function = in_the_function if where == "in the function" else net[1]
+        with packed_spikes() if where == "around the call" else torch.enable_grad():
+            return torch.utils.checkpoint.checkpoint(function, stage, use_reentrant=reentrant)
 
     class Checkpointed(nn.Module):
         def __init__(self):
@@ -421,7 +426,7 @@ def test_gradient_checkpointing(where, reentrant):
         def forward(self, x):
             return forward(net[0](x))
 
-    got = gradients(Checkpointed(), x, packed_spikes() if where == "outside" else torch.enable_grad())
+    got = gradients(Checkpointed(), x, packed_spikes() if where == "around the forward" else torch.enable_grad())
     assert_equal(got, gradients(net, x, torch.enable_grad()))
 
 
@@ -454,6 +459,10 @@ def test_spikes_that_the_graph_shows():
         if s._version:  # conftest fills fresh memory
             s = s.clone()
         p = nn.MaxPool2d(2)(s)
+        changed = s.clone()
+        with torch.no_grad():
+            changed.mul_(0.5)  # the graph does not know
+        assert not memory.is_spikes(changed)
         for t in (
             *(s, s.flatten(1), s.unflatten(0, (T, 2)), s[:3], s.transpose(0, 1), s.contiguous(), s.bfloat16()),
             *(p, p.flatten(1).to(torch.float64), torch.cat([s, s]), torch.stack([s, s])),
@@ -484,6 +493,28 @@ def test_the_graph_alone_gives_the_same_gradients(monkeypatch):
     monkeypatch.setattr(memory, "_as_bits", by_graph)
     assert_equal(gradients(net, x, packed_spikes()), want)
     assert sum(seen) == 4
+
+
+@pytest.mark.parametrize(
+    "pool", [nn.MaxPool2d(2), nn.MaxPool2d(3, 2, 1), nn.MaxPool2d(3, 1, ceil_mode=True, dilation=2)]
+)
+@pytest.mark.parametrize("side", [7, 16, 200])
+def test_indices_of_a_pooling_are_narrowed_without_a_look(pool, side, monkeypatch):
+    """The way of a GPU, on the CPU."""
+    x = torch.randn(2, 3, side, side, requires_grad=True)
+    want = torch.autograd.grad(pool(x).sin().sum(), x)[0]
+    monkeypatch.setattr(memory, "_narrowed", lambda t: None)
+    kept = []
+    monkeypatch.setattr(memory, "_Kept", lambda t, make=memory._Kept: kept.append(make(t)) or kept[-1])
+    with packed_spikes():
+        y = pool(x)
+        before = {k.tensor.dtype for k in kept}
+        memory._narrow_pooling(y.flatten(1).grad_fn, 16)
+        y = y.sin().sum()
+    after = {k.tensor.dtype for k in kept}
+    assert before == {torch.float32, torch.int64}
+    assert after == {torch.float32, torch.int64 if side == 200 else torch.int16}
+    assert torch.equal(torch.autograd.grad(y, x)[0], want)
 
 
 # ---- the CUDA kernels, compiled for the CPU ----

@@ -296,9 +296,7 @@ def pack_bits(t: Tensor, bits: Tensor) -> int | None:
 
     ``bits`` is uint8, of whole 8-byte words. Returns the other value as its bits, or ``None`` where there are more.
     """
-    return _C.cpu_pack_bits(
-        torch.get_num_threads(), t.element_size(), t.numel(), t.data_ptr(), bits.data_ptr()
-    )
+    return _C.cpu_pack_bits(torch.get_num_threads(), t.element_size(), t.numel(), t.data_ptr(), bits.data_ptr())
 
 
 def unpack_bits(bits: Tensor, one: int, to: Tensor) -> None:
