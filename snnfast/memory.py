@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import ops
+from . import dynamics, ops
 from .backends import native
 from .chunks import chunked
 from .fused import ops as fused_ops
@@ -244,10 +244,15 @@ def _unpack_in_torch(kept: _Bits, to: Tensor) -> None:
 
 
 # ---- spikes, as the graph shows them ----
-_SPIKING: dict[Any, Any] = {  # nodes whose first output are spikes, and where the constants of their call are
+def _constants_of_fused(node: Any) -> Any:
+    connect, *_, constants = node.call
+    return constants if connect in (fused_ops.Connect.NONE, fused_ops.Connect.CHARGE) else None  # else spikes met something
+
+
+_SPIKING: dict[Any, Any] = {  # nodes whose first output may be spikes, and the constants of their call
     ops._EagerMultiStep._backward_cls: lambda node: node.call[0],
     ops._MultiStep._backward_cls: lambda node: ops.Constants._make(node.numbers[:-1]),
-    fused_ops._BatchNormMultiStep._backward_cls: lambda node: node.call[-1],
+    fused_ops._BatchNormMultiStep._backward_cls: _constants_of_fused,
 }
 
 
@@ -272,9 +277,9 @@ def is_spikes(t: Tensor) -> bool:
 
 
 def _gives_spikes(node: Any, output: int, depth: int) -> bool:
-    constants = _SPIKING.get(type(node))
-    if constants is not None:
-        return output == 0 and not constants(node).flags & ops.dynamics.MULTI_SPIKE
+    if type(node) in _SPIKING:
+        constants = _SPIKING[type(node)](node)
+        return output == 0 and constants is not None and not constants.flags & dynamics.MULTI_SPIKE
     if depth == 0 or node.name() not in _FAITHFUL:
         return False
     return all(n is not None and _gives_spikes(n, k, depth - 1) for n, k in node.next_functions)

@@ -478,6 +478,15 @@ def test_spikes_that_the_graph_shows():
             assert not memory.is_spikes(t), t.grad_fn
 
 
+@pytest.mark.parametrize(("connect", "spikes"), [("CHARGE", True), ("ADD", False), ("AND", False), ("IAND", False)])
+def test_spikes_that_met_a_residual_connection_are_none_by_the_graph(connect, spikes):
+    node = snnfast.fused.BatchNormNode(nn.BatchNorm2d(8), snnfast.LIFNode(timesteps=T), connect=connect)
+    x = torch.randn(T * 2, 8, 12, 12, requires_grad=True)
+    y = node(x, torch.randn_like(x) + 0.5)
+    assert memory._gives_spikes(y.grad_fn, y.output_nr, 16) == spikes
+    assert bool(((y == 0) | (y == 1)).all()) == spikes
+
+
 def test_the_graph_alone_gives_the_same_gradients(monkeypatch):
     """The way of a GPU, on the CPU: what is not shown to be spikes is not packed."""
     net = network()
