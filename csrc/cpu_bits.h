@@ -78,8 +78,8 @@ SNNFAST_FN uint64_t ones_of_word(const U* from, U one, uint64_t& other) {
     for (int k = 0; k < int(kWord); k += 16) {
       const auto bits = [&](__m128i value) __attribute__((always_inline)) {
         if constexpr (sizeof(U) == 2) {
-          return uint64_t(unsigned(
-              _mm_movemask_epi8(_mm_packs_epi16(_mm_cmpeq_epi16(at(k), value), _mm_cmpeq_epi16(at(k + lanes), value)))));
+          const __m128i low = _mm_cmpeq_epi16(at(k), value), high = _mm_cmpeq_epi16(at(k + lanes), value);
+          return uint64_t(unsigned(_mm_movemask_epi8(_mm_packs_epi16(low, high))));
         } else {
           const __m128i low = _mm_packs_epi32(_mm_cmpeq_epi32(at(k), value), _mm_cmpeq_epi32(at(k + lanes), value));
           const __m128i high =

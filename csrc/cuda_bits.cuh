@@ -1,8 +1,8 @@
 // Spikes as one bit an element on the GPU, in the CPU's order (see cpu_bits.h): a thread turns 8 neighbours into a byte
 // and a byte into 8 neighbours, so that all of a warp's accesses lie side by side.
 //
-// Nobody waits for the GPU to look at the values. Where there are others than 0 and `one` after all, what is unpacked is
-// NaN, and so the gradient is, instead of wrong.
+// Nobody waits for the GPU to look at the values. Where there are others than 0 and `one` after all, what is unpacked
+// is NaN, and so the gradient is, instead of wrong.
 #pragma once
 
 #include "cuda_kernels.cuh"
@@ -70,9 +70,12 @@ __global__ void __launch_bounds__(kBitsThreads) unpack_bits_kernel(BitsCall c, i
   }
 }
 
-template <class U, bool whole>
-auto bits_kernel(bool pack) {
-  return pack ? pack_bits_kernel<U, whole> : unpack_bits_kernel<U, whole>;
+using BitsKernel = void (*)(BitsCall, int64_t);
+
+template <class U>
+BitsKernel bits_kernel(bool pack, bool whole) {
+  if (pack) return whole ? pack_bits_kernel<U, true> : pack_bits_kernel<U, false>;
+  return whole ? unpack_bits_kernel<U, true> : unpack_bits_kernel<U, false>;
 }
 
 inline cudaError_t launch_bits(BitsCall c, bool pack, void* stream) {
@@ -81,9 +84,9 @@ inline cudaError_t launch_bits(BitsCall c, bool pack, void* stream) {
   const int64_t blocks = (bytes + kBitsThreads - 1) / kBitsThreads;
   if (blocks > 0x7fffffff) return cudaErrorInvalidConfiguration;
   const bool whole = uintptr_t(c.elements) % 16 == 0;
-  auto kernel = c.element_bytes == 2   ? (whole ? bits_kernel<uint16_t, true>(pack) : bits_kernel<uint16_t, false>(pack))
-                : c.element_bytes == 4 ? (whole ? bits_kernel<uint32_t, true>(pack) : bits_kernel<uint32_t, false>(pack))
-                                       : (whole ? bits_kernel<uint64_t, true>(pack) : bits_kernel<uint64_t, false>(pack));
+  const BitsKernel kernel = c.element_bytes == 2   ? bits_kernel<uint16_t>(pack, whole)
+                            : c.element_bytes == 4 ? bits_kernel<uint32_t>(pack, whole)
+                                                   : bits_kernel<uint64_t>(pack, whole);
   void* arguments[] = {&c, &bytes};
   return cudaLaunchKernel(kernel, dim3(unsigned(blocks)), dim3(kBitsThreads), arguments, 0,
                           static_cast<cudaStream_t>(stream));

@@ -106,15 +106,16 @@ class _Run:
     def __init__(self, model: Any) -> None:
         self.model = model
         self.modules: list[Any] = list(model.modules())
-        self.folded = [m for m in self.modules if m is not model and getattr(m, "timesteps", None) is not None]
+        self.folded = [
+            m for m in self.modules if getattr(m, "timesteps", None) is not None and not isinstance(m, SpikingNetwork)
+        ]
         self.dropouts = [m for m in self.modules if isinstance(m, DropoutOfRates)]
 
     def split(self, x: Tensor, chunk: int) -> list[tuple[int, Any]]:
         """The chunks as ``(steps, input)``."""
         if not isinstance(x, Tensor) or x.dim() == 0:
             raise ValueError(f"x must be a tensor with time as its first dimension, got {x!r}")
-        own = getattr(self.model, "timesteps", None)
-        found = sorted({m.timesteps for m in self.folded} | ({own} if own is not None else set()))
+        found = sorted({m.timesteps for m in self.folded})
         if not found:
             return [(len(part), part) for part in x.split(chunk)]
         if len(found) > 1:
@@ -154,9 +155,8 @@ class _Run:
 
     def settings(self, steps: int) -> Iterator[tuple[Any, str, Any]]:
         """What is otherwise while a chunk runs: module, attribute, value."""
-        for module in (self.model, *self.folded):
-            if getattr(module, "timesteps", None) is not None:
-                yield module, "timesteps", steps
+        for module in self.folded:
+            yield module, "timesteps", steps
         for module in self.dropouts:
             yield module, "keeps_mask", True
 
@@ -201,10 +201,7 @@ class _OfSpikingNetwork(_Run):
         yield self.model, "readout", None
         if self.model.coding is not None:
             yield self.model, "coding", _coded
-        for module in self.folded:
-            yield module, "timesteps", steps
-        for module in self.dropouts:
-            yield module, "keeps_mask", True
+        yield from super().settings(steps)
         for module in self.hooked:
             yield module, "auto_reset", False
             yield module, "restored", True

@@ -35,7 +35,9 @@ class packed_spikes(contextlib.ContextDecorator):
     a GPU, where looking would mean waiting, spikes are those that the graph shows to come from a neuron of snnfast
     through layers that leave zeros and ones (views, casts, copies, concatenation, max-pooling), and not modified since;
     should they be something else after all, through code that autograd does not see, their layer's gradient is NaN.
-    Everything else is kept as it is. Only the forward needs the context; the backward may run in or outside of it.
+    A tensor that ``repeat`` made over its first dimension, as the constant input of a converted network's first neuron,
+    is kept once. Everything else is kept as it is. Only the forward needs the context; the backward may run in or out of
+    it.
 
     Attributes:
         tensors: how many saved tensors were made smaller so far.
@@ -149,6 +151,25 @@ class _Bits:
         return t if dense is t else t.copy_(dense)
 
 
+class _Repeated:
+    """A tensor that is several times the same in memory, as a constant image that was repeated over time."""
+
+    __slots__ = ("once", "shape", "stride", "times")
+
+    def __init__(self, t: Tensor, times: int) -> None:
+        self.once = _in_memory_order(t.detach(), t.dtype)[: t.numel() // times].clone()
+        self.times, self.shape, self.stride = times, t.shape, t.stride()
+
+    @property
+    def nbytes(self) -> int:
+        return self.once.numel() * self.once.element_size()
+
+    def unpack(self) -> Tensor:
+        t = torch.empty_strided(self.shape, self.stride, dtype=self.once.dtype, device=self.once.device)
+        _in_memory_order(t, t.dtype).view(self.times, -1).copy_(self.once)
+        return t
+
+
 class _Narrowed:
     """Whole numbers in fewer bytes."""
 
@@ -172,7 +193,8 @@ def made_smaller(t: Tensor) -> Any:
     if t.dtype in _FLOATS and not t.is_neg() and not t._is_zerotensor():
         if t.device.type != "cpu" and t.grad_fn is not None:
             _narrow_pooling(t.grad_fn, _DEPTH)
-        return _as_bits(t)
+        packed = _as_bits(t)
+        return packed if packed is not None or (times := _times_repeated(t)) == 1 else _Repeated(t, times)
     return _narrowed(t) if t.dtype is torch.int64 and t.device.type == "cpu" else None
 
 
@@ -246,7 +268,9 @@ def _unpack_in_torch(kept: _Bits, to: Tensor) -> None:
 # ---- spikes, as the graph shows them ----
 def _constants_of_fused(node: Any) -> Any:
     connect, *_, constants = node.call
-    return constants if connect in (fused_ops.Connect.NONE, fused_ops.Connect.CHARGE) else None  # else spikes met something
+    return (
+        constants if connect in (fused_ops.Connect.NONE, fused_ops.Connect.CHARGE) else None
+    )  # else spikes met something
 
 
 _SPIKING: dict[Any, Any] = {  # nodes whose first output may be spikes, and the constants of their call
@@ -260,7 +284,8 @@ def _nodes(names: str) -> frozenset[str]:
     return frozenset(f"{name}Backward{k}" for name in names.split() for k in range(2))
 
 
-_VIEWS = _nodes("View UnsafeView ReshapeAlias Permute Transpose T Squeeze Unsqueeze Alias Clone ToCopy")
+_COPIES = _nodes("Clone ToCopy")
+_VIEWS = _COPIES | _nodes("View UnsafeView ReshapeAlias Permute Transpose T Squeeze Unsqueeze Alias")
 _FAITHFUL = _VIEWS | _nodes(
     "Expand Repeat Slice Select Split SplitWithSizes Unbind Unfold Cat Stack "
     "MaxPool2DWithIndices MaxPool3DWithIndices AdaptiveMaxPool2D AdaptiveMaxPool3D"
@@ -283,6 +308,20 @@ def _gives_spikes(node: Any, output: int, depth: int) -> bool:
     if depth == 0 or node.name() not in _FAITHFUL:
         return False
     return all(n is not None and _gives_spikes(n, k, depth - 1) for n, k in node.next_functions)
+
+
+def _times_repeated(t: Tensor) -> int:
+    """How many equal parts ``t`` has in memory, as the graph shows it: 1 where it shows nothing."""
+    if t._version != 0 or t.storage_offset() != 0 or t.untyped_storage().nbytes() != t.numel() * t.element_size():
+        return 1
+    node: Any = t.grad_fn
+    for _ in range(_DEPTH):
+        if node is None or node.name() not in _VIEWS - _COPIES:
+            break
+        node = node.next_functions[0][0]
+    if node is None or node.name() != "RepeatBackward0" or any(n != 1 for n in node._saved_repeats[1:]):
+        return 1
+    return node._saved_repeats[0] if _layout(t) == "dense" else 1
 
 
 # ---- whole numbers ----
