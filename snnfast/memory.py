@@ -36,8 +36,7 @@ class packed_spikes(contextlib.ContextDecorator):
     through layers that leave zeros and ones (views, casts, copies, concatenation, max-pooling), and not modified since;
     should they be something else after all, through code that autograd does not see, their layer's gradient is NaN.
     A tensor that ``repeat`` made over its first dimension, as the constant input of a converted network's first neuron,
-    is kept once. Everything else is kept as it is. Only the forward needs the context; the backward may run in or out of
-    it.
+    is kept once. Everything else is kept as it is. Only the forward needs the context, the backward may run without.
 
     Attributes:
         tensors: how many saved tensors were made smaller so far.
