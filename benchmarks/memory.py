@@ -132,11 +132,13 @@ def check_gradients(make: Callable[..., Any]) -> None:
                 raise AssertionError(f"the gradient of {name} differs")
 
 
-def peak(step: Callable[[], Any]) -> int:
+def peak(net: nn.Module, step: Callable[[], Any]) -> int:
     """The most bytes that the CPU's allocator had given out at once during ``step``, beyond those at its beginning."""
     from torch.profiler import ProfilerActivity, profile
 
     step()  # what is allocated once and for all
+    net.zero_grad()
+    functional.reset_net(net)
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         step()
     found: Any = profiler.profiler
@@ -165,13 +167,12 @@ def peaks() -> Iterator[tuple[str, int]]:
                 if more and "chunked" in name:
                     continue
 
-                def step(net: nn.Module = net, call: Any = call, context: Any = context) -> None:
-                    net.zero_grad()
+                def step(call: Any = call, context: Any = context) -> None:
                     with context():
                         y = call()
                     y.square().mean().backward()
 
-                yield name + more, peak(step)
+                yield name + more, peak(net, step)
 
 
 def rows() -> Iterator[Row]:
