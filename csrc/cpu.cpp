@@ -6,6 +6,7 @@
 // Compiled once per instruction set with SNNFAST_CPU_SET naming it. Everything has internal linkage but the one table
 // at the end, and nothing from the standard library is instantiated here (see portable.h).
 #include "bn_neuron.h"
+#include "cpu_bits.h"
 
 namespace snnfast {
 namespace {
@@ -186,6 +187,8 @@ extern const CpuKernels SNNFAST_NAME(SNNFAST_CPU_SET) = {
     [](const Call& c) { return run_neuron(c, true); },
     run_batch_norm,
     corrected_division_is_exact,
+    pack_bits,
+    unpack_bits,
 };
 
 }  // namespace snnfast
