@@ -10,6 +10,7 @@ from . import analysis, distill, encoding, functional, fused, layer, losses, mod
 from ._version import __version__
 from .convert import accelerate, from_nir, restore, to_nir, to_spiking, unroll, verify
 from .fused import fuse
+from .inference import capture, optimize_for_inference
 from .neuron import IFNode, LIFNode, ParametricLIFNode
 
 __all__ = [
@@ -19,6 +20,7 @@ __all__ = [
     "__version__",
     "accelerate",
     "analysis",
+    "capture",
     "distill",
     "encoding",
     "from_nir",
@@ -29,6 +31,7 @@ __all__ = [
     "losses",
     "models",
     "neuron",
+    "optimize_for_inference",
     "restore",
     "surrogate",
     "to_nir",
