@@ -25,7 +25,6 @@ from .measure import take_turns
 from .peer_neurons import COMPILED, LOOP, SPIKINGJELLY, TAU, Folded, disagreement, implementation
 from .rows import Row, Settings, at_least, at_most, ms
 
-TITLE = "Whole training steps of networks"
 NETWORKS: dict[str, Callable[..., Any]] = {"VGG-11": models.vgg11, "ResNet-18": models.resnet18}
 T, B, SIZE = 4, 16, 32
 FREE, FUSED = "free neurons", "snnfast, fuse()"

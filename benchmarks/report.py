@@ -147,7 +147,11 @@ def collect(folder: Path, report: Path, sections: dict[str, tuple[str, str]], co
             summary.append(f"| {title} | - | not measured: {missing} | |")
             body += [f"## {title}", "", f"Not measured: {missing}. {command} does it.", ""]
             continue
-        device, rows = read_rows(path)
+        try:
+            device, rows = read_rows(path)
+        except (KeyError, TypeError):  # a file of another form: its own Markdown says what it has
+            summary.append(f"| {title} | | [{stem}.md]({(folder / stem).relative_to(report.parent).as_posix()}.md) | |")
+            continue
         with_target = [r for r in rows if r.target is not None and r.value is not None]
         unmeasured = sum(r.value is None for r in rows)
         met = f"{sum(bool(r.met) for r in with_target)} of {len(with_target)}"
