@@ -31,7 +31,10 @@ FREE, FUSED = "free neurons", "snnfast, fuse()"
 
 
 def _neurons(net: nn.Module) -> list[nn.Module]:
-    return [m for m in net.modules() if isinstance(m, (Folded, snnfast.neuron.BaseNode, Free))]
+    """Those that stand where the ANN has its ReLUs, not what they consist of."""
+    found = [m for m in net.modules() if isinstance(m, (Folded, snnfast.neuron.BaseNode, Free))]
+    inside = {part for m in found for part in m.modules() if part is not m}
+    return [m for m in found if m not in inside]
 
 
 class Free(nn.Module):
