@@ -19,6 +19,8 @@ from .to_spiking_layers import Observer, ScaledNeuron, prepare_neuron, repeat
 
 __all__ = ["SpikingNetwork", "to_spiking"]
 
+_is_exporting = getattr(torch.compiler, "is_exporting", lambda: False)  # from torch 2.7 on
+
 
 class SpikingNetwork:
     """What :func:`to_spiking` adds to the class of a model: the input coding and time around its forward."""
@@ -44,7 +46,7 @@ class SpikingNetwork:
         y = _unfold(super().forward(x), T)  # type: ignore[misc]
         # A compiled forward that leaves its state behind would be compiled again for the second call, which finds a
         # tensor where the first found a number; an exported program has nowhere to leave it.
-        if torch.compiler.is_exporting() or (torch.compiler.is_compiling() and self._auto_reset):
+        if _is_exporting() or (torch.compiler.is_compiling() and self._auto_reset):
             functional.reset_net(self)  # type: ignore[arg-type]
         return y if self.readout is None else self.readout(y)
 
