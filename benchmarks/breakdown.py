@@ -80,9 +80,12 @@ class Breakdown:
                     spans[1].append((call["backward"], self._now()))
 
             x = args[0]
-            marked = x._replace(x=_Mark.apply(x.x, grad_is_done)) if isinstance(x, Deferred) else _mark(x, grad_is_done)
+            if isinstance(x, Deferred):
+                x.x = _mark(x.x, grad_is_done)
+            else:
+                x = _mark(x, grad_is_done)
             call["forward"] = self._now()
-            return marked, *args[1:]
+            return x, *args[1:]
 
         def after(_: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
             call = calls.pop()

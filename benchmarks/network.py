@@ -155,7 +155,9 @@ def one_network(name: str, label: str, dtype: torch.dtype, settings: Settings) -
     for k in t:
         if k not in theirs and not k.startswith("snnfast") and k != FREE:
             note = f"{ms(t['snnfast'])} against {ms(t[k])}; {notes.get(k, '')}"
-            yield at_least(f"{work}, snnfast", f"{k}'s neurons" if k != LOOP else k, t[k] / t["snnfast"], None, note=note)
+            yield at_least(
+                f"{work}, snnfast", f"{k}'s neurons" if k != LOOP else k, t[k] / t["snnfast"], None, note=note
+            )
     for k, reason in missing.items():
         yield Row(f"{work}, snnfast", k, None, None, True, "x", reason)
     for k in (FUSED, "snnfast, channels_last", f"{FUSED}, channels_last"):

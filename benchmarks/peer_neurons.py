@@ -198,7 +198,9 @@ def implementation(name: str) -> Iterator[None]:
 
 
 # ---- whether the spikes agree ----
-def disagreement(peer: Peer, timesteps: int, device: str = "cpu", dtype: torch.dtype = torch.float32) -> tuple[float, str]:
+def disagreement(
+    peer: Peer, timesteps: int, device: str = "cpu", dtype: torch.dtype = torch.float32
+) -> tuple[float, str]:
     """Share of spikes that differ from ours (``same``) or from its accelerated copy's, and that in words.
 
     Raises:

@@ -157,7 +157,9 @@ def collect(folder: Path, report: Path, sections: dict[str, tuple[str, str]], co
         met = f"{sum(bool(r.met) for r in with_target)} of {len(with_target)}"
         if unmeasured:
             met += f", {unmeasured} rows not measured"
-        summary.append(f"| [{title}](#{_anchor(title)}) | {met} | {device.get('date', '')} | {device.get('commit', '')} |")
+        summary.append(
+            f"| [{title}](#{_anchor(title)}) | {met} | {device.get('date', '')} | {device.get('commit', '')} |"
+        )
         figures = [f"{stem}.png", *(f"{stem}-{name}.png" for name in FIGURES)]
         links = [f"![]({(folder / f).relative_to(report.parent).as_posix()})" for f in figures if (folder / f).exists()]
         body += [f"## {title}", "", f"{command}. {facts(device)}", "", table(rows), "", *links, ""]

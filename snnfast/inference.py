@@ -51,8 +51,8 @@ class InferenceReport:
 
     def __str__(self) -> str:
         counts = len(self.folded), len(self.fused), len(self.left_alone)
-        lines = ["{} batch norms folded into the layer before, {} fused with the neuron behind, {} left alone"]
-        lines[0] = lines[0].format(*counts)
+        words = "batch norms folded into the layer before: {}, fused with the neuron behind: {}, left alone: {}"
+        lines = [words.format(*counts)]
         lines += [f"  {before} <- {norm}" for before, norm in self.folded]
         lines += [f"  {norm} + {neuron}" for norm, neuron in self.fused]
         lines += [f"  {norm} left alone: {reason}" for norm, reason in self.left_alone.items()]
@@ -65,7 +65,11 @@ def _kind(module: nn.Module, known: tuple[type, ...], theirs: dict[str, Any]) ->
     cls = type(module)
     if cls in known:
         return cls
-    if cls.__module__.startswith("spikingjelly.") and cls.__name__ in theirs and isinstance(module, theirs[cls.__name__]):
+    if (
+        cls.__module__.startswith("spikingjelly.")
+        and cls.__name__ in theirs
+        and isinstance(module, theirs[cls.__name__])
+    ):
         return theirs[cls.__name__]
     return None
 
@@ -130,7 +134,9 @@ def _look(module: nn.Module, prefix: str, seen: _Seen) -> None:
             seen.before[norm] = before
 
 
-def _why_not_folded(norm: Any, before: Any, names: dict[nn.Module, list[str]], seen: _Seen, shared: set[int]) -> str | None:
+def _why_not_folded(
+    norm: Any, before: Any, names: dict[nn.Module, list[str]], seen: _Seen, shared: set[int]
+) -> str | None:
     norm_kind = _kind(norm, PLAIN_NORMS + STEP_NORMS, _THEIR_NORMS)
     if norm_kind is None:
         return f"{type(norm).__name__} is not one of the batch norms that are known here"
@@ -189,12 +195,24 @@ def _without_folded(parent: nn.Module, child: str) -> None:
     parent.add_module(child, nn.Identity().train(training))
 
 
+def _with_residual(net: nn.Module) -> set[str]:
+    """Norms that :func:`fuse` runs with a residual connection and the neuron: one pass, which folding would make two.
+
+    The CPU has kernels for that; elsewhere such a pair runs as the modules do, and folding is better.
+    """
+    if any(t.device.type != "cpu" for _, t in _tensors(net)):
+        return set()
+    connected = set(fuse(net).connected)
+    unfuse(net)
+    return connected
+
+
 def optimize_for_inference(model: nn.Module) -> tuple[Any, InferenceReport]:
     """A copy of ``model`` that only infers, and faster: in evaluation mode, without gradients, its batch norms gone.
 
     A batch norm whose input is the output of a convolution or linear layer, which goes nowhere else, becomes part of
-    that layer's weights (an :class:`torch.nn.Identity` stands in its place); any other one that a neuron follows runs
-    together with it (:func:`snnfast.fuse`). Neurons keep nothing for a backward. Outputs equal those of
+    that layer's weights (an :class:`torch.nn.Identity` stands in its place); any other one that a neuron follows, and
+    on the CPU one that meets a residual connection there, runs together with it (:func:`snnfast.fuse`). Neurons keep nothing for a backward. Outputs equal those of
     ``model.eval()`` within rounding: a spike may differ only where the charge is within rounding of the threshold. The
     model itself is not changed, and the copy starts from the initial state.
 
@@ -212,7 +230,7 @@ def optimize_for_inference(model: nn.Module) -> tuple[Any, InferenceReport]:
         >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), LIFNode(timesteps=4))
         >>> fast, report = optimize_for_inference(net)
         >>> print(report)
-        1 batch norms folded into the layer before, 0 fused with the neuron behind, 0 left alone
+        batch norms folded into the layer before: 1, fused with the neuron behind: 0, left alone: 0
           0 <- 1
         >>> fast(torch.rand(4 * 2, 3, 8, 8)).shape
         torch.Size([8, 8, 6, 6])
@@ -227,12 +245,15 @@ def optimize_for_inference(model: nn.Module) -> tuple[Any, InferenceReport]:
         names.setdefault(module, []).append(name)
     seen, shared, report = _Seen(), _shared_parameters(net), InferenceReport()
     _look(net, "", seen)
+    better_fused = _with_residual(net)
     reasons: dict[str, str] = {}
     for norm, paths in names.items():
         if not isinstance(norm, _NORM):
             continue
         before = seen.before.get(norm)
-        if before is None:
+        if paths[0] in better_fused:
+            reasons[paths[0]] = "a residual connection is better fused with it"
+        elif before is None:
             reasons[paths[0]] = seen.reasons.get(norm, "the forward around it cannot be traced, or does not call it")
         elif (reason := _why_not_folded(norm, before, names, seen, shared)) is not None:
             reasons[paths[0]] = reason

@@ -89,7 +89,9 @@ def test_every_sub(sub, tmp_path, capsys):
         assert not (tmp_path / f"{suite.SUBS[sub].stems['cuda']}.json").exists()
         assert "Not measured: no GPU has run it yet" in text
     if sub in ("network", "overhead", "scaling", "open_neuromorphic"):
-        against = {r["against"].removesuffix("'s neurons") for r in record["rows"]} | {r["work"] for r in record["rows"]}
+        against = {r["against"].removesuffix("'s neurons") for r in record["rows"]} | {
+            r["work"] for r in record["rows"]
+        }
         for peer in peer_neurons.all_of("cpu", 4):
             assert any(peer.name in a for a in against), peer.name
     if sub == "scaling":
