@@ -48,7 +48,9 @@ class Free(nn.Module):
         return x.relu()
 
 
-def contenders(name: str, settings: Settings, width: int) -> tuple[dict[str, nn.Module], dict[str, str]]:
+def contenders(
+    name: str, settings: Settings, width: int, dtype: torch.dtype = torch.float32
+) -> tuple[dict[str, nn.Module], dict[str, str]]:
     """The networks, all with the same weights, and why there are some not."""
     torch.manual_seed(0)
     kind = snnfast.surrogate.ATan
@@ -62,7 +64,7 @@ def contenders(name: str, settings: Settings, width: int) -> tuple[dict[str, nn.
         net.load_state_dict({k: v for k, v in ours.state_dict().items() if k in theirs}, strict=False)
         return net
 
-    for peer in peer_neurons.all_of(settings.device, T):
+    for peer in peer_neurons.all_of(settings.device, T, dtype):
         if peer.make is None:
             missing[peer.name] = peer.missing
         else:
@@ -78,7 +80,7 @@ def contenders(name: str, settings: Settings, width: int) -> tuple[dict[str, nn.
 
 
 def training_step(net: nn.Module, x: Tensor, y: Tensor, name: str, dtype: torch.dtype) -> Callable[[], Any]:
-    """Forward, cross-entropy of the mean over time, backward, SGD with momentum; a learning rate that changes little."""
+    """Forward, cross-entropy of the mean over time, backward, SGD with momentum; a rate that changes little."""
     optimizer = torch.optim.SGD(net.parameters(), lr=1e-5, momentum=0.9)
     autocast = torch.autocast(x.device.type, dtype=dtype, enabled=dtype != torch.float32)
     x = x.contiguous(memory_format=torch.channels_last) if name.endswith("channels_last") else x
@@ -129,11 +131,11 @@ def one_network(name: str, label: str, dtype: torch.dtype, settings: Settings) -
     batch, size = (2, 16) if settings.quick else (B, SIZE)
     x = torch.rand(batch, 3, size, size, device=device)
     y = torch.randint(0, 10, (batch,), device=device)
-    nets, missing = contenders(name, settings, width)
+    nets, missing = contenders(name, settings, width, dtype)
     notes = check_logits(name, nets, x)
-    for peer in peer_neurons.all_of(device, T):
+    for peer in peer_neurons.all_of(device, T, dtype):
         if peer.make is not None and not peer.same:
-            notes[peer.name] = disagreement(peer, T, device)[1]
+            notes[peer.name] = disagreement(peer, T, device, dtype)[1]
     if name != "VGG-11" and not settings.quick and device == "cpu":
         for slow in (COMPILED, "snnTorch Leaky", "Norse LIF", "sinabs LIF"):  # a minute more, and VGG-11 has shown it
             if nets.pop(slow, None) is not None:

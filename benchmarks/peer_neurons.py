@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -138,6 +139,8 @@ def _installed(make: Callable[[], nn.Module]) -> str:
         make()
     except ImportError as error:
         return f"not installed here ({error})"
+    except RuntimeError as error:  # SpikingJelly's, where the device or Triton is not there
+        return str(error)
     return ""
 
 
@@ -155,7 +158,8 @@ def all_of(device: str, timesteps: int, dtype: torch.dtype = torch.float32) -> l
             found.append(Peer(name, spikingjelly, True, reason))
         if dtype == torch.bfloat16:
             config = 'SpikingJelly PrecisionConfig("bf16", neuron_storage="fp32")'
-            found.append(Peer(config, lambda: spikingjelly("fp32", device), False, missing))
+            make = partial(spikingjelly, "fp32", device)
+            found.append(Peer(config, make, False, missing or _installed(make)))
     for name, make in (("snnTorch Leaky", snntorch), ("Norse LIF", norse), ("sinabs LIF", sinabs)):
         found.append(Peer(name, make, False, _installed(make)))
     for peer in found:

@@ -134,9 +134,9 @@ def collect(folder: Path, report: Path, sections: dict[str, tuple[str, str]], co
     head = [
         "# Benchmarks",
         "",
-        "Written by `python -m benchmarks`; every section names the machine, the versions, the date and the commit that its",
-        "figures come from, and the command that takes them again. A speed-up is a ratio of medians within one run; peers'",
-        "spikes are compared before they are timed. How: [README.md](README.md).",
+        "Written by `python -m benchmarks`; every section names the machine, versions, date and commit of its figures,",
+        "and the command that takes them again. A speed-up is a ratio of medians within one run; peers' spikes are",
+        "compared before they are timed. How: [README.md](README.md).",
         "",
     ]
     summary, body = ["| benchmark | targets met | measured | commit |", "|---|---|---|---|"], []

@@ -7,6 +7,7 @@ in the same run, and every byte that must move is counted, the state after the l
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 
 import torch
 
@@ -98,7 +99,11 @@ def roofline(settings: Settings) -> Iterator[Row | Point]:
     y, a, b = (torch.randn(total, device=device) for _ in range(3))
     side = 64 if settings.quick else 8192 if device == "cuda" else 2048
     left, right = (torch.randn(side, side, device=device) for _ in range(2))
-    ceilings = {"copy": lambda: y.copy_(a), "add": lambda: torch.add(a, b, out=y), "matmul": lambda: left @ right}
+    ceilings = {
+        "copy": partial(y.copy_, a),
+        "add": partial(torch.add, a, b, out=y),
+        "matmul": partial(torch.mm, left, right),
+    }
     t = compare(ceilings, device, 0.6)
     copied, added, peak = 2 * 4 * total / t["copy"], 3 * 4 * total / t["add"], 2 * side**3 / t["matmul"]
     yield Row("copy bandwidth, read + write", f"{4 * total >> 20} MB", copied / 1e9, None, True, "GB/s")
@@ -107,7 +112,7 @@ def roofline(settings: Settings) -> Iterator[Row | Point]:
     for name, bandwidth in (("copy", copied), ("add", added)):
         for intensity in (2.0**k for k in range(-3, 8)):
             yield Point("roofline", f"roof: {name}", intensity, min(bandwidth * intensity, peak) / 1e9)
-    del y, a, b, left, right
+    del ceilings, y, a, b, left, right
     for steps in (4, 16, 64):
         for dtype in (torch.float32, torch.bfloat16):
             x = random_input(steps, total // steps, dtype, device)

@@ -1,17 +1,18 @@
-"""Networks that only infer: batch norms folded into the layers before them, and whole forwards as CUDA graphs."""
+"""Networks that only infer: batch norms folded into the convolutions before them, and whole forwards as CUDA graphs."""
 
 from __future__ import annotations
 
 import copy
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch.nn.utils import parametrize
-from torch.nn.utils.fusion import fuse_conv_bn_weights, fuse_linear_bn_weights
+from torch.nn.utils.fusion import fuse_conv_bn_weights
 from torch.utils._pytree import tree_map
 
 from . import functional, layer
@@ -28,9 +29,8 @@ _TRANSPOSED: tuple[type, ...] = (
     nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d,
     layer.ConvTranspose1d, layer.ConvTranspose2d, layer.ConvTranspose3d,
 )  # fmt: skip
-_LINEAR: tuple[type, ...] = (nn.Linear, layer.Linear)
 # SpikingJelly's layers are the same operations with a step mode, known by name: it need not be installed.
-_THEIR_LAYERS = {c.__name__: c for c in (*_CONVOLUTIONS[:3], *_TRANSPOSED[:3], nn.Linear)}
+_THEIR_LAYERS = {c.__name__: c for c in (*_CONVOLUTIONS[:3], *_TRANSPOSED[:3])}
 _PEERS = ("spikingjelly", "snntorch", "norse", "sinabs")
 _THEIR_NORMS = {c.__name__: c for c in PLAIN_NORMS}
 
@@ -51,7 +51,7 @@ class InferenceReport:
 
     def __str__(self) -> str:
         counts = len(self.folded), len(self.fused), len(self.left_alone)
-        words = "batch norms folded into the layer before: {}, fused with the neuron behind: {}, left alone: {}"
+        words = "batch norms folded into the convolution before: {}, fused with the neuron behind: {}, left alone: {}"
         lines = [words.format(*counts)]
         lines += [f"  {before} <- {norm}" for before, norm in self.folded]
         lines += [f"  {norm} + {neuron}" for norm, neuron in self.fused]
@@ -75,7 +75,7 @@ def _kind(module: nn.Module, known: tuple[type, ...], theirs: dict[str, Any]) ->
 
 
 def _before(module: nn.Module) -> type | None:
-    return _kind(module, _CONVOLUTIONS + _TRANSPOSED + _LINEAR, _THEIR_LAYERS)
+    return _kind(module, _CONVOLUTIONS + _TRANSPOSED, _THEIR_LAYERS)
 
 
 @dataclass
@@ -126,7 +126,7 @@ def _look(module: nn.Module, prefix: str, seen: _Seen) -> None:
         before = called(source)
         if before is None or _before(before) is None:
             came = "what goes into it" if not isinstance(source, fx.Node) else str(source)
-            seen.reasons[norm] = f"{came} is not the output of a convolution or linear layer that is known here"
+            seen.reasons[norm] = f"{came} is not the output of a convolution that is known here"
         elif len(source.users) > 1:  # type: ignore[union-attr]
             users = ", ".join(str(u) for u in source.users)  # type: ignore[union-attr]
             seen.reasons[norm] = f"the output of {source} is used {len(source.users)} times: by {users}"  # type: ignore[union-attr]
@@ -142,7 +142,7 @@ def _why_not_folded(
         return f"{type(norm).__name__} is not one of the batch norms that are known here"
     if norm.running_mean is None or norm.running_var is None:
         return "it has no running statistics: it takes those of each batch"
-    for module, word in ((before, "the layer before"), (norm, "the norm")):
+    for module, word in ((before, "the convolution before"), (norm, "the norm")):
         if seen.calls[module] > 1 or len(names[module]) > 1:
             return f"{word} is called, or named, more than once"
         if any(id(t) in shared for t in (*module._parameters.values(), *module._buffers.values()) if t is not None):
@@ -159,28 +159,23 @@ def _why_not_folded(
         if t is not None and (type(t) not in (Tensor, nn.Parameter) or not t.is_floating_point()):
             return f"a parameter is a {type(t).__name__} of {t.dtype}"
     if getattr(before, "step_mode", "s") != getattr(norm, "step_mode", "s"):
-        return f"the layer before is in step mode {before.step_mode!r} and the norm in {norm.step_mode!r}"
-    if _before(before) in _LINEAR and norm_kind in (nn.BatchNorm1d, layer.BatchNorm1d):
-        return None
+        return f"the convolution before is in step mode {before.step_mode!r} and the norm in {norm.step_mode!r}"
     if _before(before) in _TRANSPOSED and before.groups > 1:
-        return "the layer before is a transposed convolution in groups"
-    if _before(before) in _LINEAR or norm.num_features != before.out_channels:
-        return f"a {type(norm).__name__} does not fit behind a {type(before).__name__}"
+        return "the convolution before is a transposed convolution in groups"
+    if norm.num_features != before.out_channels:
+        return f"a {type(norm).__name__} of {norm.num_features} channels does not fit behind {before.out_channels}"
     return None
 
 
 def _fold(norm: Any, before: Any) -> None:
     """``norm`` into the weight and bias of ``before``, computed in float64 and rounded once."""
     weight, bias = before.weight, before.bias
-    values = weight, bias, norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias
-    double = [v.detach().double() if isinstance(v, Tensor) else v for v in values]
-    if _before(before) in _LINEAR:
-        new = fuse_linear_bn_weights(*double)
-    else:
-        new = fuse_conv_bn_weights(*double, transpose=_before(before) in _TRANSPOSED)
+    values: Any = weight, bias, norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias
+    double: Any = [v.detach().double() if isinstance(v, Tensor) else v for v in values]
+    fold: Any = partial(fuse_conv_bn_weights, transpose=_before(before) in _TRANSPOSED)
     before.weight, before.bias = (
         nn.Parameter(v.detach().to(weight.dtype).contiguous(memory_format=_format_of(weight, v)), requires_grad=False)
-        for v in new
+        for v in fold(*double)
     )
 
 
@@ -210,11 +205,11 @@ def _with_residual(net: nn.Module) -> set[str]:
 def optimize_for_inference(model: nn.Module) -> tuple[Any, InferenceReport]:
     """A copy of ``model`` that only infers, and faster: in evaluation mode, without gradients, its batch norms gone.
 
-    A batch norm whose input is the output of a convolution or linear layer, which goes nowhere else, becomes part of
-    that layer's weights (an :class:`torch.nn.Identity` stands in its place); any other one that a neuron follows, and
-    on the CPU one that meets a residual connection there, runs together with it (:func:`snnfast.fuse`). Neurons keep nothing for a backward. Outputs equal those of
-    ``model.eval()`` within rounding: a spike may differ only where the charge is within rounding of the threshold. The
-    model itself is not changed, and the copy starts from the initial state.
+    A batch norm whose input is the output of a convolution, which goes nowhere else, becomes part of the convolution's
+    weights (an :class:`torch.nn.Identity` stands in its place). Any other one that a neuron follows runs together with
+    it (:func:`snnfast.fuse`), and so does, on the CPU, one that meets a residual connection there. Neurons keep nothing
+    for a backward. Outputs equal those of ``model.eval()`` within rounding: a spike may differ only where the charge is
+    within rounding of the threshold. The model itself is not changed, and the copy starts from the initial state.
 
     Args:
         model: any module; what might come out different is left alone, and the report says why.
@@ -230,7 +225,7 @@ def optimize_for_inference(model: nn.Module) -> tuple[Any, InferenceReport]:
         >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), LIFNode(timesteps=4))
         >>> fast, report = optimize_for_inference(net)
         >>> print(report)
-        batch norms folded into the layer before: 1, fused with the neuron behind: 0, left alone: 0
+        batch norms folded into the convolution before: 1, fused with the neuron behind: 0, left alone: 0
           0 <- 1
         >>> fast(torch.rand(4 * 2, 3, 8, 8)).shape
         torch.Size([8, 8, 6, 6])
