@@ -25,7 +25,7 @@ from .workloads import plain_loop
 
 warnings.filterwarnings("ignore", category=SyntaxWarning)
 
-SNNFAST, LOOP, COMPILED, SPIKINGJELLY = "snnfast", "plain loop", "torch.compile of it", "SpikingJelly"
+SNNFAST, LOOP, COMPILED, SPIKINGJELLY = "snnfast", "plain loop", "torch.compile of the loop", "SpikingJelly"
 COMPILES_TO = 16  # unrolled steps that torch.compile takes in seconds; from T = 64 it needs minutes
 TAU = 2.0
 
@@ -185,7 +185,9 @@ def _implementation_missing(name: str) -> str:
 @contextmanager
 def implementation(name: str) -> Iterator[None]:
     """SpikingJelly's LIF runs what ``name`` ends with; it reads its environment variable only once a process."""
-    wanted = {"native": "cuda", "cuda": "cuda", "triton": "triton"}.get(name.removeprefix(f"{SPIKINGJELLY} "))
+    wanted = {"native": "cuda", "cuda": "cuda", "triton": "triton"}.get(
+        name.removeprefix(f"{SPIKINGJELLY} ").partition(",")[0]
+    )
     if not name.startswith(SPIKINGJELLY) or wanted is None:
         yield
         return

@@ -10,12 +10,13 @@ from .rows import Point, Row
 
 # figure: x axis, y axis, what to draw beside the points
 FIGURES = {
-    "time": ("time steps T (neurons x T constant)", "ns per neuron-step, forward + backward"),
+    "time": ("time steps T (N constant)", "ns per neuron-step, forward + backward"),
     "time-n": ("neurons N (T constant)", "ns per neuron-step, forward + backward"),
-    "memory": ("time steps T", "bytes kept for backward per neuron-step"),
+    "memory": ("time steps T (N constant)", "bytes kept for backward per neuron-step"),
     "memory-n": ("neurons N (T constant)", "bytes kept for backward per neuron-step"),
     "roofline": ("operations per byte that must move", "Gop/s"),
 }
+MARKERS = "os^Dvph"
 BEYOND = "measured over target (right of the line: met)"
 
 
@@ -51,20 +52,31 @@ def _axes(height: float = 4.0) -> Any:
 
 
 def bars(rows: list[Row], path: Path) -> bool:
-    """Rows with a target by how far beyond it they are, rows without one by their speed-up; False: nothing to draw."""
-    rows = [r for r in rows if r.value and (r.target or r.unit == "x")]
+    """Of a table of targets how far beyond them the rows are, else the speed-ups with their targets; False: no row."""
+    measured = [r for r in rows if r.value]
+    table_of_targets = 2 * sum(r.target is not None for r in measured) > len(measured)
+    rows = [r for r in measured if (r.target if table_of_targets else r.unit == "x" and r.at_least)]
     if not rows:
         return False
-    figure, axes = _axes(0.32 * len(rows) + 1)
-    targets = any(r.target for r in rows)
-    rows = [r for r in rows if r.target] if targets else rows
-    reach = [(r.value / (r.target or 1.0) if r.at_least else (r.target or 1.0) / r.value) for r in rows]  # type: ignore[operator]
-    axes.barh(range(len(rows)), reach, color=["#cc6677" if r.met is False else "#4477aa" for r in rows])
+    figure, axes = _axes(0.22 * len(rows) + 1)
+    lengths = [float(r.value or 0) for r in rows]
+    if table_of_targets:
+        pairs = [(r, float(r.value or 0), float(r.target or 0)) for r in rows]
+        lengths = [value / target if r.at_least else target / value for r, value, target in pairs]
+    widths = [length - 1 for length in lengths]  # from 1 on, to either side
+    axes.barh(range(len(rows)), widths, left=1, color=["#cc6677" if r.met is False else "#4477aa" for r in rows])
+    if not table_of_targets:
+        for k, row in enumerate(rows):
+            if row.target is not None:
+                axes.plot([row.target] * 2, [k - 0.45, k + 0.45], color="black", linewidth=2)
     axes.axvline(1, color="black", linewidth=1)
-    axes.set_yticks(range(len(rows)), [f"{r.work} / {r.against}" for r in rows], fontsize=7)
+    axes.set_yticks(range(len(rows)), [f"{r.work} / {r.against}" for r in rows], fontsize=6)
     axes.invert_yaxis()
     axes.set_xscale("log")
-    axes.set_xlabel(BEYOND if targets else "times as fast")
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.xaxis.set_minor_formatter("{x:.2g}")
+    axes.tick_params(axis="x", which="both", labelsize=6)
+    axes.set_xlabel(BEYOND if table_of_targets else "times as fast (mark: target)")
     _save(figure, path)
     return True
 
@@ -73,7 +85,7 @@ def _save(figure: Any, path: Path) -> None:
     import matplotlib.pyplot as plt
 
     figure.tight_layout()
-    figure.savefig(path, dpi=130)
+    figure.savefig(path, dpi=130, bbox_inches="tight")
     plt.close(figure)
 
 
@@ -83,11 +95,12 @@ def lines(points: list[Point], name: str, path: Path) -> None:
     by_line: dict[str, list[Point]] = {}
     for p in points:
         by_line.setdefault(p.line, []).append(p)
-    for line, members in by_line.items():
+    for k, (line, members) in enumerate(by_line.items()):
         members = sorted(members, key=lambda p: p.x)
-        roof = line.startswith("roof: ")
-        style = {"linestyle": "--", "color": "black", "alpha": 0.6} if roof else {"marker": "o"}
-        if name == "roofline" and not roof:
+        style: dict[str, Any] = {"marker": MARKERS[k % len(MARKERS)], "color": f"C{k % 10}"}
+        if line.startswith("roof: "):
+            style = {"linestyle": ("--", ":")[k % 2], "color": "black", "alpha": 0.6}
+        elif name == "roofline":
             style["linestyle"] = "none"
         axes.plot([p.x for p in members], [p.y for p in members], label=line.removeprefix("roof: "), **style)
     axes.set_xscale("log", base=2)

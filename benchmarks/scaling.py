@@ -110,7 +110,7 @@ def roofline(settings: Settings) -> Iterator[Row | Point]:
     yield Row("add bandwidth, two reads + write", f"{4 * total >> 20} MB each", added / 1e9, None, True, "GB/s")
     yield Row("float32 matrix product", f"{side} x {side}", peak / 1e9, None, True, "Gop/s")
     for name, bandwidth in (("copy", copied), ("add", added)):
-        for intensity in (2.0**k for k in range(-3, 8)):
+        for intensity in (0.125, peak / bandwidth, 128.0):
             yield Point("roofline", f"roof: {name}", intensity, min(bandwidth * intensity, peak) / 1e9)
     del ceilings, y, a, b, left, right
     for steps in (4, 16, 64):
