@@ -99,16 +99,16 @@ def training_step(net: nn.Module, x: Tensor, y: Tensor, name: str, dtype: torch.
 def check_logits(name: str, nets: dict[str, nn.Module], x: Tensor) -> dict[str, str]:
     """Words on whether each network computes what ours does; SystemExit where it must and does not."""
     found = {}
-    with torch.no_grad():
-        want = copy.deepcopy(nets["snnfast"])(x)
-        for label, net in nets.items():
-            if label.startswith(("plain", "torch.compile", SPIKINGJELLY)):
-                given = x.contiguous(memory_format=torch.channels_last) if label.endswith(LAST) else x
+    for last in ("", LAST):  # another memory format rounds otherwise, so each is compared with ours in the same
+        given = x.contiguous(memory_format=torch.channels_last) if last else x
+        with torch.no_grad():
+            want = copy.deepcopy(nets[f"snnfast{last}"])(given)
+            for label, net in nets.items():
+                if label.endswith(LAST) != bool(last) or not label.startswith((LOOP, COMPILED, SPIKINGJELLY)):
+                    continue
                 with implementation(label):
-                    got = copy.deepcopy(net)(given)
-                off = (got - want).abs().max().item()
-                # Another memory format rounds otherwise, which may turn a spike.
-                if off > 1e-4 * want.abs().max().item() and x.device.type == "cpu" and not label.endswith(LAST):
+                    off = (copy.deepcopy(net)(given) - want).abs().max().item()
+                if off > 1e-4 * want.abs().max().item() and x.device.type == "cpu":
                     raise SystemExit(f"{name} with {label}'s neurons gives other logits, by {off:.1e}: nothing timed")
                 found[label] = "logits equal" if not off else f"logits within {off:.0e}"
     return found
@@ -150,12 +150,10 @@ def one_network(name: str, label: str, dtype: torch.dtype, settings: Settings) -
     theirs = {k: seconds for k, seconds in t.items() if k.startswith(SPIKINGJELLY)}
     target = 1.3 if device == "cpu" and name == "VGG-11" else 1.5 if device == "cuda" else None
     work = f"{label}: training step"
-    for ours in ("snnfast", FUSED, best):
-        if theirs:  # the last row is of the best of ours against the best of theirs
-            rival = min((k for k in theirs if ours is best or not k.endswith(LAST)), key=lambda k: theirs[k])
+    for ours, kind, goal in (("snnfast", "", None), (FUSED, "", None), (best, "best: ", target)):
+        if theirs:
+            rival = min((k for k in theirs if kind or not k.endswith(LAST)), key=lambda k: theirs[k])
             note = f"{ms(t[ours])} against {ms(t[rival])}; {notes.get(rival, '')}"
-            kind = "best: " if ours is best else ""
-            goal = target if ours is best else None
             yield at_least(f"{work}, {kind}{ours}", f"{kind}{rival}'s neurons", t[rival] / t[ours], goal, note=note)
     for k in t:
         if k not in theirs and not k.startswith("snnfast") and k != FREE:
