@@ -30,6 +30,7 @@ void stream_four_steps(const Call& c, int64_t begin, int64_t end) {
       using V = decltype(tag);
       const V own[kMaxOwn] = {};
       V state[1] = {v0 ? load(v0 + begin + i, (V*)nullptr) : broadcast<V>(v_init)}, tape[1];
+#pragma GCC unroll 4
       for (int t = 0; t < 4; ++t) {
         __builtin_prefetch(x + t * N + i + further);
         store_spikes<true>(s + t * N + i, Neuron::step(load(x + t * N + i, (V*)nullptr), state, tape, own, p));
