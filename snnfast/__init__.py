@@ -10,6 +10,7 @@ from . import analysis, distill, encoding, functional, fused, layer, losses, mod
 from ._version import __version__
 from .convert import accelerate, from_nir, restore, to_nir, to_spiking, unroll, verify
 from .fused import fuse
+from .inference import capture, optimize_for_inference
 from .memory import chunked, packed_spikes
 from .neuron import IFNode, LIFNode, ParametricLIFNode
 
@@ -20,6 +21,7 @@ __all__ = [
     "__version__",
     "accelerate",
     "analysis",
+    "capture",
     "chunked",
     "distill",
     "encoding",
@@ -31,6 +33,7 @@ __all__ = [
     "losses",
     "models",
     "neuron",
+    "optimize_for_inference",
     "packed_spikes",
     "restore",
     "surrogate",
