@@ -8,7 +8,7 @@
 namespace snnfast {
 namespace {
 
-constexpr int64_t kWord = 64;           // elements
+constexpr int64_t kWord = 64;            // elements
 constexpr int64_t kBitsBlock = 1 << 14;  // elements between looks at whether another thread has given up
 
 // The bits of a word's elements that are `one`; `other` collects bits of those that are neither that nor 0.
