@@ -200,7 +200,8 @@ double cpu_batch_norm(const Config& config, int pass, int threads, int dtype, in
                       uintptr_t v0, uintptr_t decay, int64_t channels, int64_t inner, int64_t groups,
                       bool batch_statistics, uintptr_t first, uintptr_t scale, uintptr_t shift, uintptr_t centre,
                       uintptr_t slope, uintptr_t offset, uintptr_t s, uintptr_t v, uintptr_t grad_s, uintptr_t grad_v,
-                      uintptr_t grad_x, uintptr_t grad_v0, uintptr_t sums) {
+                      uintptr_t grad_x, uintptr_t grad_v0, uintptr_t sums, int connect, uintptr_t skip,
+                      uintptr_t grad_skip) {
   py::gil_scoped_release release;
   BatchNormCall b{};
   b.call = backward_call(config, dtype, T, N, x, v0, 0, decay, 0, 0, 0, 0, grad_s, grad_v, 0, 0, grad_x, grad_v0, 0, 0,
@@ -219,6 +220,9 @@ double cpu_batch_norm(const Config& config, int pass, int threads, int dtype, in
   b.slope = pointer(slope);
   b.offset = pointer(offset);
   b.sums = static_cast<double*>(pointer(sums));
+  b.connect = connect;
+  b.skip = pointer(skip);
+  b.grad_skip = pointer(grad_skip);
   double partial[kMostChunks] = {};
   b.call.grad_decay_partial = partial;
   if (!kernels->batch_norm(b, BatchNormPass(pass))) throw std::bad_alloc();
@@ -269,7 +273,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("set_cpu_set", &set_cpu_set, "For tests and benchmarks: use this instruction set from now on.");
   m.def("stream_stores_from", [] { return stream_stores_from; }, "Bytes of output from which stores stream.");
   m.def("set_stream_stores_from", [](int64_t bytes) { stream_stores_from = bytes; });
-  m.attr("calls") = 2;  // raise it with every change of a signature here; native.py refuses another build's
+  m.attr("calls") = 3;  // raise it with every change of a signature here; native.py refuses another build's
   m.attr("surrogates") = py::dict();
   m.attr("neurons") = py::dict();
 #define SNNFAST_NAME(id, name) m.attr("surrogates")[#name] = id;

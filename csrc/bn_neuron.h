@@ -250,6 +250,56 @@ bool statistics(const BatchNormCall& b) {
       });
 }
 
+// ---- residual connections ----
+// The skip of a row of the call, or null where none is wanted.
+template <class T>
+const T* skip_row(const BatchNormCall& b, int64_t t, int64_t begin) {
+  return static_cast<const T*>(b.skip) + t * b.call.N + begin;
+}
+
+template <class T, class R>
+__attribute__((noinline)) void add_row(R* y, const T* skip, int64_t n) {
+  for_each_in_row<R, false>(y, n, [&](auto tag, int64_t i) __attribute__((always_inline)) {
+    using V = decltype(tag);
+    store<false>(y + i, load(y + i, (V*)nullptr) + load(skip + i, (V*)nullptr));
+  });
+}
+
+template <class T, bool stream, class R>
+__attribute__((noinline)) void connect_row(T* to, const R* s, const T* skip, int64_t n, int connect) {
+  for_each_in_row<R, stream>(to, n, [&](auto tag, int64_t i) __attribute__((always_inline)) {
+    using V = decltype(tag);
+    const V spike = load(s + i, (V*)nullptr), other = load(skip + i, (V*)nullptr);
+    V out = spike + other;
+    if (connect == kAnd) out = spike * other;
+    if (connect == kIand) out = (R(1) - spike) * other;
+    store<stream>(to + i, out);
+  });
+}
+
+// From the gradient of what comes out: that of the spikes, and that of the skip.
+template <class T, class R>
+__attribute__((noinline)) void connect_row_backward(R* grad_s, T* grad_skip, const T* grad, const R* s, const T* skip,
+                                                    int64_t n, bool and_not) {
+  for_each_in_row<R, false>(grad_s, n, [&](auto tag, int64_t i) __attribute__((always_inline)) {
+    using V = decltype(tag);
+    const V g = load(grad + i, (V*)nullptr), spike = load(s + i, (V*)nullptr);
+    const V through = g * load(skip + i, (V*)nullptr);
+    store<false>(grad_s + i, and_not ? -through : through);
+    store<false>(grad_skip + i, g * (and_not ? R(1) - spike : spike));
+  });
+}
+
+// The normalised input of a row, and what the skip adds to it.
+template <class T, class R>
+void charging_row(const BatchNormCall& b, int64_t t, int64_t begin, int64_t n, const T* ahead, R* y) {
+  if (b.runs())
+    normalise_row<true>(b, t, begin, n, ahead, y);
+  else
+    normalise_row<false>(b, t, begin, n, ahead, y);
+  if (b.connect == kCharge) add_row(y, skip_row<T>(b, t, begin), n);
+}
+
 // ---- forward ----
 template <class T, bool stream, class R>
 __attribute__((noinline)) void spikes_row(T* to, const R* s, int64_t n) {
@@ -268,19 +318,25 @@ void batch_norm_forward_tile(const BatchNormCall& b, int64_t begin, int64_t n) {
     row.state[k] = state[k];
     fill_state(state[k], c.state[k], begin, n, initial_state(c, k));
   }
-  constexpr bool direct = sizeof(T) == sizeof(R);
+  constexpr bool same_type = sizeof(T) == sizeof(R);
+  const bool connected = b.connect > kCharge;  // after the spikes
   for (int64_t t = 0; t < c.T; ++t) {
     const T* next = static_cast<const T*>(c.x) + (t + 1 < c.T ? (t + 1) * c.N + begin : begin + n);
-    if (b.runs())
-      normalise_row<true>(b, t, begin, n, next, y);
-    else
-      normalise_row<false>(b, t, begin, n, next, y);
+    charging_row(b, t, begin, n, next, y);
     T* to = static_cast<T*>(c.s) + t * c.N + begin;
     row.x = row.ahead = y;
-    row.s = direct ? reinterpret_cast<R*>(to) : s;
-    row.ahead_s = direct && t + 1 < c.T ? row.s + c.N : row.s;
-    row.template run<direct && stream, kSpikeRow>(n, p);
-    if constexpr (!direct) spikes_row<T, stream>(to, s, n);
+    if (same_type && !connected) {
+      row.s = reinterpret_cast<R*>(to);
+      row.ahead_s = t + 1 < c.T ? row.s + c.N : row.s;
+      row.template run<same_type && stream, kSpikeRow>(n, p);
+      continue;
+    }
+    row.s = row.ahead_s = s;
+    row.template run<false, kSpikeRow>(n, p);
+    if (connected)
+      connect_row<T, stream>(to, s, skip_row<T>(b, t, begin), n, b.connect);
+    else
+      spikes_row<T, stream>(to, s, n);
   }
   for (int k = 0; k < Neuron::kStates; ++k) memcpy(static_cast<R*>(c.final_state[k]) + begin, state[k], n * sizeof(R));
 }
@@ -305,6 +361,7 @@ bool batch_norm_forward(const BatchNormCall& b) {
 
 // ---- backward ----
 // Neurons per tile: what a tile needs for all steps stays in the caches, a few steps' in the first-level one.
+constexpr int64_t kMostInTile = 896;
 inline int64_t batch_norm_backward_tile(int64_t T) {
   return T <= kFewSteps ? 2 * kTile : 8192 / smaller(T, 128) / 64 * 64;
 }
@@ -389,10 +446,32 @@ double backward_of_tile(const Call& whole, int64_t begin, int64_t n, int64_t str
   return grad_decay;
 }
 
+// Of one tile where the skip meets the spikes, which are made again.
+template <class Neuron, class T, class R>
+void gradients_of_connection(const BatchNormCall& b, int64_t begin, int64_t n, int64_t stride,
+                             const BatchNormScratch<Neuron, R>& scratch) {
+  const Call& c = b.call;
+  alignas(64) R s[kMostInTile], state[Neuron::kStates][kMostInTile];
+  ForwardRow<Neuron, R, R> row{};
+  row.s = row.ahead_s = s;
+  for (int k = 0; k < Neuron::kStates; ++k) {
+    row.state[k] = state[k];
+    fill_state(state[k], c.state[k], begin, n, initial_state(c, k));
+  }
+  for (int64_t t = 0; t < c.T; ++t) {
+    row.x = row.ahead = scratch.array(0) + t * stride;
+    row.template run<false, kSpikeRow>(n, params_of<R>(c));
+    const int64_t at = t * c.N + begin;
+    connect_row_backward(scratch.array(1) + t * stride, static_cast<T*>(b.grad_skip) + at,
+                         static_cast<const T*>(c.grad_s) + at, s, skip_row<T>(b, t, begin), n, b.connect == kIand);
+  }
+}
+
 template <class Neuron, class T>
 bool batch_norm_backward(const BatchNormCall& b) {
   using R = typename StateOf<T>::type;
   const Call& c = b.call;
+  const bool connected = b.connect == kAnd || b.connect == kIand;
   const int64_t tile = batch_norm_backward_tile(c.T), stride = scratch_stride(tile);
   return over_chunks(
       b, batch_norm_threads(b), [&] { return BatchNormScratch<Neuron, R>(c.T, tile); },
@@ -404,11 +483,8 @@ bool batch_norm_backward(const BatchNormCall& b) {
           for (int64_t t = 0; t < c.T; ++t) {
             const T* next = static_cast<const T*>(c.x) + t * c.N + i + n;
             R* y = scratch.array(0) + t * stride;
-            if (b.runs())
-              normalise_row<true>(b, t, i, n, next, y);
-            else
-              normalise_row<false>(b, t, i, n, next, y);
-            if (!c.grad_s) continue;
+            charging_row(b, t, i, n, next, y);
+            if (!c.grad_s || connected) continue;
             const T* grad_s = static_cast<const T*>(c.grad_s) + t * c.N + i;
             const T* ahead = grad_s + n;
             R* to = scratch.array(1) + t * stride;
@@ -417,9 +493,16 @@ bool batch_norm_backward(const BatchNormCall& b) {
               store<false>(to + j, load(grad_s + j, (decltype(tag)*)nullptr));
             });
           }
+          if (c.grad_s && connected) gradients_of_connection<Neuron, T>(b, i, n, stride, scratch);
           grad_decay += backward_of_tile(c, i, n, stride, scratch);
           for (int64_t t = 0; t < c.T; ++t) {
             const R* g = scratch.array(2) + t * stride;
+            if (b.connect == kCharge) {
+              T* grad_skip = static_cast<T*>(b.grad_skip) + t * c.N + i;
+              for_each_in_row<R, false>(grad_skip, n, [&](auto tag, int64_t j) __attribute__((always_inline)) {
+                store<false>(grad_skip + j, load(g + j, (decltype(tag)*)nullptr));
+              });
+            }
             if (b.runs())
               collect_row<true, T>(b, t, i, n, g, accumulators);
             else

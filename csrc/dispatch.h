@@ -46,6 +46,10 @@ struct Call {
   int stream_stores;  // CPU only: 1 writes past the caches, 0 does not
 };
 
+// Where a residual connection joins: the charge of each step takes it too, or the spikes and it are what comes out
+// (SEW, Fang et al., NeurIPS 2021): s + skip, s * skip, (1 - s) * skip.
+enum Connect : int { kNoSkip = 0, kCharge = 1, kAdd = 2, kAnd = 3, kIand = 4 };
+
 // Batch norm in front of the neuron, CPU only: x of the call is the norm's input. Channel of neuron n: n / inner %
 // channels. Constants are per channel or, where a channel's neighbours are few (see runs), per element of [channels,
 // inner]; there is one set of them, or one for each of the T time steps (groups).
@@ -60,6 +64,10 @@ struct BatchNormCall {
   const void* centre;  // backward: the mean
   const void* slope;   // the backward's second pass: what grad_x takes of x - centre
   const void* offset;  // and of nothing
+
+  int connect;
+  const void* skip;  // [T, N] of x's dtype; null for kNoSkip, and for kAdd in the backward, which does not need it
+  void* grad_skip;   // likewise, of kCharge, kAnd and kIand
 
   double* sums;  // output, [groups, channels, 2]: statistics x - first and its square; backward g and g * (x - centre)
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import sys
+import types
 
 import numpy as np
 import pytest
@@ -169,3 +171,24 @@ def loop(neuron, x, state, decay, own=(), *, v_reset, store_v_seq=True, surrogat
         **{name: kwargs[name] for name in ("v_leak", "strict", "multi_spike", "resets") if name in kwargs},
     )
     return dynamics.multi_step(neuron, x, state, parameters, store_v_seq)
+
+
+@pytest.fixture(scope="module")
+def zoo():
+    """SpikingJelly's model files; of torchvision they want only a download function, which no test calls."""
+    pytest.importorskip("spikingjelly.activation_based", reason="spikingjelly is not installed")
+    names = ("torchvision", "torchvision._internally_replaced_utils")
+    before = {name: sys.modules.get(name) for name in names}
+    if before[names[0]] is None:
+        package, utils = (types.ModuleType(name) for name in names)
+        utils.load_state_dict_from_url = None
+        package._internally_replaced_utils = utils
+        sys.modules.update(zip(names, (package, utils), strict=True))
+    from spikingjelly.activation_based.model import parametric_lif_net, sew_resnet, spiking_resnet, spiking_vgg
+
+    yield types.SimpleNamespace(
+        sew_resnet=sew_resnet, spiking_resnet=spiking_resnet, spiking_vgg=spiking_vgg, plif=parametric_lif_net
+    )
+    for name, module in before.items():
+        if module is None:
+            sys.modules.pop(name, None)

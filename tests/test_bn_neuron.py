@@ -386,7 +386,7 @@ def test_the_ops_and_a_compiled_node():
         torch.ops.snnfast.bn_statistics.default, (x_seq, False), test_utils=("test_schema", "test_faketensor")
     )
     mean, var = torch.ops.snnfast.bn_statistics(x_seq, True)
-    call = (x_seq, mean, var, node.norm.weight.detach(), None, None, None, 1e-5, *_constants(node.neuron, 0.0))
+    call = (x_seq, mean, var, node.norm.weight.detach(), None, None, None, None, 0, 1e-5, *_constants(node.neuron, 0.0))
     checks = ("test_schema", "test_faketensor")
     torch.library.opcheck(torch.ops.snnfast.bn_multi_step.default, call, test_utils=checks)
     grads = (torch.randn_like(x_seq), None)

@@ -137,17 +137,25 @@ torch.set_num_threads(1)
 import lightning_fabric, safetensors.torch, snnfast.distill, snnfast.analysis, matplotlib.figure
 from snnfast.train import cli, experiment
 rng, kills, arguments = random.Random(int(sys.argv[1])), 0, sys.argv[2:]
+def steps():
+    out = arguments[arguments.index("--out") + 1]
+    return {os.path.join(at, name) for at, names, _ in os.walk(out) for name in names if name.startswith("step-")}
 while True:
     child = os.fork()  # imports are done: a kill hits training, not the start of Python
     if child == 0:
         os._exit(cli.main(arguments))
-    deadline = time.monotonic() + rng.uniform(0.15, 0.7)
+    # Some checkpoints later and at any moment until the next: as often on a fast machine as on a slow one.
+    seen, checkpoints, delay = steps(), rng.randint(1, 8), rng.uniform(0, 0.02)
     while True:
         pid, status = os.waitpid(child, os.WNOHANG)
         if pid:
             print(kills, os.waitstatus_to_exitcode(status))
             sys.exit(os.waitstatus_to_exitcode(status))
-        if time.monotonic() > deadline and kills < 12:
+        new = steps() - seen
+        checkpoints -= len(new)
+        seen |= new
+        if checkpoints <= 0 and kills < 12:
+            time.sleep(delay)
             os.kill(child, signal.SIGKILL)
             os.waitpid(child, 0)
             kills += 1

@@ -101,11 +101,13 @@ def test_models(make, count_fused):
     apart = copy.deepcopy(net)
     report = fuse(net)
     blocks = 8
-    assert len(report.fused) == (blocks if make is snnfast.models.resnet18 else 2 * blocks + 3)
+    assert len(report.fused) == (2 * blocks if make is snnfast.models.resnet18 else 2 * blocks + 3)
+    kind = "CHARGE" if make is snnfast.models.resnet18 else "ADD"
+    assert report.connected == {f"layers.{i}.{j}.bn2": kind for i in range(4) for j in range(2)}
     assert ("layers.1.0.bn1", "layers.1.0.relu1") in report.fused
     assert "repeats its input" in report.left_alone["bn1"]  # of the first neuron, which repeats a constant input
     if make is snnfast.models.resnet18:
-        assert report.left_alone["layers.0.0.bn2"] == "its output goes to add, not to a neuron"
+        assert report.left_alone["layers.1.0.downsample.1"] == "its output goes to add_2, not to a neuron"
     else:
         assert ("layers.1.0.downsample.1", "layers.1.0.downsample.2") in report.fused
     equal_outputs_and_gradients(net, apart, torch.rand(2, 3, 16, 16))

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import pathlib
 import re
-import sys
-import types
 import warnings
 
 import pytest
@@ -25,26 +23,6 @@ sj_surrogate = pytest.importorskip("spikingjelly.activation_based.surrogate")
 
 NAMES = ("IFNode", "LIFNode", "ParametricLIFNode")
 FUSED = ("Sigmoid", "ATan", "PiecewiseQuadratic", "PiecewiseExp", "SoftSign", "SuperSpike", "Erf", "Rect")
-
-
-@pytest.fixture(scope="module")
-def zoo():
-    """Its model files; of torchvision they want only a download function, which no test calls."""
-    names = ("torchvision", "torchvision._internally_replaced_utils")
-    before = {name: sys.modules.get(name) for name in names}
-    if before[names[0]] is None:
-        package, utils = (types.ModuleType(name) for name in names)
-        utils.load_state_dict_from_url = None
-        package._internally_replaced_utils = utils
-        sys.modules.update(zip(names, (package, utils), strict=True))
-    from spikingjelly.activation_based.model import parametric_lif_net, sew_resnet, spiking_resnet, spiking_vgg
-
-    yield types.SimpleNamespace(
-        sew_resnet=sew_resnet, spiking_resnet=spiking_resnet, spiking_vgg=spiking_vgg, plif=parametric_lif_net
-    )
-    for name, module in before.items():
-        if module is None:
-            sys.modules.pop(name, None)
 
 
 def build(zoo, model: str, neurons, **kwargs) -> nn.Module:

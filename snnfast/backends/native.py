@@ -20,7 +20,7 @@ from torch import Tensor
 from ..dynamics import NEURONS, Constants, Inputs
 from ..surrogate import SURROGATES
 
-_CALLS = 2  # csrc/bindings.cpp: what this module calls
+_CALLS = 3  # csrc/bindings.cpp: what this module calls
 try:
     _C: Any = importlib.import_module("snnfast._C")
 except ImportError as error:
@@ -199,7 +199,7 @@ _LEAST_RUN = 32  # BatchNormCall::runs
 _BATCH_NORM_TENSORS = (
     *("first", "scale", "shift", "centre", "slope", "offset"),
     *("s", "v", "grad_s", "grad_v", "grad_x", "grad_v0", "sums"),
-)
+)  # before connect, which skip and grad_skip follow
 _NO_NEURON = Constants(0, 0, 0, 1.0, 0.0, 2.0, 1.0, 1.0, 0.0, 0.0)
 
 
@@ -231,6 +231,9 @@ def _batch_norm(run: int, constants: Constants, x: Tensor, groups: int, **given:
         groups,
         given.get("batch_statistics", False),
         *(_address(given.get(name)) for name in _BATCH_NORM_TENSORS),
+        given.get("connect", 0),
+        _address(given.get("skip")),
+        _address(given.get("grad_skip")),
     )
 
 
@@ -246,12 +249,17 @@ def batch_norm_forward(
     decay: Tensor | None,
     scale: Tensor,
     shift: Tensor,
+    skip: Tensor | None,
+    connect: int,
     # outputs
     s: Tensor,
     v: Tensor,
 ) -> None:
-    """Spikes ``s`` and final potentials of the normalised ``x * scale + shift``."""
-    _batch_norm(_FORWARD, constants, x, scale.shape[0], v0=v0, decay=decay, scale=scale, shift=shift, s=s, v=v)
+    """Spikes ``s`` and final potentials of the normalised ``x * scale + shift``, and of ``skip`` (Connect)."""
+    given = {
+        "v0": v0, "decay": decay, "scale": scale, "shift": shift, "skip": skip, "connect": connect, "s": s, "v": v,
+    }  # fmt: skip
+    _batch_norm(_FORWARD, constants, x, scale.shape[0], **given)
 
 
 def batch_norm_backward(
@@ -265,10 +273,13 @@ def batch_norm_backward(
     shift: Tensor,
     centre: Tensor,
     batch_statistics: bool,
+    skip: Tensor | None,
+    connect: int,
     # outputs
     grad_x: Tensor,
     grad_v0: Tensor | None,
     sums: Tensor,
+    grad_skip: Tensor | None,
 ) -> float:
     """The gradient ``g`` of the normalised input and its ``sums`` ``[G, C, 2]``, of ``g`` and of ``g * (x - centre)``.
 
@@ -277,7 +288,8 @@ def batch_norm_backward(
     """
     given = {
         "v0": v0, "decay": decay, "scale": scale, "shift": shift, "centre": centre, "grad_s": grad_s, "grad_v": grad_v,
-        "batch_statistics": batch_statistics, "grad_x": grad_x, "grad_v0": grad_v0, "sums": sums,
+        "batch_statistics": batch_statistics, "skip": skip, "connect": connect, "grad_x": grad_x, "grad_v0": grad_v0,
+        "sums": sums, "grad_skip": grad_skip,
     }  # fmt: skip
     return _batch_norm(_BACKWARD, constants, x, scale.shape[0], **given)
 

@@ -12,7 +12,7 @@ from ..dynamics import Constants
 from ..neuron import BaseNode, IFNode, LIFNode, ParametricLIFNode
 from ..ops import _is_plain
 from ..surrogate import is_fused, recognise
-from .ops import batch_norm_multi_step
+from .ops import Connect, batch_norm_multi_step, connected
 
 __all__ = ["BatchNormNode"]
 
@@ -32,7 +32,7 @@ def misfit(norm: Any, neuron: Any) -> str | None:
     """Why these two modules, whatever their input, cannot run as one; ``None`` if they can."""
     if isinstance(norm, nn.SyncBatchNorm):
         return "SyncBatchNorm takes its statistics over several processes"
-    if type(norm) not in PLAIN_NORMS + STEP_NORMS + TIME_NORMS:
+    if type(norm) not in PLAIN_NORMS + TIME_NORMS and not _has_step_mode(norm):
         return f"{type(norm).__name__} is not one of the batch norms that are known here"
     if type(neuron) not in FUSED_NEURONS:
         return f"{type(neuron).__name__} is not one of {', '.join(n.__name__ for n in FUSED_NEURONS)}"
@@ -53,9 +53,16 @@ def misfit(norm: Any, neuron: Any) -> str | None:
     return None
 
 
+def _has_step_mode(norm: Any) -> bool:
+    """One of our batch norms with a step mode, or of SpikingJelly's, which do the same."""
+    kind = type(norm)
+    theirs = kind.__module__.startswith("spikingjelly.activation_based.layer")
+    return kind in STEP_NORMS or (theirs and kind.__name__ in {k.__name__ for k in STEP_NORMS})
+
+
 def _layout(norm: Any, neuron: Any) -> str | None:
     """``'folded'`` ``[T * B, C, *]``, ``'sequence'`` ``[T, B, C, *]``, ``'step'`` ``[B, C, *]``; ``None``: no match."""
-    over_time = type(norm) in TIME_NORMS or (type(norm) in STEP_NORMS and norm.step_mode == "m")
+    over_time = type(norm) in TIME_NORMS or (_has_step_mode(norm) and norm.step_mode == "m")
     if over_time:
         return "sequence" if neuron.step_mode == "m" and neuron.timesteps is None else None
     if neuron.step_mode == "s":
@@ -86,6 +93,15 @@ def _sequence(norm: Any, neuron: Any, x: Any, per_step: bool) -> Tensor | None:
         return None
     each = x_seq.numel() // (norm.num_features * (x_seq.shape[0] if per_step else 1))
     return x_seq if each > 1 or not _takes_batch_statistics(norm) else None  # torch has the error for one element
+
+
+def _matches(skip: Any, x: Tensor) -> bool:
+    """Whether the kernels take this residual connection beside ``x``."""
+    if not isinstance(skip, Tensor):
+        return False
+    if (skip.shape, skip.dtype, skip.device, skip.layout) != (x.shape, x.dtype, x.device, x.layout):
+        return False
+    return torch.compiler.is_compiling() or _is_plain(skip)
 
 
 def _dimensions(norm: nn.Module) -> tuple[int, ...]:
@@ -127,11 +143,20 @@ def _constants(neuron: Any, v_init: float) -> Constants:
     )
 
 
-def run(norm: Any, neuron: Any, x: Tensor, per_step: bool = False) -> Tensor:
-    """``neuron(norm(x))``, in one where possible and else by the two modules' own forwards, hooks aside."""
+def run(
+    norm: Any,
+    neuron: Any,
+    x: Tensor,
+    per_step: bool = False,
+    skip: Any = None,
+    connect: Connect = Connect.NONE,
+) -> Tensor:
+    """``neuron(norm(x))`` and ``skip``, in one where possible, else by the modules' own forwards, hooks aside."""
     x_seq = _sequence(norm, neuron, x, per_step)
-    if x_seq is None:
-        return type(neuron).forward(neuron, _normalised(norm, neuron, x, per_step))
+    if x_seq is None or not (skip is None or _matches(skip, x)):
+        y = _normalised(norm, neuron, x, per_step)
+        s = type(neuron).forward(neuron, y + skip if connect == Connect.CHARGE else y)
+        return connected(s, skip, connect)
     batch_statistics = _takes_batch_statistics(norm)
     v = neuron._state_for(x_seq)
     v0, v_init = (v, 0.0) if isinstance(v, Tensor) else (None, v)
@@ -146,6 +171,8 @@ def run(norm: Any, neuron: Any, x: Tensor, per_step: bool = False) -> Tensor:
         norm.bias,
         v0,
         decay,
+        None if skip is None else skip.reshape(x_seq.shape),
+        connect,
         eps=norm.eps,
         per_step=per_step and batch_statistics,
         constants=_constants(neuron, v_init),
@@ -179,10 +206,14 @@ class BatchNormNode(nn.Module):
             ``[T * B, C, *]``; or one of :mod:`snnfast.layer` in step mode ``'m'``, ``[T, B, C, *]``.
         neuron: a :class:`~snnfast.IFNode`, :class:`~snnfast.LIFNode` or :class:`~snnfast.ParametricLIFNode`, with
             ``timesteps`` where time is folded.
+        connect: where a residual connection joins, ``node(x, skip)``, in the same pass: ``'CHARGE'`` for
+            ``neuron(norm(x) + skip)``; ``'ADD'`` for ``s + skip``, ``'AND'`` for ``s * skip`` and ``'IAND'`` for
+            ``(1 - s) * skip``, ``s`` being the spikes (SEW, Fang et al., NeurIPS 2021).
         per_step: in training, take the statistics of each time step by itself, and update the running ones at each.
 
     Raises:
-        TypeError: ``norm`` or ``neuron`` is not a module of that kind.
+        TypeError: ``norm`` or ``neuron`` is not a module of that kind; ``skip`` without ``connect``, or the reverse.
+        ValueError: ``connect`` is none of these.
 
     Example:
         >>> from snnfast import IFNode
@@ -191,7 +222,9 @@ class BatchNormNode(nn.Module):
         torch.Size([8, 3, 8, 8])
     """
 
-    def __init__(self, norm: nn.Module, neuron: nn.Module, *, per_step: bool = False) -> None:
+    def __init__(
+        self, norm: nn.Module, neuron: nn.Module, *, connect: str | None = None, per_step: bool = False
+    ) -> None:
         super().__init__()
         if not isinstance(norm, nn.modules.batchnorm._BatchNorm):
             raise TypeError(f"norm must be a batch norm such as torch.nn.BatchNorm2d, got {type(norm).__name__}")
@@ -200,16 +233,31 @@ class BatchNormNode(nn.Module):
         self.norm = norm
         self.neuron = neuron
         self.per_step = per_step
+        self.connect = _connect(connect)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, skip: Tensor | None = None) -> Tensor:
+        if (skip is None) != (self.connect == Connect.NONE):
+            got = "no skip" if skip is None else f"a skip of {type(skip).__name__}"
+            raise TypeError(f"a BatchNormNode with connect={self.connect.name!r} got {got}")
         if has_hooks(self.norm) or has_hooks(self.neuron):
             if self.per_step:
                 raise RuntimeError("per_step=True does not call norm and neuron by themselves: remove their hooks")
-            return self.neuron(self.norm(x))
-        return run(self.norm, self.neuron, x, self.per_step)
+            y = self.norm(x)
+            return connected(self.neuron(y + skip if self.connect == Connect.CHARGE else y), skip, self.connect)
+        return run(self.norm, self.neuron, x, self.per_step, skip, self.connect)
 
     def extra_repr(self) -> str:
-        return f"per_step={self.per_step}" if self.per_step else ""
+        shown = [f"connect={self.connect.name!r}"] if self.connect else []
+        return ", ".join(shown + [f"per_step={self.per_step}"] * self.per_step)
+
+
+def _connect(name: str | None) -> Connect:
+    names = [c.name for c in Connect if c != Connect.NONE]
+    if name is None:
+        return Connect.NONE
+    if not isinstance(name, str) or name.upper() not in names:
+        raise ValueError(f"connect must be None or one of {', '.join(map(repr, names))}, got {name!r}")
+    return Connect[name.upper()]
 
 
 _HOOKS = (

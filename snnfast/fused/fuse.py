@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import operator
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
-from torch import fx, nn
+import torch
+from torch import Tensor, fx, nn
 
 from ..base import StepModule
 from ..convert.to_spiking_layers import Dropout as DropoutOfRates
@@ -15,6 +17,7 @@ from ..convert.to_spiking_layers import MaxPoolOfRates, Repeat, _repeat_input, _
 from ..network import holds_single_steps
 from ..neuron import BaseNode
 from . import batch_norm
+from .ops import Connect
 
 __all__ = ["FuseReport", "fuse", "unfuse"]
 
@@ -24,25 +27,106 @@ _LEAVES = (StepModule, Repeat, MaxPoolOfRates, DropoutOfRates)
 
 @dataclass
 class FuseReport:
-    """What :func:`fuse` did: the names of ``(norm, neuron)`` pairs, and of the norms left alone, with the reason."""
+    """What :func:`fuse` did: the names of ``(norm, neuron)`` pairs, and of the norms left alone, with the reason.
+
+    ``connected`` has the norms whose pair takes a residual connection too, and where it joins
+    (:class:`BatchNormNode`).
+    """
 
     fused: list[tuple[str, str]] = field(default_factory=list)
     left_alone: dict[str, str] = field(default_factory=dict)
+    connected: dict[str, str] = field(default_factory=dict)
 
     def __str__(self) -> str:
         norms = "batch norm" if len(self.fused) == 1 else "batch norms"
         lines = [f"{len(self.fused)} {norms} fused with the neuron behind, {len(self.left_alone)} left alone"]
-        lines += [f"  {norm} + {neuron}" for norm, neuron in self.fused]
+        for norm, neuron in self.fused:
+            skip = self.connected.get(norm)
+            lines.append(f"  {norm} + {neuron}" + (f", residual {skip}" if skip else ""))
         lines += [f"  {norm} left alone: {reason}" for norm, reason in self.left_alone.items()]
         return "\n".join(lines)
 
 
 # ---- a fused pair ----
-class Deferred(NamedTuple):
-    """What a fused norm gives its neuron: its own input. Anything else that gets it fails, as it is no tensor."""
+class _StandIn:
+    """For a tensor that is made when its residual connection is there: the trace has shown that they meet, and that
+    nothing else sees the stand-in. Whatever else gets it fails."""
 
-    norm: nn.Module
-    x: Any
+    def met_by(self, other: Any, add: bool) -> Any:
+        """The sum or the product with ``other``."""
+        raise NotImplementedError
+
+    def __add__(self, other: Any) -> Any:
+        return self.met_by(other, True)
+
+    def __mul__(self, other: Any) -> Any:
+        return self.met_by(other, False)
+
+    __radd__ = add = __add__
+    __rmul__ = mul = __mul__
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func not in _SUMS + _PRODUCTS or len(args) != 2 or kwargs:
+            return NotImplemented
+        stand_in, other = args if isinstance(args[0], cls) else (args[1], args[0])
+        return stand_in.met_by(other, func in _SUMS)
+
+
+_SUMS = (torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__)
+_PRODUCTS = (torch.mul, Tensor.mul, Tensor.__mul__, Tensor.__rmul__)
+_OTHERWISE = (
+    "the forward of a fused model runs otherwise than when it was fused: snnfast.unfuse(model) and fuse it again, or "
+    "leave it so"
+)
+
+
+class Deferred(_StandIn):
+    """What a fused norm gives its neuron: its own input, and a residual connection that joins before the charge."""
+
+    def __init__(self, norm: nn.Module, x: Any, skip: Any = None) -> None:
+        self.norm, self.x, self.skip = norm, x, skip
+        self.version = _version(x)
+
+    def met_by(self, other: Any, add: bool) -> Any:
+        if not add or self.skip is not None:
+            raise RuntimeError(_OTHERWISE)
+        return Deferred(self.norm, self.x, other)
+
+    def run(self, neuron: nn.Module, skip: Any, connect: Connect) -> Any:
+        if self.version != _version(self.x):
+            raise RuntimeError(
+                "the input of a fused batch norm was changed in place before its neuron ran: change a copy, or take "
+                "the fusion back with snnfast.unfuse(model)"
+            )
+        if (self.skip is not None) != (connect == Connect.CHARGE):
+            raise RuntimeError(_OTHERWISE)
+        return batch_norm.run(self.norm, neuron, self.x, skip=skip, connect=connect)
+
+
+class _Spikes(_StandIn):
+    """What a fused neuron gives where a residual connection meets its spikes."""
+
+    def __init__(self, deferred: Deferred, neuron: nn.Module, connect: Connect) -> None:
+        self.deferred, self.neuron, self.connect = deferred, neuron, connect
+        self.inverted = self.met = False
+
+    def met_by(self, other: Any, add: bool) -> Any:
+        if add != (self.connect == Connect.ADD) or self.inverted != (self.connect == Connect.IAND) or self.met:
+            raise RuntimeError(_OTHERWISE)
+        self.met = True
+        return self.deferred.run(self.neuron, other, self.connect)
+
+    def __rsub__(self, one: Any) -> Any:
+        self.inverted = True
+        return self
+
+
+def _version(x: Any) -> int | None:
+    """Counts changes in place, where that is counted."""
+    if not isinstance(x, Tensor) or torch.compiler.is_compiling() or x.is_inference():
+        return None
+    return x._version
 
 
 class _Defer:
@@ -58,13 +142,16 @@ class _Defer:
 class _NormAndNeuron:
     """Stands for a fused neuron's forward."""
 
-    def __init__(self, neuron: nn.Module) -> None:
+    def __init__(self, neuron: nn.Module, connect: Connect) -> None:
         self.neuron = neuron
+        self.connect = connect
 
     def __call__(self, x: Any) -> Any:
-        if isinstance(x, Deferred):
-            return batch_norm.run(x.norm, self.neuron, x.x)
-        return type(self.neuron).forward(self.neuron, x)
+        if not isinstance(x, Deferred):
+            return type(self.neuron).forward(self.neuron, x)
+        if self.connect in (Connect.NONE, Connect.CHARGE):
+            return x.run(self.neuron, x.skip, self.connect)
+        return _Spikes(x, self.neuron, self.connect)
 
 
 def _is_fused(module: nn.Module) -> bool:
@@ -86,6 +173,7 @@ class _Found:
     """Where each norm's output goes, over all traces: the neuron's module, or why there is none."""
 
     neurons: dict[nn.Module, nn.Module] = field(default_factory=dict)
+    connections: dict[nn.Module, Connect] = field(default_factory=dict)
     reasons: dict[nn.Module, str] = field(default_factory=dict)
     calls: Counter[nn.Module] = field(default_factory=Counter)
 
@@ -118,6 +206,7 @@ def _read(module: nn.Module, graph: fx.Graph, found: _Found) -> None:
     def called(node: fx.Node) -> nn.Module | None:
         return module.get_submodule(str(node.target)) if node.op == "call_module" else None
 
+    taken: set[fx.Node] = set()  # where one side of a residual connection stands in already
     for node in graph.nodes:
         norm = called(node)
         if norm is None:
@@ -128,16 +217,57 @@ def _read(module: nn.Module, graph: fx.Graph, found: _Found) -> None:
         users = list(node.users)
         if not users:
             found.refuse(norm, "its output is not used")
-        elif len(users) > 1:
+            continue
+        if len(users) > 1:
             found.refuse(norm, f"its output is used {len(users)} times: by {', '.join(str(u) for u in users)}")
-        elif not isinstance(neuron := called(users[0]), BaseNode):
+            continue
+        joins, user = _meeting(node, _ADD) if users[0] not in taken else None, users[0]
+        if joins is not None and len(joins.users) == 1:
+            node, user = joins, next(iter(joins.users))
+        if not isinstance(neuron := called(user), BaseNode):
             found.refuse(norm, f"its output goes to {users[0]}, not to a neuron")
-        elif users[0].args != (node,) or users[0].kwargs:
+        elif user.args != (node,) or user.kwargs:
             found.refuse(norm, "the neuron is called with more than the norm's output")
         elif found.neurons.get(norm, neuron) is not neuron:
             found.refuse(norm, "its output goes to different neurons")
         else:
             found.neurons[norm] = neuron
+            connect, at = (Connect.CHARGE, joins) if node is joins else _connection(user)
+            if at is not None and at not in taken:
+                taken.add(at)
+                found.connections[norm] = connect
+
+
+_ADD = (operator.add, torch.add, "add")
+_MULTIPLY = (operator.mul, torch.mul, "mul")
+_IN_PLACE: dict[Any, Any] = {operator.iadd: operator.add, operator.imul: operator.mul}
+
+
+def _meeting(node: fx.Node, functions: tuple[Any, ...]) -> fx.Node | None:
+    """Where ``node`` goes to one of these functions, with another tensor and nowhere else."""
+    if len(node.users) != 1:
+        return None
+    user = next(iter(node.users))
+    target = user.target
+    if user.args and user.args[0] is node:  # as an operand on the right, what is changed in place is the other tensor
+        target = _IN_PLACE.get(target, target)
+    if target not in functions or user.op not in ("call_function", "call_method") or user.kwargs:
+        return None
+    others = [a for a in user.args if a is not node]
+    return user if len(user.args) == 2 and len(others) == 1 and isinstance(others[0], fx.Node) else None
+
+
+def _connection(spikes: fx.Node) -> tuple[Connect, fx.Node | None]:
+    """How a residual connection meets these spikes and nothing else does, and where."""
+    if (at := _meeting(spikes, _ADD)) is not None:
+        return Connect.ADD, at
+    if (at := _meeting(spikes, _MULTIPLY)) is not None:
+        return Connect.AND, at
+    if len(spikes.users) == 1:
+        inverse = next(iter(spikes.users))
+        if inverse.target is operator.sub and inverse.args[0] == 1 and inverse.args[1] is spikes:
+            return Connect.IAND, _meeting(inverse, _MULTIPLY)
+    return Connect.NONE, None
 
 
 def _both_modes(model: nn.Module) -> Iterator[None]:
@@ -159,6 +289,12 @@ def _find(model: nn.Module) -> _Found:
         _search(model, found)
         passes.append(found)
     first, second = passes
+    for norm in {*first.connections, *second.connections}:
+        connects = {f.connections.get(norm, Connect.NONE) for f in passes}
+        if len(connects) > 1:
+            first.connections.pop(norm, None)
+            if Connect.CHARGE in connects:
+                first.refuse(norm, "its output meets a residual connection in training or in evaluation only")
     for norm, neuron in second.neurons.items():
         if first.neurons.get(norm) is not neuron:
             first.refuse(norm, second.reasons.get(norm, "its output goes elsewhere in training and in evaluation"))
@@ -203,6 +339,7 @@ def _why_not(norm: nn.Module, neuron: Any, found: _Found, shared: set[int]) -> s
 def fuse(model: nn.Module) -> FuseReport:
     """Fuse each batch norm of ``model`` with the neuron behind it, in place.
 
+    A residual connection that joins between the two, or that meets the spikes as in SEW networks, is taken in too.
     Modules, their names, parameters, buffers and ``state_dict`` keys stay as they are; a fused norm hands its input on
     and its neuron does the work of both (see :class:`BatchNormNode`). Pairs are found by tracing the model's forward
     with :mod:`torch.fx`, or those of its parts where it cannot be traced. What might come out different is left alone,
@@ -240,8 +377,11 @@ def fuse(model: nn.Module) -> FuseReport:
             report.left_alone[name] = reason
         else:
             norm.forward = _Defer(norm)  # type: ignore[method-assign,assignment]
-            neuron.forward = _NormAndNeuron(neuron)
+            connect = found.connections.get(norm, Connect.NONE)
+            neuron.forward = _NormAndNeuron(neuron, connect)
             report.fused.append((name, names[neuron]))
+            if connect:
+                report.connected[name] = connect.name
     return report
 
 

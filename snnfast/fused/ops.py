@@ -8,6 +8,7 @@ float64 for float64 input; never bfloat16), and it is the same in every pass.
 
 from __future__ import annotations
 
+import enum
 from typing import Any
 
 import torch
@@ -18,20 +19,32 @@ from ..backends import native
 from ..dynamics import Constants, Inputs
 from ..ops import time_major
 
-__all__ = ["batch_norm_multi_step", "reference"]
+__all__ = ["Connect", "batch_norm_multi_step", "reference"]
 
 _INPUTS = (
-    "Tensor x, Tensor mean, Tensor var, Tensor? weight, Tensor? bias, Tensor? v0, Tensor? decay, float eps, "
-    "int neuron, int surrogate, int flags, float v_threshold, float v_reset, float tau, float alpha, float gain, "
-    "float v_leak, float v_init"
+    "Tensor x, Tensor mean, Tensor var, Tensor? weight, Tensor? bias, Tensor? v0, Tensor? decay, Tensor? skip, "
+    "int connect, float eps, int neuron, int surrogate, int flags, float v_threshold, float v_reset, float tau, "
+    "float alpha, float gain, float v_leak, float v_init"
 )
-_TENSORS = 7
+_TENSORS = 8
+
+
+class Connect(enum.IntEnum):
+    """Where a residual connection joins (``Connect`` of csrc/dispatch.h)."""
+
+    NONE = 0
+    CHARGE = 1
+    ADD = 2
+    AND = 3
+    IAND = 4
+
+
 _library = torch.library.Library("snnfast", "FRAGMENT")
 _library.define("bn_statistics(Tensor x, bool per_step) -> (Tensor mean, Tensor var)")
 _library.define(f"bn_multi_step({_INPUTS}) -> (Tensor s, Tensor v)")
 _library.define(
     f"bn_multi_step_backward(Tensor? grad_s, Tensor? grad_v, {_INPUTS}, bool batch_statistics) -> "
-    "(Tensor grad_x, Tensor grad_weight, Tensor grad_bias, Tensor grad_v0, Tensor grad_decay)"
+    "(Tensor grad_x, Tensor grad_weight, Tensor grad_bias, Tensor grad_v0, Tensor grad_decay, Tensor grad_skip)"
 )
 
 
@@ -74,29 +87,36 @@ def _statistics(x: Tensor, per_step: bool) -> tuple[Tensor, Tensor]:
     return first + away, (square - away * away).clamp_(min=0)
 
 
-def _split(args: tuple[Any, ...]) -> tuple[tuple[Any, ...], float, Constants]:
-    return args[:_TENSORS], args[_TENSORS], Constants._make(args[_TENSORS + 1 :])
+def _split(args: tuple[Any, ...]) -> tuple[tuple[Any, ...], Connect, float, Constants]:
+    connect, eps, *constants = args[_TENSORS:]
+    return args[:_TENSORS], Connect(connect), eps, Constants._make(constants)
 
 
 def _multi_step(*args: Any) -> tuple[Tensor, Tensor]:
-    (x, mean, var, weight, bias, v0, decay), eps, constants = _split(args)
+    (x, mean, var, weight, bias, v0, decay, skip), connect, eps, constants = _split(args)
     x = time_major(x)
     dtype = dynamics.state_dtype(x.dtype)
     scale, shift = (_per_channel(x, t, dtype) for t in _scale_and_shift(x, mean, var, weight, bias, eps))
     s, v = torch.empty_like(x), ops._empty_state(x)
-    native.batch_norm_forward(constants, x, ops._laid_out_as(v0, x[0], dtype), decay, scale, shift, s, v)
+    v0, skip = ops._laid_out_as(v0, x[0], dtype), ops._laid_out_as(skip, x, x.dtype)
+    native.batch_norm_forward(constants, x, v0, decay, scale, shift, skip, connect, s, v)
     return s, v
 
 
 def _multi_step_backward(*args: Any) -> tuple[Tensor, ...]:
     grad_s, grad_v, *rest, batch_statistics = args
-    (x, mean, var, weight, bias, v0, decay), eps, constants = _split(tuple(rest))
+    (x, mean, var, weight, bias, v0, decay, skip), connect, eps, constants = _split(tuple(rest))
     x = time_major(x)
     dtype = dynamics.state_dtype(x.dtype)
     scale, shift = _scale_and_shift(x, mean, var, weight, bias, eps)
     centre = mean.to(dtype)
     grad_x = torch.empty_like(x)
     grad_v0 = None if v0 is None else ops._empty_state(x)
+    grad_skip = None
+    if connect in (Connect.AND, Connect.IAND) and grad_s is None:
+        grad_skip = torch.zeros_like(x)
+    elif connect in (Connect.CHARGE, Connect.AND, Connect.IAND):
+        grad_skip = torch.empty_like(x)
     sums = torch.empty((*mean.shape, 2), dtype=torch.float64, device=x.device)
     scales, shifts, centres = (_per_channel(x, t, dtype) for t in (scale, shift, centre))
     grad_decay = native.batch_norm_backward(
@@ -110,9 +130,12 @@ def _multi_step_backward(*args: Any) -> tuple[Tensor, ...]:
         shifts,
         centres,
         batch_statistics,
+        None if connect == Connect.ADD else ops._laid_out_as(skip, x, x.dtype),
+        connect,
         grad_x,
         grad_v0,
         sums,
+        grad_skip,
     )
     rstd = (var + eps).rsqrt()
     sum_g, sum_gx = sums.unbind(-1)
@@ -126,7 +149,8 @@ def _multi_step_backward(*args: Any) -> tuple[Tensor, ...]:
         native.batch_norm_backward_input(x, scales, centres, slopes, offsets, grad_x)
     decay_grad = ops._nothing(x) if decay is None else torch.full_like(decay, grad_decay)
     grad_weight, grad_bias = (t.sum(0).to(dtype) for t in (sum_gx * rstd, sum_g))
-    return grad_x, grad_weight, grad_bias, ops._nothing(x) if grad_v0 is None else grad_v0, decay_grad
+    grad_v0, grad_skip = (ops._nothing(x) if t is None else t for t in (grad_v0, grad_skip))
+    return grad_x, grad_weight, grad_bias, grad_v0, decay_grad, grad_skip
 
 
 _library.impl("bn_statistics", _statistics, "CPU")
@@ -148,7 +172,7 @@ def _multi_step_fake(*args: Any) -> tuple[Tensor, Tensor]:
 
 @torch.library.register_fake("snnfast::bn_multi_step_backward")
 def _multi_step_backward_fake(*args: Any) -> tuple[Tensor, ...]:
-    x, v0, decay = time_major(args[2]), args[7], args[8]
+    x, v0, decay, connect = time_major(args[2]), args[7], args[8], args[10]
     dtype = dynamics.state_dtype(x.dtype)
     return (
         torch.empty_like(x),
@@ -156,6 +180,7 @@ def _multi_step_backward_fake(*args: Any) -> tuple[Tensor, ...]:
         x.new_empty(x.shape[2], dtype=dtype),
         ops._nothing(x) if v0 is None else ops._empty_state(x),
         ops._nothing(x) if decay is None else torch.empty_like(decay),
+        ops._nothing(x) if connect in (Connect.NONE, Connect.ADD) else torch.empty_like(x),
     )
 
 
@@ -173,11 +198,13 @@ def reference(
     bias: Tensor | None,
     v0: Tensor | None,
     decay: Tensor | None,
+    skip: Any,
+    connect: Connect,
     eps: float,
     constants: Constants,
     per_step: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Spikes in the state's dtype and final potential, by differentiable PyTorch operations in the state's dtype.
+    """What comes out and the final potential, by differentiable PyTorch operations, all in the state's dtype.
 
     Without ``mean`` and ``var`` ``[G, C]``, they are those of ``x``.
     """
@@ -194,8 +221,19 @@ def reference(
         y = y * weight.to(x.dtype).reshape(channels)
     if bias is not None:
         y = y + bias.to(x.dtype).reshape(channels)
+    if connect == Connect.CHARGE:
+        y = y + skip.to(x.dtype)
     s, v, _, _ = ops._reference(Inputs(y, v0, None, decay), constants)
-    return s, v
+    return connected(s, None if skip is None else skip.to(x.dtype), connect), v
+
+
+def connected(s: Tensor, skip: Any, connect: Connect) -> Tensor:
+    """Spikes and a residual connection that meets them; of others, the spikes."""
+    if connect == Connect.ADD:
+        return s + skip
+    if connect == Connect.AND:
+        return s * skip
+    return (1 - s) * skip if connect == Connect.IAND else s
 
 
 # ---- autograd ----
@@ -212,17 +250,20 @@ class _BatchNormMultiStep(torch.autograd.Function):
         bias: Tensor | None,
         v0: Tensor | None,
         decay: Tensor | None,
+        skip: Tensor | None,
+        connect: Connect,
         eps: float,
         per_step: bool,
         constants: Constants,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        ctx.call = eps, per_step, mean is None, constants
+        ctx.call = connect, eps, per_step, mean is None, constants
         if mean is None or var is None:
             mean, var = _statistics_op(x, per_step)
         else:
             mean, var = mean.double().reshape(1, -1), var.double().reshape(1, -1)
-        s, v = _forward_op(x, mean, var, weight, bias, v0, decay, eps, *constants)
-        ctx.save_for_backward(x, mean, var, weight, bias, v0, decay)
+        s, v = _forward_op(x, mean, var, weight, bias, v0, decay, skip, connect, eps, *constants)
+        kept = None if connect == Connect.ADD else skip
+        ctx.save_for_backward(x, mean, var, weight, bias, v0, decay, kept)
         ctx.mark_non_differentiable(mean, var)
         ctx.set_materialize_grads(False)
         return s, v, mean, var
@@ -230,16 +271,17 @@ class _BatchNormMultiStep(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_s: Tensor | None, grad_v: Tensor | None, *_: Any) -> tuple[Any, ...]:
         saved = ops._saved(ctx)
-        x, mean, var, weight, bias, v0, decay = saved
-        eps, per_step, batch_statistics, constants = ctx.call
+        x, mean, var, weight, bias, v0, decay, skip = saved
+        connect, eps, per_step, batch_statistics, constants = ctx.call
         if grad_s is None and grad_v is None:
-            return (None,) * 10
+            return (None,) * 12
         if torch.is_grad_enabled():  # create_graph: the backward must itself be differentiable
             # By aliases: where x or v0 itself comes from the weight, its own graph is walked by whoever called.
-            given = tuple(None if t is None else t.view_as(t) for t in (x, weight, bias, v0, decay))
-            x, weight, bias, v0, decay = given
+            given = tuple(None if t is None else t.view_as(t) for t in (x, weight, bias, v0, decay, skip))
+            x, weight, bias, v0, decay, skip = given
+            added, connect = connect == Connect.ADD, Connect.NONE if connect == Connect.ADD else connect
             used: tuple[Tensor | None, Tensor | None] = (None, None) if batch_statistics else (mean, var)
-            s, v = reference(x, used[0], used[1], weight, bias, v0, decay, eps, constants, per_step)
+            s, v = reference(x, used[0], used[1], weight, bias, v0, decay, skip, connect, eps, constants, per_step)
             outputs = [(y, g.to(y.dtype)) for y, g in ((s, grad_s), (v, grad_v)) if g is not None]
             wanted = [t for t in given if t is not None and t.requires_grad]
             found = torch.autograd.grad(
@@ -247,10 +289,13 @@ class _BatchNormMultiStep(torch.autograd.Function):
             )
             by_input = dict(zip(map(id, wanted), found, strict=True))
             grads = [by_input.get(id(t)) for t in given]
-            return grads[0], None, None, *grads[1:], None, None, None
-        grad_x, grad_weight, grad_bias, grad_v0, grad_decay = _backward_op(
-            grad_s, grad_v, *saved, eps, *constants, batch_statistics
+            grad_skip = grad_s if added else grads[5]
+            return grads[0], None, None, *grads[1:5], grad_skip, None, None, None, None
+        grad_x, grad_weight, grad_bias, grad_v0, grad_decay, grad_skip = _backward_op(
+            grad_s, grad_v, *saved, connect, eps, *constants, batch_statistics
         )
+        if connect in (Connect.NONE, Connect.ADD):
+            grad_skip = None if connect == Connect.NONE else grad_s
         return (
             grad_x,
             None,
@@ -259,6 +304,8 @@ class _BatchNormMultiStep(torch.autograd.Function):
             None if bias is None else grad_bias.to(bias.dtype),
             None if v0 is None else grad_v0,
             None if decay is None else grad_decay,
+            grad_skip,
+            None,
             None,
             None,
             None,
@@ -273,15 +320,19 @@ def batch_norm_multi_step(
     bias: Tensor | None,
     v0: Tensor | None,
     decay: Tensor | None,
+    skip: Tensor | None = None,
+    connect: Connect = Connect.NONE,
     *,
     eps: float,
     per_step: bool,
     constants: Constants,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Batch norm of a checked ``x`` ``[T, B, C, *]`` and a neuron: spikes, final potential, mean and variance.
+    """Batch norm of a checked ``x`` ``[T, B, C, *]`` and a neuron: what comes out, final potential, mean and variance.
+
+    What comes out are spikes, or what ``connect`` makes of them and ``skip``, which has the shape and dtype of ``x``.
 
     ``mean`` and ``var`` ``[C]`` are those to normalise by, ``None`` for those of ``x`` itself; the ones used come back
     as ``[G, C]`` in float64, without a gradient, the variance biased.
     """
-    given = (time_major(x), mean, var, weight, bias, v0, decay)
-    return _BatchNormMultiStep.apply(*given, eps, per_step, constants)
+    given = (time_major(x), mean, var, weight, bias, v0, decay, skip)
+    return _BatchNormMultiStep.apply(*given, connect, eps, per_step, constants)
