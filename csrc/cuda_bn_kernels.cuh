@@ -11,6 +11,8 @@
 // passes over [T, N] where keeping the gradient of the normalised input would be 6.
 #pragma once
 
+#include <type_traits>
+
 #include "cuda_bn.h"
 #include "cuda_kernels.cuh"
 
@@ -303,17 +305,32 @@ __global__ void __launch_bounds__(kThreads, 1)
 }
 
 // ---- rows of x as the neuron gets them ----
-template <class T, int W, int kAhead, bool kExact>
+struct NoRows {
+  template <class... Arguments>
+  SNNFAST_DEVICE explicit NoRows(Arguments...) {}
+};
+
+// Normalised, and with what a residual connection adds to the charge. kSkip kernels know residual connections; of the
+// exact ones, those that know them always have one.
+template <class T, int W, int kAhead, bool kExact, bool kSkip>
 struct NormalisedRows : Rows<T, W, kAhead, kExact> {
   using R = typename StateOf<T>::type;
-  R scale[W], shift[W];
+  using Base = Rows<T, W, kAhead, kExact>;
+  static constexpr bool kConnects = kSkip;
   const BatchNormJob& job;
   int64_t constants;  // where those of the next row are: of its step, or of all
-  SNNFAST_DEVICE NormalisedRows(const BatchNormJob& job_, int64_t channel, int64_t n, int64_t t, int64_t count)
-      : Rows<T, W, kAhead, kExact>(static_cast<const T*>(job_.b.norm.call.x) + t * job_.b.norm.call.N + n,
-                                   job_.b.norm.call.N, count),
+  bool skips;         // whether the rows of the connection are read along
+  std::conditional_t<kSkip, Base, NoRows> skip;
+  R scale[W], shift[W], skip_now[W];
+
+  SNNFAST_DEVICE NormalisedRows(const BatchNormJob& job_, int64_t channel, int64_t n, int64_t t, int64_t count,
+                                bool skips_)
+      : Base(static_cast<const T*>(job_.b.norm.call.x) + t * job_.b.norm.call.N + n, job_.b.norm.call.N, count),
         job(job_),
-        constants(channel + (job_.b.norm.groups > 1 ? t * job_.b.norm.channels : 0)) {
+        constants(channel + (job_.b.norm.groups > 1 ? t * job_.b.norm.channels : 0)),
+        skips(kSkip && (kExact || skips_)),
+        skip(static_cast<const T*>(job_.b.norm.skip) + t * job_.b.norm.call.N + n, job_.b.norm.call.N,
+             skips ? count : 0) {
     load_step();
   }
   SNNFAST_DEVICE void load_step() {
@@ -321,21 +338,38 @@ struct NormalisedRows : Rows<T, W, kAhead, kExact> {
     load_constants(job.shift, constants, job.b.norm.inner, shift);
   }
   SNNFAST_DEVICE void take(int i, R (&row)[W]) {
-    Rows<T, W, kAhead, kExact>::take(i, row);
+    Base::take(i, row);
     SNNFAST_UNROLL
     for (int w = 0; w < W; ++w) {
       const R scaled = row[w] * scale[w];
       row[w] = scaled + shift[w];
     }
+    if constexpr (kSkip)
+      if (skips) {
+        skip.take(i, skip_now);
+        SNNFAST_UNROLL
+        for (int w = 0; w < W; ++w) row[w] = job.b.norm.connect == kCharge ? row[w] + skip_now[w] : row[w];
+      }
     if (!kExact && job.b.norm.groups > 1) {
       constants += job.b.norm.channels;
       if (constants < job.b.norm.groups * job.b.norm.channels) load_step();
     }
   }
+  // What comes out of the spikes of the last row.
+  SNNFAST_DEVICE void meet(const R (&s)[W], R (&out)[W]) const {
+    const int connect = job.b.norm.connect;
+    SNNFAST_UNROLL
+    for (int w = 0; w < W; ++w) {
+      out[w] = s[w];
+      if (connect == kAdd) out[w] = s[w] + skip_now[w];
+      if (connect == kAnd) out[w] = s[w] * skip_now[w];
+      if (connect == kIand) out[w] = (R(1) - s[w]) * skip_now[w];
+    }
+  }
 };
 
 // ---- forward ----
-template <class Neuron, class T, int kT, int kAhead, int W>
+template <class Neuron, class T, int kT, int kAhead, int W, bool kSkip>
 __global__ void __launch_bounds__(kThreads, 1)
     batch_norm_forward_kernel(const BatchNormJob job, const Params<typename StateOf<T>::type> params) {
   const Place<W> at(job.grid);
@@ -345,35 +379,57 @@ __global__ void __launch_bounds__(kThreads, 1)
   const int64_t channel = at.column / job.b.norm.inner;
   for (int64_t row = at.row; row < at.end; row += job.grid.lines) {
     const int64_t n = row * job.grid.period + at.column;
-    NormalisedRows<T, W, kAhead, kT != kOpen> x(job, channel, n, 0, c.T);
+    NormalisedRows<T, W, kAhead, kT != kOpen, kSkip> x(job, channel, n, 0, c.T, job.b.norm.connect != kNoSkip);
     forward_neurons<Neuron, T, W>(c, p, n, x);
   }
 }
 
 // ---- backward ----
 // Takes the gradients of the normalised rows: into the sums of a thread's neurons, into grad_x, or both.
-template <class T, int kT, int W, bool kSums>
+template <class T, int kT, int W, bool kSums, bool kSkip>
 struct NormGradients {
   using R = typename StateOf<T>::type;
   static constexpr bool kWantsInput = true;
+  static constexpr bool kConnects = kSkip;
   const BatchNormJob& job;
-  int64_t channel;
-  T* grad_x;  // of the neurons' first step
+  int64_t channel, n;
   R by[W], minus[W], slope[W], offset[W];
   R sums[2][W];
 
-  SNNFAST_DEVICE NormGradients(const BatchNormJob& job_, int64_t channel_, int64_t n)
-      : job(job_), channel(channel_), grad_x(static_cast<T*>(job_.b.norm.call.grad_x) + n), sums{} {
+  SNNFAST_DEVICE NormGradients(const BatchNormJob& job_, int64_t channel_, int64_t n_)
+      : job(job_), channel(channel_), n(n_), sums{} {
     if (kT == kOpen) load_step(0);
   }
   SNNFAST_DEVICE void load_step(int64_t t) {
     const int64_t constants = t * job.b.norm.channels + channel, inner = job.b.norm.inner;
     load_constants(job.centre, constants, inner, minus);
-    if (!kSums || job.writes_input) load_constants(job.scale, constants, inner, by);
+    if (writes()) load_constants(job.scale, constants, inner, by);
     if constexpr (!kSums) {
       load_constants(job.slope, constants, inner, slope);
       load_constants(job.offset, constants, inner, offset);
     }
+  }
+  SNNFAST_DEVICE bool writes() const { return !kSums || job.writes_input; }
+  SNNFAST_DEVICE void write(void* to, int64_t t, const R (&row)[W]) const {
+    store(static_cast<T*>(to) + t * job.b.norm.call.N + n, row);
+  }
+  SNNFAST_DEVICE const T* skip_to_meet() const {
+    return job.b.norm.connect >= kAnd ? static_cast<const T*>(job.b.norm.skip) + n : nullptr;
+  }
+  // From the gradient of what comes out of spikes and skip: those of both.
+  template <class Neuron>
+  SNNFAST_DEVICE void connect(int64_t t, const R (&skip)[W], const R (&tape)[W][Neuron::kTape],
+                              const OwnParameters<Neuron, R, W>& own, const Params<R>& p, R (&grad_s)[W]) {
+    if (job.b.norm.connect < kAnd) return;
+    const bool and_not = job.b.norm.connect == kIand;
+    R grad_skip[W];
+    SNNFAST_UNROLL
+    for (int w = 0; w < W; ++w) {
+      const R s = Neuron::fire(tape[w][0], own.values[w], p), through = grad_s[w] * skip[w];
+      grad_skip[w] = grad_s[w] * (and_not ? R(1) - s : s);
+      grad_s[w] = and_not ? -through : through;
+    }
+    if (writes()) write(job.b.norm.grad_skip, t, grad_skip);
   }
   SNNFAST_DEVICE void put(int64_t t, const R (&grad)[W], const R (&x)[W]) {
     if (kT != kOpen ? t == kT - 1 : job.b.norm.groups > 1) load_step(kT != kOpen ? 0 : t);  // late: registers
@@ -384,19 +440,23 @@ struct NormGradients {
         sums[1][w] = multiply_add(grad[w], x[w] - minus[w], sums[1][w]);
       }
     }
-    if (kSums && !job.writes_input) return;
+    if (!writes()) return;
+    if (kSkip && job.b.norm.connect == kCharge) write(job.b.norm.grad_skip, t, grad);
     R out[W];
     SNNFAST_UNROLL
     for (int w = 0; w < W; ++w)
       out[w] = kSums ? grad[w] * by[w]
                      : multiply_add(grad[w], by[w], multiply_add(x[w] - minus[w], slope[w], offset[w]));
-    store(grad_x + t * job.b.norm.call.N, out);
+    write(job.b.norm.call.grad_x, t, out);
   }
 };
 
-// As many blocks at a time as registers allow without spills.
-template <class Neuron, class T, int kT, int kAhead, int W, bool kSums>
-__global__ void __launch_bounds__(kThreads, kT != kOpen ? 4 : 3)
+// Blocks that a multiprocessor holds at a time: as many as leave registers enough not to spill.
+template <class T, int kT, bool kSums, bool kSkip>
+constexpr int kBackwardBlocks = sizeof(T) == 8 ? 2 : kT == kOpen || (kSums && kSkip) ? 3 : 4;
+
+template <class Neuron, class T, int kT, int kAhead, int W, bool kSums, bool kSkip>
+__global__ void __launch_bounds__(kThreads, (kBackwardBlocks<T, kT, kSums, kSkip>))
     batch_norm_backward_kernel(const BatchNormJob job, const Params<typename StateOf<T>::type> params) {
   using R = typename StateOf<T>::type;
   constexpr bool kExact = kT != kOpen;
@@ -411,9 +471,9 @@ __global__ void __launch_bounds__(kThreads, kT != kOpen ? 4 : 3)
     for (int64_t row = at.row; row < at.end; row += job.grid.lines) {
       const int64_t n = row * job.grid.period + at.column;
       const auto rows = [&](int64_t t, int64_t count) {
-        return NormalisedRows<T, W, kAhead, kExact>(job, channel, n, t, count);
+        return NormalisedRows<T, W, kAhead, kExact, kSkip>(job, channel, n, t, count, job.b.norm.connect == kCharge);
       };
-      NormGradients<T, kT, W, kSums> sink(job, channel, n);
+      NormGradients<T, kT, W, kSums, kSkip> sink(job, channel, n);
       if constexpr (kExact) {
         auto x = rows(0, kT);
         grad_decay += backward_exact<Neuron, T, kT, W>(c, p, n, x, sink);

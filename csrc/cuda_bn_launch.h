@@ -1,8 +1,6 @@
 // Launches the kernels of cuda_bn_kernels.cuh. Part of cuda.cu, whose helpers it uses.
 #pragma once
 
-#include <type_traits>
-
 #include "cuda_bn.h"
 #include "cuda_bn_kernels.cuh"
 
@@ -41,7 +39,12 @@ BatchNormGrid grid_of_statistics(const BatchNormCall& b, int W) {
 // Whether a thread can take W neighbours: they are one channel's or channels themselves, and lie on whole accesses.
 template <class T>
 bool takes(const BatchNormCall& b, int W) {
-  return (b.inner == 1 ? b.channels % W == 0 : b.inner % W == 0) && wide_accesses<T>(b.call, W);
+  Call c = b.call;
+  c.s = const_cast<void*>(b.skip);  // as the others of its kind
+  Call gradient = b.call;
+  gradient.grad_x = b.grad_skip;
+  return (b.inner == 1 ? b.channels % W == 0 : b.inner % W == 0) && wide_accesses<T>(b.call, W) &&
+         wide_accesses<T>(c, W) && wide_accesses<T>(gradient, W);
 }
 
 // The workspace, in this order, each part on a whole access: what make_constants makes, the backward's slope and
@@ -104,8 +107,9 @@ auto with_simple_kind(const Call& c, F f) {
 
 // The bucket of T and the way of reading: four steps at once, the commonest number, or any; wide or not. float64 is
 // there for checks.
-template <class T, class Bucket, bool backward>
+template <class T, class Bucket, bool backward, bool kSkip_>
 struct NormShape {
+  static constexpr bool kSkip = kSkip_;
   static constexpr int kT = Bucket::kT;
   static constexpr int kAhead = kT != kOpen ? kT : backward ? 4 : 8;
   static constexpr int wide = kT == kOpen ? (backward && sizeof(T) == 4 ? 2 : 4) : backward ? 4 : kWidest<T>;
@@ -114,12 +118,13 @@ struct NormShape {
 template <class T, bool backward, class F>
 auto with_norm_shape(const BatchNormCall& b, F f) {
   if constexpr (sizeof(T) < 8) {
-    using Exact = NormShape<T, Bucket<4, true>, backward>;
-    using Open = NormShape<T, Bucket<kOpen, true>, backward>;
-    if (b.call.T == 4 && b.groups == 1 && takes<T>(b, Exact::W)) return f(Exact());
+    using Exact = NormShape<T, Bucket<4, true>, backward, false>;
+    using Connected = NormShape<T, Bucket<4, true>, backward, true>;
+    using Open = NormShape<T, Bucket<kOpen, true>, backward, true>;
+    if (b.call.T == 4 && b.groups == 1 && takes<T>(b, Exact::W)) return b.skip ? f(Connected()) : f(Exact());
     if (takes<T>(b, Open::W)) return f(Open());
   }
-  return f(NormShape<T, Bucket<kOpen, false>, backward>());
+  return f(NormShape<T, Bucket<kOpen, false>, backward, true>());
 }
 
 template <ChannelWork work, class R>
@@ -172,7 +177,7 @@ std::string cuda_batch_norm_forward(const CudaBatchNorm& b, int device, void* st
         lay_out<R>(job, kForward, false);
         const cudaError_t error = launch_constants<R>(job, stream);
         if (error != cudaSuccess) return error;
-        return launch(batch_norm_forward_kernel<Neuron, T, Shape::kT, Shape::kAhead, Shape::W>, job, job.grid.blocks(),
+        return launch(batch_norm_forward_kernel<Neuron, T, Shape::kT, Shape::kAhead, Shape::W, Shape::kSkip>, job, job.grid.blocks(),
                       stream);
       });
     });
@@ -189,8 +194,8 @@ std::string cuda_batch_norm_backward(const CudaBatchNorm& b, int device, void* s
       using R = typename StateOf<T>::type;
       return with_norm_shape<T, true>(b.norm, [&](auto shape) {
         using Shape = decltype(shape);
-        constexpr auto sums = batch_norm_backward_kernel<Neuron, T, Shape::kT, Shape::kAhead, Shape::W, true>;
-        constexpr auto input = batch_norm_backward_kernel<Neuron, T, Shape::kT, Shape::kAhead, Shape::W, false>;
+        constexpr auto sums = batch_norm_backward_kernel<Neuron, T, Shape::kT, Shape::kAhead, Shape::W, true, Shape::kSkip>;
+        constexpr auto input = batch_norm_backward_kernel<Neuron, T, Shape::kT, Shape::kAhead, Shape::W, false, Shape::kSkip>;
         BatchNormJob job{b, grid_of_neurons(b.norm, Shape::W, true)};
         lay_out<R>(job, kBackward, Neuron::kLearnable);
         cudaError_t error = launch_constants<R>(job, stream);

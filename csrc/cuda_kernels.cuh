@@ -177,6 +177,7 @@ template <class T, int W, int kAhead_, bool kExact_>
 struct Rows {
   static constexpr int kAhead = kAhead_;
   static constexpr bool kExact = kExact_;
+  static constexpr bool kConnects = false;  // whether something meets the spikes
   const T* next;  // the first that is not yet asked for
   int64_t stride;
   int64_t left;  // how many of those there are
@@ -252,7 +253,13 @@ SNNFAST_DEVICE void forward_neurons(const Call& c, const Params<R>& p, int64_t n
   R* v_seq = c.v_seq ? static_cast<R*>(c.v_seq) + n : nullptr;
   const auto after_step = [&](int64_t, const R(&s)[W], const R(&)[W][Neuron::kTape],
                               const R(&now)[W][Neuron::kStates]) {
-    store(s_out, s);
+    if constexpr (Source::kConnects) {
+      R out[W];
+      x.meet(s, out);
+      store(s_out, out);
+    } else {
+      store(s_out, s);
+    }
     s_out += c.N;
     if (v_seq) {
       store_state(v_seq, 0, now);
@@ -314,11 +321,13 @@ template <class T, int W>
 struct GradientRows {
   using R = typename StateOf<T>::type;
   static constexpr bool kWantsInput = false;
+  static constexpr bool kConnects = false;
   T* next;
   int64_t N;
 
   SNNFAST_DEVICE GradientRows(const Call& c, int64_t n)
       : next(static_cast<T*>(c.grad_x) + (c.T - 1) * c.N + n), N(c.N) {}
+  SNNFAST_DEVICE const T* skip_to_meet() const { return nullptr; }
   SNNFAST_DEVICE void put(int64_t, const R (&grad)[W], const R (&)[W]) {
     store(next, grad);
     next -= N;
@@ -399,6 +408,11 @@ SNNFAST_DEVICE double backward_exact(const Call& c, const Params<R>& p, int64_t 
   for (int t = kT - 1; t >= 0; --t) {
     R grad_s_now[W] = {}, before[W][kStates] = {};
     if (c.grad_s) unpack(grad_s[t], grad_s_now);
+    if constexpr (Sink::kConnects) {
+      R skip[W];
+      unpack(x.skip.ahead[t], skip);
+      if (c.grad_s) sink.template connect<Neuron>(t, skip, all[t], back.own, p, grad_s_now);
+    }
     if constexpr (Neuron::kNeedsBefore) {
       SNNFAST_UNROLL
       for (int w = 0; w < W; ++w)
@@ -472,9 +486,14 @@ SNNFAST_DEVICE double backward_open(const Call& c, const Params<R>& p, int64_t n
     const int64_t first = segment * kSegment;
     const int steps = int(c.T - first < kSegment ? c.T - first : kSegment);
     auto x = rows(first, steps);
-    Rows<T, W, kAhead, false> x_again(x_in + (first + steps - 1) * c.N, -c.N, Sink::kWantsInput ? steps : 0);
+    // What the first walk has just read is not far away, so a few rows ahead will do.
+    constexpr int kNear = kAhead < 2 ? kAhead : 2;
+    Rows<T, W, kNear, false> x_again(x_in + (first + steps - 1) * c.N, -c.N, Sink::kWantsInput ? steps : 0);
     Rows<T, W, kAhead, false> grad_s(grad_s_in ? grad_s_in + (first + steps - 1) * c.N : nullptr, -c.N,
                                      grad_s_in ? steps : 0);
+    const T* const skip_in = c.grad_s ? sink.skip_to_meet() : nullptr;
+    Rows<T, W, kNear, false> skip_again(skip_in ? skip_in + (first + steps - 1) * c.N : nullptr, -c.N,
+                                         skip_in ? steps : 0);
     const void* from[kMaxStates] = {};
     SNNFAST_UNROLL
     for (int k = 0; k < kStates; ++k) from[k] = segment > 0 ? kept(segment, k) - n : c.state[k];
@@ -495,6 +514,12 @@ SNNFAST_DEVICE double backward_open(const Call& c, const Params<R>& p, int64_t n
         if (t < 0) break;
         R grad_s_now[W] = {}, before[W][kStates] = {};
         if (grad_s_in) grad_s.take(i, grad_s_now);
+        if constexpr (Sink::kConnects)
+          if (skip_in) {
+            R skip[W];
+            skip_again.take(i % kNear, skip);
+            sink.template connect<Neuron>(first + t, skip, tape, back.own, p, grad_s_now);
+          }
         if (t > 0) read_tape(shared[t - 1], tape_before);
         if constexpr (Neuron::kNeedsBefore) {
           SNNFAST_UNROLL
@@ -505,7 +530,7 @@ SNNFAST_DEVICE double backward_open(const Call& c, const Params<R>& p, int64_t n
               memcpy(before[w], start[w], sizeof(before[w]));
         }
         R grad_x[W], x_now[W] = {};
-        if constexpr (Sink::kWantsInput) x_again.take(i, x_now);
+        if constexpr (Sink::kWantsInput) x_again.take(i % kNear, x_now);
         back.step(grad_s_now, tape, before, grad_x);
         sink.put(first + t, grad_x, x_now);
         memcpy(tape, tape_before, sizeof(tape));

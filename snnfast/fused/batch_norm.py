@@ -12,6 +12,7 @@ from ..dynamics import Constants
 from ..neuron import BaseNode, IFNode, LIFNode, ParametricLIFNode
 from ..ops import _is_plain
 from ..surrogate import is_fused, recognise
+from . import gpu  # noqa: F401: the ops on GPUs
 from .ops import Connect, batch_norm_multi_step, connected
 
 __all__ = ["BatchNormNode"]
@@ -25,6 +26,7 @@ TIME_NORMS = (
     layer.ThresholdDependentBatchNorm3d,
 )  # [T, B, C, *]
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+_DEVICES = ("cpu", "cuda", "xpu")
 
 
 # ---- what can be fused ----
@@ -43,7 +45,7 @@ def misfit(norm: Any, neuron: Any) -> str | None:
         )
     if neuron.store_v_seq:
         return "the neuron keeps its potentials (store_v_seq)"
-    if neuron.backend in ("triton", "reference"):
+    if neuron.backend == "reference":
         return f"the neuron asks for backend={neuron.backend!r}"
     if not is_fused(recognise(neuron.surrogate_function)):
         return "the neuron's surrogate has no kernel"
@@ -72,13 +74,13 @@ def _layout(norm: Any, neuron: Any) -> str | None:
 
 def _sequence(norm: Any, neuron: Any, x: Any, per_step: bool) -> Tensor | None:
     """``x`` as ``[T, B, C, *]`` where the kernels can take it; ``None``: the modules run one after the other."""
-    if not isinstance(x, Tensor) or x.device.type != "cpu" or x.dtype not in _DTYPES or not x.numel():
+    if not isinstance(x, Tensor) or x.device.type not in _DEVICES or x.dtype not in _DTYPES or not x.numel():
         return None
     if misfit(norm, neuron) is not None or torch._C._are_functorch_transforms_active():
         return None
     if not (torch.compiler.is_compiling() or _is_plain(x)):
         return None
-    if x.layout is not torch.strided or backends.choose(neuron.backend, x.device) != backends.NATIVE:
+    if x.layout is not torch.strided or not _is_served(neuron.backend, x.device):
         return None
     layout = _layout(norm, neuron)
     if layout == "sequence":
@@ -102,6 +104,14 @@ def _matches(skip: Any, x: Tensor) -> bool:
     if (skip.shape, skip.dtype, skip.device, skip.layout) != (x.shape, x.dtype, x.device, x.layout):
         return False
     return torch.compiler.is_compiling() or _is_plain(skip)
+
+
+def _is_served(backend: str, device: torch.device) -> bool:
+    """Whether there are kernels for both as one, and they are the backend that the neuron would take."""
+    chosen = backends.choose(backend, device)
+    if device.type == "cpu":
+        return chosen == backends.NATIVE
+    return chosen != backends.REFERENCE and chosen == backends.choose("auto", device)
 
 
 def _dimensions(norm: nn.Module) -> tuple[int, ...]:

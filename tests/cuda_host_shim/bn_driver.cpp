@@ -5,10 +5,10 @@ extern "C" {
 
 struct FlatBatchNorm {
   int64_t pass, T, N, neuron, surrogate, flags, dtype, division, channels, inner, groups, batch_statistics,
-      weight_dtype, bias_dtype;
+      weight_dtype, bias_dtype, connect;
   double threshold, v_reset, tau, alpha, gain, v_init, eps;
   void *x, *v0, *decay, *mean, *var, *weight, *bias, *s, *v, *grad_s, *grad_v, *grad_x, *grad_v0, *grad_weight,
-      *grad_bias, *grad_decay, *workspace;
+      *grad_bias, *grad_decay, *workspace, *skip, *grad_skip;
 };
 
 static snnfast::CudaBatchNorm norm_of(const FlatBatchNorm& f) {
@@ -24,6 +24,7 @@ static snnfast::CudaBatchNorm norm_of(const FlatBatchNorm& f) {
   b.mean = static_cast<double*>(f.mean), b.var = static_cast<double*>(f.var), b.weight = f.weight, b.bias = f.bias;
   b.weight_dtype = f.weight_dtype, b.bias_dtype = f.bias_dtype, b.eps = f.eps, b.grad_weight = f.grad_weight;
   b.grad_bias = f.grad_bias, b.grad_decay = f.grad_decay, b.workspace = f.workspace;
+  b.norm.connect = f.connect, b.norm.skip = f.skip, b.norm.grad_skip = f.grad_skip;
   return b;
 }
 
