@@ -263,6 +263,7 @@ void cuda_backward_(const Config& config, int device, uintptr_t stream, SNNFAST_
       grad_v0, grad_decay, grad_skip
 
 CudaBatchNorm cuda_norm(SNNFAST_NORM) {
+  (void)pass;
   CudaBatchNorm b{};
   b.norm.call = backward_call(config, dtype, T, N, x, v0, 0, decay, 0, 0, 0, 0, grad_s, grad_v, 0, 0, grad_x, grad_v0,
                               0, 0, 0, 0);

@@ -452,11 +452,13 @@ struct NormGradients {
 };
 
 // Blocks that a multiprocessor holds at a time: as many as leave registers enough not to spill.
-template <class T, int kT, bool kSums, bool kSkip>
-constexpr int kBackwardBlocks = sizeof(T) == 8 ? 2 : kT == kOpen || (kSums && kSkip) ? 3 : 4;
+template <class Neuron, class T, int kT, bool kSums, bool kSkip>
+constexpr int kBackwardBlocks = sizeof(T) == 8 ? 2
+                                               : (kT == kOpen || (kSums && kSkip) ? 3 : 4) -
+                                                     (kSums && Neuron::kLearnable && (kT == kOpen || !kSkip));
 
 template <class Neuron, class T, int kT, int kAhead, int W, bool kSums, bool kSkip>
-__global__ void __launch_bounds__(kThreads, (kBackwardBlocks<T, kT, kSums, kSkip>))
+__global__ void __launch_bounds__(kThreads, (kBackwardBlocks<Neuron, T, kT, kSums, kSkip>))
     batch_norm_backward_kernel(const BatchNormJob job, const Params<typename StateOf<T>::type> params) {
   using R = typename StateOf<T>::type;
   constexpr bool kExact = kT != kOpen;

@@ -176,8 +176,7 @@ def test_constants_of_each_step(neuron: Neuron) -> None:
 @pytest.mark.parametrize("connect", [Connect.NONE, Connect.CHARGE, Connect.IAND], ids=lambda c: c.name)
 def test_long_time(connect: Connect) -> None:
     """Two chunks of 16 steps and a rest."""
-    groups = 34 if connect == Connect.CHARGE else 1
-    case = Case(dynamics.PARAMETRIC_LIF, torch.float32, (34, 2, 3, 2, 2), True, 1, connect, groups)
+    case = Case(dynamics.PARAMETRIC_LIF, torch.float32, (34, 2, 3, 2, 2), True, 1, connect, 1)
     case.forward()
     case.backward(batch_statistics=True)
 

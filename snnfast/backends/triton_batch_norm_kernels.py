@@ -139,12 +139,15 @@ def connect(s, skip, CONNECT: tl.constexpr):
 
 
 @triton.jit
-def load_steps(pointer, at, mask, N, STEPS: tl.constexpr):
-    """STEPS rows, or as many times None."""
-    rows = ()
-    for t in tl.static_range(STEPS):
-        rows = rows + (None if pointer is None else load_block(pointer, at + t * N, mask),)
-    return rows
+def load_steps(pointer, instead, at, mask, N, STEPS: tl.constexpr):
+    """STEPS rows, or something else to hand on where there is no pointer, which nobody reads."""
+    if pointer is None:
+        return instead
+    else:
+        rows = ()  # as they are: conversion can wait, and half-precision numbers take less room
+        for t in tl.static_range(STEPS):
+            rows = rows + (load_block(pointer, at + t * N, mask),)
+        return rows
 
 
 @triton.jit
@@ -173,8 +176,8 @@ def forward_chunk(
 ):
     """STEPS steps from step ``t0`` and ``state``; returns the state after them. Without ``s_ptr`` nothing is stored."""
     here = at + t0 * N
-    xs = load_steps(x_ptr, here, mask, N, STEPS)
-    skips = load_steps(skip_ptr, here, mask, N, STEPS)
+    xs = load_steps(x_ptr, None, here, mask, N, STEPS)
+    skips = load_steps(skip_ptr, xs, here, mask, N, STEPS)
     scale = constant(scale_ptr, t0, channels, channel, column_mask, GROUPS)
     shift = constant(shift_ptr, t0, channels, channel, column_mask, GROUPS)
     for t in tl.static_range(STEPS):
@@ -295,9 +298,9 @@ def backward_chunk(
     MEETS: tl.constexpr = (CONNECT == AND) or (CONNECT == IAND)
     alpha, half_width, gain = shape
     here = at + t0 * N
-    xs = load_steps(x_ptr, here, mask, N, STEPS)
-    skips = load_steps(skip_ptr, here, mask, N, STEPS)
-    grads_s = load_steps(grad_s_ptr, here, mask, N, STEPS)
+    xs = load_steps(x_ptr, None, here, mask, N, STEPS)
+    skips = load_steps(skip_ptr, xs, here, mask, N, STEPS)
+    grads_s = load_steps(grad_s_ptr, xs, here, mask, N, STEPS)
     scale = constant(scale_ptr, t0, channels, channel, column_mask, GROUPS)
     shift = constant(shift_ptr, t0, channels, channel, column_mask, GROUPS)
     ys = ()
@@ -312,8 +315,7 @@ def backward_chunk(
         _, now, tape = step(y, now, own, numbers, NEURON, FLAGS, MULTIPLY)
         tapes = tapes + (tape,)
     centre = constant(centre_ptr, t0, channels, channel, column_mask, GROUPS)
-    for k in tl.static_range(STEPS):
-        t: tl.constexpr = STEPS - 1 - k
+    for t in tl.static_range(STEPS - 1, -1, -1):
         tape = tapes[t]
         before = state
         if t > 0:
