@@ -1,4 +1,4 @@
-"""Batch norm and neuron in one on the GPU against torch's (cuDNN's) norm and our own neuron after it, for benchmarks.gpu.
+"""For benchmarks.gpu: batch norm and neuron in one against torch's (cuDNN's) norm and our own neuron after it.
 
 Passes over [T, N], a read or a write each: 3 + 5 where the norm and the neuron are one, 5 + 8 where they are two.
 """
@@ -113,7 +113,9 @@ def rows(event_time: Callable[..., float], ceiling: float) -> list[Row]:
                 share = 100 * passes * weights.numel() * weights.element_size() / ours / ceiling
                 note = f"{ours * 1e3:.3f} ms, {share:.0f} % of copy bandwidth; {differing:.0e} of the spikes differ"
                 target = 1.5 if backend == "native" and training else 1.0
-                found.append(at_least(f"{name}: {work}", "cuDNN's norm, then our neuron", theirs / ours, target, note=note))
+                found.append(
+                    at_least(f"{name}: {work}", "cuDNN's norm, then our neuron", theirs / ours, target, note=note)
+                )
         del inputs, weights
         torch.cuda.empty_cache()
     return found

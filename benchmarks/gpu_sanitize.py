@@ -8,7 +8,6 @@ import torch
 
 from snnfast import dynamics, functional
 from snnfast.dynamics import NEURONS, Constants
-from snnfast.fused import gpu  # noqa: F401: the ops on GPUs
 from snnfast.fused.ops import Connect, batch_norm_multi_step
 
 

@@ -249,18 +249,18 @@ void cuda_backward_(const Config& config, int device, uintptr_t stream, SNNFAST_
   throw_if(cuda_backward(call, device, pointer(stream)));
 }
 
-// The arguments of every pass with batch norm: the neuron's, where the channels lie, the norm's, and the passes' tensors
-// in the order of native_batch_norm.py.
-#define SNNFAST_NORM                                                                                              \
-  const Config &config, int pass, int dtype, int64_t T, int64_t N, uintptr_t x, uintptr_t v0, uintptr_t decay,    \
-      int64_t channels, int64_t inner, int64_t groups, bool batch_statistics, uintptr_t mean, uintptr_t var,      \
+// The arguments of every pass with batch norm: the neuron's, where the channels lie, the norm's, and the passes'
+// tensors in the order of native_batch_norm.py.
+#define SNNFAST_NORM                                                                                               \
+  const Config &config, int pass, int dtype, int64_t T, int64_t N, uintptr_t x, uintptr_t v0, uintptr_t decay,     \
+      int64_t channels, int64_t inner, int64_t groups, bool batch_statistics, uintptr_t mean, uintptr_t var,       \
       uintptr_t weight, int weight_dtype, uintptr_t bias, int bias_dtype, double eps, int connect, uintptr_t skip, \
-      uintptr_t s, uintptr_t v, uintptr_t grad_s, uintptr_t grad_v, uintptr_t grad_x, uintptr_t grad_weight,      \
+      uintptr_t s, uintptr_t v, uintptr_t grad_s, uintptr_t grad_v, uintptr_t grad_x, uintptr_t grad_weight,       \
       uintptr_t grad_bias, uintptr_t grad_v0, uintptr_t grad_decay, uintptr_t grad_skip
-#define SNNFAST_NORM_NAMES                                                                                        \
-  config, pass, dtype, T, N, x, v0, decay, channels, inner, groups, batch_statistics, mean, var, weight,          \
-      weight_dtype, bias, bias_dtype, eps, connect, skip, s, v, grad_s, grad_v, grad_x, grad_weight, grad_bias,    \
-      grad_v0, grad_decay, grad_skip
+#define SNNFAST_NORM_NAMES                                                                                             \
+  config, pass, dtype, T, N, x, v0, decay, channels, inner, groups, batch_statistics, mean, var, weight, weight_dtype, \
+      bias, bias_dtype, eps, connect, skip, s, v, grad_s, grad_v, grad_x, grad_weight, grad_bias, grad_v0, grad_decay, \
+      grad_skip
 
 CudaBatchNorm cuda_norm(SNNFAST_NORM) {
   (void)pass;

@@ -9,9 +9,9 @@
 namespace snnfast {
 
 struct CudaBatchNorm {
-  BatchNormCall norm;           // its own tensors per channel are not used here, those of its call are
-  double *mean, *var;           // [groups, channels]; outputs of the statistics
-  const void *weight, *bias;    // [channels] or null
+  BatchNormCall norm;         // its own tensors per channel are not used here, those of its call are
+  double *mean, *var;         // [groups, channels]; outputs of the statistics
+  const void *weight, *bias;  // [channels] or null
   int weight_dtype, bias_dtype;
   double eps;
 
@@ -21,7 +21,8 @@ struct CudaBatchNorm {
   void* workspace;  // cuda_batch_norm_workspace() bytes
 };
 
-// As the functions of cuda.h. The norm's groups are 1, or T for statistics of each step; kBackward is the whole backward.
+// As the functions of cuda.h. The norm's groups are 1, or T for statistics of each step; kBackward is the whole
+// backward.
 std::string cuda_batch_norm_statistics(const CudaBatchNorm& b, int device, void* stream);
 std::string cuda_batch_norm_forward(const CudaBatchNorm& b, int device, void* stream);
 std::string cuda_batch_norm_backward(const CudaBatchNorm& b, int device, void* stream);

@@ -293,7 +293,7 @@ __global__ void __launch_bounds__(kThreads, 1)
         for (int w = 0; w < W; ++w) {
           const double away = double(row[w]) - first[w];
           sums[0][w] += away;
-          sums[1][w] = multiply_add(away, away, sums[1][w]);
+          sums[1][w] += away * away;
         }
       }
     }
@@ -445,17 +445,18 @@ struct NormGradients {
     R out[W];
     SNNFAST_UNROLL
     for (int w = 0; w < W; ++w)
-      out[w] = kSums ? grad[w] * by[w]
-                     : multiply_add(grad[w], by[w], multiply_add(x[w] - minus[w], slope[w], offset[w]));
+      out[w] =
+          kSums ? grad[w] * by[w] : multiply_add(grad[w], by[w], multiply_add(x[w] - minus[w], slope[w], offset[w]));
     write(job.b.norm.call.grad_x, t, out);
   }
 };
 
 // Blocks that a multiprocessor holds at a time: as many as leave registers enough not to spill.
 template <class Neuron, class T, int kT, bool kSums, bool kSkip>
-constexpr int kBackwardBlocks = sizeof(T) == 8 ? 2
-                                               : (kT == kOpen || (kSums && kSkip) ? 3 : 4) -
-                                                     (kSums && Neuron::kLearnable && (kT == kOpen || !kSkip));
+constexpr int kBackwardBlocks =
+    sizeof(T) == 8
+        ? 2
+        : (kT == kOpen || (kSums && kSkip) ? 3 : 4) - (kSums && Neuron::kLearnable && (kT == kOpen || !kSkip));
 
 template <class Neuron, class T, int kT, int kAhead, int W, bool kSums, bool kSkip>
 __global__ void __launch_bounds__(kThreads, (kBackwardBlocks<Neuron, T, kT, kSums, kSkip>))

@@ -95,8 +95,8 @@ cudaError_t launch(void (*kernel)(BatchNormJob, Params<R>), BatchNormJob job, in
 template <class F>
 auto with_simple_kind(const Call& c, F f) {
   switch (c.neuron) {
-#define SNNFAST_CASE(id, Neuron) \
-  case id:                       \
+#define SNNFAST_CASE(id, Neuron)                                      \
+  case id:                                                            \
     if constexpr (Neuron::kOwn == 0) return with_dtype<Neuron>(c, f); \
     break;
     SNNFAST_NEURONS(SNNFAST_CASE)
@@ -177,8 +177,8 @@ std::string cuda_batch_norm_forward(const CudaBatchNorm& b, int device, void* st
         lay_out<R>(job, kForward, false);
         const cudaError_t error = launch_constants<R>(job, stream);
         if (error != cudaSuccess) return error;
-        return launch(batch_norm_forward_kernel<Neuron, T, Shape::kT, Shape::kAhead, Shape::W, Shape::kSkip>, job, job.grid.blocks(),
-                      stream);
+        return launch(batch_norm_forward_kernel<Neuron, T, Shape::kT, Shape::kAhead, Shape::W, Shape::kSkip>, job,
+                      job.grid.blocks(), stream);
       });
     });
   });
@@ -194,8 +194,10 @@ std::string cuda_batch_norm_backward(const CudaBatchNorm& b, int device, void* s
       using R = typename StateOf<T>::type;
       return with_norm_shape<T, true>(b.norm, [&](auto shape) {
         using Shape = decltype(shape);
-        constexpr auto sums = batch_norm_backward_kernel<Neuron, T, Shape::kT, Shape::kAhead, Shape::W, true, Shape::kSkip>;
-        constexpr auto input = batch_norm_backward_kernel<Neuron, T, Shape::kT, Shape::kAhead, Shape::W, false, Shape::kSkip>;
+        constexpr auto sums =
+            batch_norm_backward_kernel<Neuron, T, Shape::kT, Shape::kAhead, Shape::W, true, Shape::kSkip>;
+        constexpr auto input =
+            batch_norm_backward_kernel<Neuron, T, Shape::kT, Shape::kAhead, Shape::W, false, Shape::kSkip>;
         BatchNormJob job{b, grid_of_neurons(b.norm, Shape::W, true)};
         lay_out<R>(job, kBackward, Neuron::kLearnable);
         cudaError_t error = launch_constants<R>(job, stream);

@@ -178,7 +178,7 @@ struct Rows {
   static constexpr int kAhead = kAhead_;
   static constexpr bool kExact = kExact_;
   static constexpr bool kConnects = false;  // whether something meets the spikes
-  const T* next;  // the first that is not yet asked for
+  const T* next;                            // the first that is not yet asked for
   int64_t stride;
   int64_t left;  // how many of those there are
   Pack<T, W> ahead[kAhead];
@@ -493,7 +493,7 @@ SNNFAST_DEVICE double backward_open(const Call& c, const Params<R>& p, int64_t n
                                      grad_s_in ? steps : 0);
     const T* const skip_in = c.grad_s ? sink.skip_to_meet() : nullptr;
     Rows<T, W, kNear, false> skip_again(skip_in ? skip_in + (first + steps - 1) * c.N : nullptr, -c.N,
-                                         skip_in ? steps : 0);
+                                        skip_in ? steps : 0);
     const void* from[kMaxStates] = {};
     SNNFAST_UNROLL
     for (int k = 0; k < kStates; ++k) from[k] = segment > 0 ? kept(segment, k) - n : c.state[k];

@@ -89,7 +89,10 @@ def run(library, c, x, weight, bias, v0, decay, skip, connect, grad_s, grad_v, *
     groups, channels = (x.shape[0] if per_step else 1), x.shape[2]
     state = dynamics.state_dtype(x.dtype)
     flat = {"v0": v0, "skip": skip, "grad_s": grad_s, "grad_v": grad_v}
-    flat = {k: None if t is None else (in_memory(t) if t.dim() == x.dim() else in_memory(t[None])[0]) for k, t in flat.items()}
+    flat = {
+        k: None if t is None else (in_memory(t) if t.dim() == x.dim() else in_memory(t[None])[0])
+        for k, t in flat.items()
+    }
     double = torch.empty(groups, channels, dtype=torch.float64)
     rows, row = torch.empty(x.shape[0], x.numel() // x.shape[0]), torch.empty(x.numel() // x.shape[0])
     statistics = given_statistics
@@ -131,7 +134,9 @@ def like(t, x, dtype):
     return torch.empty_strided(x.shape, x.stride(), dtype=dtype).copy_(t)
 
 
-def check(library, neuron, dtype, shape, layout, index, *, connect=Connect.NONE, per_step=False, training=True, shift=0):
+def check(
+    library, neuron, dtype, shape, layout, index, *, connect=Connect.NONE, per_step=False, training=True, shift=0
+):
     flags = [DECAY_INPUT, 0, DECAY_INPUT | SOFT_RESET, DETACH_RESET][index % 4]
     c = constants(neuron, flags, index % 8, [2.0, 3.0, 1.7][index % 3])
     state = dynamics.state_dtype(dtype)
@@ -200,9 +205,7 @@ def test_matches_the_cpu_kernels(cuda_host_kernels, neuron, dtype, training):
     shapes = SHAPES if dtype in (torch.float32, torch.bfloat16) else SHAPES[neuron.id % 2 :: 2]
     for index, (shape, layout) in enumerate(shapes, 5 * neuron.id + DTYPES.index(dtype)):
         T = (4, 1, 7, 4, 18)[index % 5]
-        rates.append(
-            check(cuda_host_kernels, neuron, dtype, (T, *shape), layout, index, training=training)
-        )
+        rates.append(check(cuda_host_kernels, neuron, dtype, (T, *shape), layout, index, training=training))
     assert 0.05 < sum(rates) / len(rates) < 0.95
 
 

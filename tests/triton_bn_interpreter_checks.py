@@ -187,7 +187,9 @@ def test_statistics(shape: tuple[int, ...], last: bool, groups: int) -> None:
     for dtype in DTYPES:
         x = laid_out(torch.randn(4, *shape) * 0.5, last).to(dtype)
         x[0, 0] += 50  # what the sums are relative to is an outlier
-        first = torch.empty_like(x[:groups, 0]).copy_(x[:groups, 0]).flatten(2)[..., 0] if x.dim() > 3 else x[:groups, 0]
+        first = (
+            torch.empty_like(x[:groups, 0]).copy_(x[:groups, 0]).flatten(2)[..., 0] if x.dim() > 3 else x[:groups, 0]
+        )
         sums = torch.full((groups, shape[1], 2), float("nan"), dtype=torch.float64)
         backend.batch_norm_statistics(x, first.double().contiguous(), sums)
         away = x.double() - per_channel(first.double(), x)

@@ -1,9 +1,10 @@
-"""Batch norm and neuron in one by the CUDA kernels (csrc/cuda_bn_launch.h); :mod:`snnfast.backends.native` has the CPU's.
+"""Batch norm and neuron in one by the CUDA kernels (csrc/cuda_bn_launch.h).
 
-:mod:`snnfast.backends.triton_batch_norm` has the same three functions. Everything of a pass happens on the GPU, vectors
-per channel included: no pass waits for the host. Tensors are laid out as :mod:`snnfast.fused.gpu` makes them: ``x``
-``[T, B, C, *]`` dense and time-major, everything of its shape like it, states like one step of it; outputs are
-allocated by the caller and fully written, and ``None`` where they are not wanted.
+:mod:`snnfast.backends.native` has the CPU's. Here everything of a pass happens on the device, vectors per channel
+included, in one call: the host launches two to four kernels and waits for none. Tensors are laid out as
+:mod:`snnfast.fused.gpu` makes them: ``x`` ``[T, B, C, *]`` dense and time-major, everything of its shape like it,
+states like one step of it; outputs are allocated by the caller and fully written, and ``None`` where they are not
+wanted.
 """
 
 from __future__ import annotations

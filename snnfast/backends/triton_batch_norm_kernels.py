@@ -7,6 +7,7 @@ normalised input ``x * scale + shift``, a residual connection, and sums over cha
 """
 
 # Triton's language: its values have no Python types.
+# mypy: ignore-errors
 from __future__ import annotations
 
 import triton
@@ -295,7 +296,7 @@ def backward_chunk(
     STEPS: tl.constexpr,
 ):
     """STEPS steps back to step ``t0`` and ``state``; returns the gradient of ``state``, ``total`` and ``sums``."""
-    MEETS: tl.constexpr = (CONNECT == AND) or (CONNECT == IAND)
+    MEETS: tl.constexpr = CONNECT >= AND
     alpha, half_width, gain = shape
     here = at + t0 * N
     xs = load_steps(x_ptr, None, here, mask, N, STEPS)
@@ -474,14 +475,15 @@ def backward_input_kernel(
     BR: tl.constexpr,
     BC: tl.constexpr,
 ):
-    """``g`` in ``grad_x`` becomes ``g * scale + (x - centre) * slope + offset``; ``steps_down`` programs make a step."""
+    """``g`` in ``grad_x`` becomes ``g * scale + (x - centre) * slope + offset``; ``steps_down`` programs a step."""
     tile, down = tl.program_id(0) % tiles, tl.program_id(0) // tiles
     t = (down // steps_down).to(tl.int64)
     column, column_mask, channel = columns_of(tile, period, inner, BC)
     at, mask = block_of(down % steps_down * BR, rows, column, column_mask, period, BR)
     at += t * rows * period
     scale = constant(scale_ptr, t, channels, channel, column_mask, GROUPS)
-    away = load_block(x_ptr, at, mask).to(scale.dtype) - constant(centre_ptr, t, channels, channel, column_mask, GROUPS)
+    centre = constant(centre_ptr, t, channels, channel, column_mask, GROUPS)
+    away = load_block(x_ptr, at, mask).to(scale.dtype) - centre
     through = away * constant(slope_ptr, t, channels, channel, column_mask, GROUPS)
     through += constant(offset_ptr, t, channels, channel, column_mask, GROUPS)
     g = load_block(grad_x_ptr, at, mask).to(scale.dtype)

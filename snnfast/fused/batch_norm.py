@@ -7,12 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import backends, dynamics, functional, layer
+from .. import dynamics, functional, layer
 from ..dynamics import Constants
 from ..neuron import BaseNode, IFNode, LIFNode, ParametricLIFNode
 from ..ops import _is_plain
 from ..surrogate import is_fused, recognise
-from . import gpu  # noqa: F401: the ops on GPUs
+from . import gpu
 from .ops import Connect, batch_norm_multi_step, connected
 
 __all__ = ["BatchNormNode"]
@@ -26,7 +26,6 @@ TIME_NORMS = (
     layer.ThresholdDependentBatchNorm3d,
 )  # [T, B, C, *]
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-_DEVICES = ("cpu", "cuda", "xpu")
 
 
 # ---- what can be fused ----
@@ -74,13 +73,13 @@ def _layout(norm: Any, neuron: Any) -> str | None:
 
 def _sequence(norm: Any, neuron: Any, x: Any, per_step: bool) -> Tensor | None:
     """``x`` as ``[T, B, C, *]`` where the kernels can take it; ``None``: the modules run one after the other."""
-    if not isinstance(x, Tensor) or x.device.type not in _DEVICES or x.dtype not in _DTYPES or not x.numel():
+    if not isinstance(x, Tensor) or x.device.type not in gpu.DEVICES or x.dtype not in _DTYPES or not x.numel():
         return None
     if misfit(norm, neuron) is not None or torch._C._are_functorch_transforms_active():
         return None
     if not (torch.compiler.is_compiling() or _is_plain(x)):
         return None
-    if x.layout is not torch.strided or not _is_served(neuron.backend, x.device):
+    if x.layout is not torch.strided or not gpu.serves(neuron.backend, x.device):
         return None
     layout = _layout(norm, neuron)
     if layout == "sequence":
@@ -104,14 +103,6 @@ def _matches(skip: Any, x: Tensor) -> bool:
     if (skip.shape, skip.dtype, skip.device, skip.layout) != (x.shape, x.dtype, x.device, x.layout):
         return False
     return torch.compiler.is_compiling() or _is_plain(skip)
-
-
-def _is_served(backend: str, device: torch.device) -> bool:
-    """Whether there are kernels for both as one, and they are the backend that the neuron would take."""
-    chosen = backends.choose(backend, device)
-    if device.type == "cpu":
-        return chosen == backends.NATIVE
-    return chosen != backends.REFERENCE and chosen == backends.choose("auto", device)
 
 
 def _dimensions(norm: nn.Module) -> tuple[int, ...]:

@@ -15,6 +15,16 @@ from ..dynamics import Constants
 from ..ops import time_major
 from .ops import Connect, _library, _multi_step, _multi_step_backward, _statistics
 
+DEVICES = ("cpu", "cuda", "xpu")  # that have kernels for batch norm and neuron in one
+
+
+def serves(backend: str, device: torch.device) -> bool:
+    """Whether there are kernels for both as one, and they are the backend that the neuron would take."""
+    chosen = backends.choose(backend, device)
+    if device.type == "cpu":
+        return chosen == backends.NATIVE
+    return chosen != backends.REFERENCE and chosen == backends.choose("auto", device)
+
 
 def _has_cuda_kernels(x: Tensor) -> bool:
     return backends.choose("auto", x.device) == backends.NATIVE
@@ -30,10 +40,28 @@ def statistics(x: Tensor, per_step: bool) -> tuple[Tensor, Tensor]:
     return mean, var
 
 
+def _check(x: Tensor, **given: Tensor | None) -> None:
+    """Raise where a kernel would read what is not there."""
+    groups, channels = {(1, x.shape[2]), (x.shape[0], x.shape[2])}, {(x.shape[2],)}
+    shapes = {"mean": groups, "var": groups, "weight": channels, "bias": channels}
+    shapes |= {"v0": {x.shape[1:]}, "decay": {()}, "skip": {x.shape}}
+    for name, t in given.items():
+        if t is None:
+            continue
+        if t.device != x.device:
+            raise RuntimeError(f"{name} must be on {x.device} like x, got a tensor on {t.device}")
+        if tuple(t.shape) not in shapes[name]:
+            wanted = " or ".join(str(tuple(s)) for s in shapes[name])
+            raise ValueError(f"{name} must have the shape {wanted}, got {tuple(t.shape)}")
+    if not x.numel():
+        raise ValueError(f"x must have elements, got the shape {tuple(x.shape)}")
+
+
 def _call(args: Any) -> NormCall:
     x, mean, var, weight, bias, v0, decay, skip, connect, eps, *constants = args
     x = time_major(x)
     state = dynamics.state_dtype(x.dtype)
+    _check(x, mean=mean, var=var, weight=weight, bias=bias, v0=v0, decay=decay, skip=skip)
     return NormCall(
         x,
         mean.contiguous(),
