@@ -199,7 +199,7 @@ class BatchNormNode(nn.Module):
 
     Computes ``neuron(norm(x))``: spikes differ from the two modules' only where the charge is within rounding of the
     threshold, gradients by rounding. In training the convolution's output ``x`` is all that is kept for backward, where
-    the two keep the normalised input too. Where the CPU kernels cannot serve (another device, a neuron with steps of
+    the two keep the normalised input too. Where no kernels can serve (another kind of device, a neuron with steps of
     its own, ``store_v_seq``, hooks on the two, SyncBatchNorm), the two modules run one after the other.
 
     Args:
