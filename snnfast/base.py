@@ -81,7 +81,8 @@ class MemoryModule(nn.Module, StepModule):
     def reset(self) -> None:
         """Return every state variable to its initial value."""
         for name, value in self._memory_reset_values.items():
-            setattr(self, name, copy.deepcopy(value))
+            # torch.compile before 2.8 knows no deepcopy of a number.
+            setattr(self, name, value if isinstance(value, (int, float)) else copy.deepcopy(value))
 
     def detach(self) -> None:
         """Keep the state and drop its autograd history (truncated BPTT)."""

@@ -83,7 +83,7 @@ def reset_net(net: nn.Module) -> None:
 
 
 def _their_reset(module: nn.Module) -> Any:
-    for base in type(module).__mro__:
+    for base in type(module).__mro__[:-1]:  # torch.compile before 2.8 cannot look at object
         package = base.__module__.partition(".")[0]
         if package in _THEIR_RESETS:
             return getattr(module, _THEIR_RESETS[package], None)

@@ -386,6 +386,14 @@ def _is_plain(x: Tensor) -> bool:
     )
 
 
+def saveable(tensors: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
+    """Copies of those that inference mode made, a state say, for autograd saves no such tensor."""
+    for t in tensors:
+        if t is not None and t.is_inference():
+            return [None if t is None else t.clone() if t.is_inference() else t for t in tensors]
+    return tensors
+
+
 def multi_step(inputs: Inputs, constants: Constants, backend: int) -> Outputs:
     """Run a fused neuron over time: ``(s, v, i, v_seq)``, with ``i`` and ``v_seq`` ``None`` where there is none.
 
@@ -395,7 +403,7 @@ def multi_step(inputs: Inputs, constants: Constants, backend: int) -> Outputs:
     needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
     if _is_plain(inputs.x):
         if needs_grad:
-            return _EagerMultiStep.apply(constants, backend, *inputs)
+            return _EagerMultiStep.apply(constants, backend, *saveable(inputs))
         return _run_forward(inputs, constants, backend)
     function = _MultiStep.apply if needs_grad or torch._C._are_functorch_transforms_active() else _forward_op
     s, v, i, v_seq = function(*inputs, *constants, backend)
@@ -404,13 +412,19 @@ def multi_step(inputs: Inputs, constants: Constants, backend: int) -> Outputs:
 
 
 class _Guard(torch.autograd.Function):
-    """Passes a reference path's outputs through as one node of the graph, which notices when the graph is gone."""
+    """Passes a reference path's outputs through as one node of the graph, which notices when the graph is gone.
+
+    Its outputs may be written in place, as a kernel's may, so they are no views: the sequences, which were stacked just
+    now and are saved nowhere, are declared as written; the states, which the graph may hold, are copied.
+    """
 
     @staticmethod
-    def forward(ctx: Any, *outputs: Tensor | None) -> tuple[Tensor | None, ...]:
-        ctx.save_for_backward(outputs[0])
+    def forward(ctx: Any, s: Tensor, v_seq: Tensor | None, *states: Tensor) -> tuple[Tensor | None, ...]:
+        ctx.mark_dirty(*(t for t in (s, v_seq) if t is not None))
+        copies = tuple(t.clone() for t in states)
+        ctx.save_for_backward(s.new_empty(0))
         ctx.set_materialize_grads(False)
-        return tuple(None if t is None else t.view_as(t) for t in outputs)
+        return s, v_seq, *copies
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:

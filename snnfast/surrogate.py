@@ -309,9 +309,6 @@ SURROGATES: tuple[type[SurrogateFunction], ...] = (
 )
 
 
-_KINDS = frozenset(SURROGATES)
-
-
 class Scaled(SurrogateFunction):
     """Another surrogate with its derivative multiplied by ``gain``; the spikes are the same.
 
@@ -396,7 +393,7 @@ def recognise(surrogate: SurrogateLike) -> SurrogateLike:
 def is_fused(surrogate: SurrogateLike) -> bool:
     """Whether the kernels know this surrogate: one of the eight, unchanged and spiking, or one of those scaled."""
     kind: Any = type(surrogate)
-    if kind in _KINDS:
+    if kind in SURROGATES:
         return surrogate.spiking  # type: ignore[union-attr]
     if isinstance(surrogate, Scaled):
         return surrogate.spiking and is_fused(surrogate.surrogate)

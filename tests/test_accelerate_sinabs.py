@@ -63,7 +63,7 @@ def test_random_configurations(
         return first, rate, layer(x * 0.7), layer.v_mem  # the state and its graph go on
 
     torch.manual_seed(seed)
-    assert_same(make, drive, torch.randn(batch, T, *shape) * 2 + 0.5)
+    assert_same(make, drive, torch.randn(batch, T, *shape) * 2 + 0.5, step=torch.Size((batch, *shape)))
 
 
 def test_several_spikes_a_step_occur():

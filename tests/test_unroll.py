@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from peer_checks import assert_close, tensors
 from torch import nn
+from torch.nn import functional as F
 
 import snnfast
 
@@ -311,9 +312,77 @@ class Mixes(nn.Module):
         return self.lif(x).mean(0)
 
 
+class ConvWithNeuron(nn.Conv2d):
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.lif = snnfast.LIFNode()
+
+    def forward(self, x):
+        return self.lif(super().forward(x) * 4)
+
+
+class NormWithNeuron(nn.BatchNorm1d):
+    def __init__(self, features):
+        super().__init__(features)
+        self.lif = snnfast.LIFNode()
+
+    def forward(self, x):
+        return self.lif(super().forward(x))
+
+
+class Counts(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.lif = snnfast.LIFNode()
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x):
+        self.calls.add_(1)
+        return self.lif(x)
+
+
+class FunctionalNorm(nn.Module):
+    """As timm's BatchNormAct2d calls it, with statistics of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm, self.lif, self.again = nn.BatchNorm1d(6), snnfast.LIFNode(), snnfast.LIFNode()
+
+    def forward(self, x):
+        n = self.norm
+        x = self.lif(x)
+        x = F.batch_norm(x, n.running_mean, n.running_var, n.weight, n.bias, self.training, n.momentum, n.eps)
+        return self.again(x * 2)
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize(
+    ("make", "shape"),
+    [(lambda: nn.Sequential(ConvWithNeuron(2, 3, 3)), (2, 6, 6)), (FunctionalNorm, (6,))],
+    ids=["layer with a neuron inside", "functional batch norm"],
+)
+def test_layers_that_are_not_quite_torchs(make, shape, training):
+    loop = make().train(training)
+    net = copy.deepcopy(loop)
+    x = torch.randn(5, 3, *shape) * 2
+    want = torch.stack([loop(step) for step in x])
+    assert 0.02 < want.mean() < 0.9
+    assert torch.equal(snnfast.unroll(net, x), want)
+    for a, b in zip(net.buffers(), loop.buffers(), strict=True):
+        assert torch.allclose(a, b)
+
+
+def test_a_buffer_that_forward_writes_is_refused_and_stays():
+    net = Counts()
+    with pytest.raises(ValueError, match="Counts writes its buffer calls in forward"):
+        snnfast.unroll(net, torch.randn(5, 3, 6))
+    assert net.calls == 0
+
+
 @pytest.mark.parametrize(
     ("make", "state", "message"),
     [
+        (lambda: nn.Sequential(NormWithNeuron(6)), (), r"0 \(NormWithNeuron\) is a batch norm with a neuron inside"),
         (lambda: OwnLoop(True), (), r"(?s)lif is called 5 times.*def forward.*snnfast.unroll"),
         (lambda: OwnLoop(False), (), r"(?s)own loop over time.*def forward.*snnfast.unroll"),
         (Recurrent, (torch.zeros(3, 6),), "recurrence"),

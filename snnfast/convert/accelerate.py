@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map
 
-from .adapters.base import Fused, find, fused_class
+from .adapters.base import Fused, find, fused_class, replaced_by
 
 __all__ = ["Report", "Verification", "accelerate", "restore", "verify"]
 
@@ -119,7 +119,7 @@ def restore(model: nn.Module) -> int:
     fused: list[Any] = [module for module in model.modules() if isinstance(module, Fused)]
     for module in fused:
         module.__dict__.pop("_snnfast_plan", None)
-        module.__class__ = module.snnfast_replaced
+        module.__class__ = replaced_by(type(module))
     return len(fused)
 
 

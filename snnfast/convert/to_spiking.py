@@ -19,6 +19,8 @@ from .to_spiking_layers import Observer, ScaledNeuron, prepare_neuron, repeat
 
 __all__ = ["SpikingNetwork", "to_spiking"]
 
+_is_exporting = getattr(torch.compiler, "is_exporting", lambda: False)  # from torch 2.7 on
+
 
 class SpikingNetwork:
     """What :func:`to_spiking` adds to the class of a model: the input coding and time around its forward."""
@@ -44,7 +46,7 @@ class SpikingNetwork:
         y = _unfold(super().forward(x), T)  # type: ignore[misc]
         # A compiled forward that leaves its state behind would be compiled again for the second call, which finds a
         # tensor where the first found a number; an exported program has nowhere to leave it.
-        if torch.compiler.is_exporting() or (torch.compiler.is_compiling() and self._auto_reset):
+        if _is_exporting() or (torch.compiler.is_compiling() and self._auto_reset):
             functional.reset_net(self)  # type: ignore[arg-type]
         return y if self.readout is None else self.readout(y)
 
@@ -117,7 +119,8 @@ def to_spiking(
 
     With direct coding, layers before the first neuron run once and their result is repeated; batch norms there have the
     same statistics, except that the unbiased running variance counts ``B`` and not ``T * B`` samples. Dropout draws one
-    mask per sample for all time steps, as SpikingJelly does. Every forward starts from the initial state: nothing goes
+    mask per sample for all time steps, as SpikingJelly does, and so do ``DropPath`` of timm and ``StochasticDepth`` of
+    torchvision. Every forward starts from the initial state: nothing goes
     wrong without ``reset_net``. Set ``net.auto_reset = False`` to go on from the last state, and ``net.timesteps`` to
     change ``T``.
 
@@ -137,8 +140,9 @@ def to_spiking(
         percentile: of the activations of a layer, which becomes its threshold; 100 for their maximum.
         max_pool: ``'keep'``, the maximum at each step, which is a spike if there is one; ``'rates'``, spikes at the
             largest rate of the window. By default ``'keep'``, or ``'rates'`` with ``calibration``.
-        other_activations: what to do about GELU, SiLU, ReLU6, sigmoid and so on: ``'error'``, ``'keep'`` or
-            ``'replace'`` (by neurons).
+        other_activations: what to do about GELU, SiLU, ReLU6, sigmoid and so on: ``'error'``, ``'keep'`` (at each
+            step, as the gates of squeeze-and-excitation should be) or ``'replace'`` (by neurons; of these a calibrated
+            network approximates ReLU6 only, a neuron's rate being limited as well).
         readout: called with the logits ``[T, B, C]``; its result is the network's. ``lambda y: y.mean(0)`` makes a
             drop-in for the ANN.
         share_weights: use the model's own parameters and buffers instead of copies.

@@ -15,11 +15,22 @@ from typing import Any
 
 import torch
 from torch import fx, nn
-from torch.nn import functional as F
 
 from ..base import MemoryModule
 from .to_spiking_classes import generated
-from .to_spiking_layers import Dropout, MaxPoolOfRates, Repeat
+from .to_spiking_layers import (
+    DROPOUT_FUNCTIONS,
+    DROPOUTS,
+    POOL_FUNCTIONS,
+    POOLS,
+    STOCHASTIC_DEPTHS,
+    Dropout,
+    DropPath,
+    MaxPoolOfRates,
+    Observer,
+    Repeat,
+    limit_of,
+)
 from .to_spiking_trace import (
     RELU,
     Untraceable,
@@ -37,21 +48,6 @@ __all__ = ["DYNAMIC", "STATIC", "Converter", "NeedsTime"]
 CONSTANT, STATIC, DYNAMIC = range(3)
 
 _ONLY_KEPT = ("TransformerEncoderLayer", "TransformerDecoderLayer", "GLU", "glu")  # a neuron could not stand for these
-_DROPOUTS = {nn.Dropout: "dropout", nn.Dropout1d: "feature_dropout", nn.Dropout2d: "feature_dropout"}
-_DROPOUTS[nn.Dropout3d] = "feature_dropout"
-_DROPOUT_FUNCTIONS = {F.dropout: "dropout", torch.dropout: "dropout", F.dropout1d: "feature_dropout"}
-_DROPOUT_FUNCTIONS |= {F.dropout2d: "feature_dropout", F.dropout3d: "feature_dropout"}
-_POOLS = (nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d, nn.AdaptiveMaxPool1d, nn.AdaptiveMaxPool2d, nn.AdaptiveMaxPool3d)
-_POOL_FUNCTIONS = {
-    function: module
-    for module in _POOLS[:3]
-    for name in (module.__name__.replace("MaxPool", "max_pool"),)
-    for function in (getattr(F, name), getattr(torch, name))
-} | {
-    getattr(F, name): module
-    for module in _POOLS[3:]
-    for name in (module.__name__.replace("AdaptiveMaxPool", "adaptive_max_pool"),)
-}
 
 
 class NeedsTime(Exception):
@@ -133,7 +129,7 @@ class Converter:
         if name_of_activation is not None:
             if not self._wanted(name_of_activation, place(path, child)):
                 return status
-            self._put(parent, name, self._neuron(status != DYNAMIC))
+            self._put(parent, name, self._neuron(status != DYNAMIC, limit_of(child, name_of_activation)))
             return DYNAMIC
         swapped = self._swapped(child, status)
         if swapped is not None:
@@ -153,8 +149,10 @@ class Converter:
         parent.add_module(name, module)
         self._changes += 1
 
-    def _neuron(self, repeats: bool) -> nn.Module:
+    def _neuron(self, repeats: bool, limit: float) -> nn.Module:
         neuron = self.make_neuron(repeats)
+        if isinstance(neuron, Observer):
+            neuron.limit = limit
         self.neurons.add(neuron)
         return neuron
 
@@ -180,9 +178,11 @@ class Converter:
         """What stands for a dropout or pooling where there is time."""
         if status != DYNAMIC:
             return None
-        if type(module) in _DROPOUTS:
-            return self._add(Dropout(module.p, _DROPOUTS[type(module)], self.timesteps))  # type: ignore[arg-type,index]
-        if self.pool_rates and type(module) in _POOLS:
+        if type(module) in DROPOUTS:
+            return self._add(Dropout(module.p, DROPOUTS[type(module)], self.timesteps))  # type: ignore[arg-type,index]
+        if type(module).__name__ in STOCHASTIC_DEPTHS and not list(module.children()):
+            return self._add(DropPath(module, self.timesteps))
+        if self.pool_rates and type(module) in POOLS:
             return self._add(MaxPoolOfRates(module, self.timesteps))
         return None
 
@@ -305,6 +305,8 @@ class _Walk:
 
     def _new_neuron(self, node: fx.Node, repeats: bool) -> tuple[str, bool]:
         converter = self.converter
+        thing = self._child(node) if node.op == "call_module" else node
+        limit = limit_of(thing, activation_of(thing))
         if node.op == "call_module":
             prefix, _, name = str(node.target).rpartition(".")
             owner = self.module.get_submodule(prefix)
@@ -313,7 +315,7 @@ class _Walk:
         else:
             prefix, owner = "", self.module
             name = _free(owner, getattr(node.target, "__name__", str(node.target)).strip("_"))
-        converter._put(owner, name, converter._neuron(repeats))
+        converter._put(owner, name, converter._neuron(repeats, limit))
         return _join(prefix, name), repeats
 
     def _call(self, node: fx.Node, status: int) -> int:
@@ -329,14 +331,14 @@ class _Walk:
     def _swap_function(self, node: fx.Node) -> None:
         """A functional dropout or max-pooling, where there is time."""
         converter, target = self.converter, node.target
-        if target in _DROPOUT_FUNCTIONS:
+        if target in DROPOUT_FUNCTIONS:
             given = dict(zip(("input", "p", "training"), node.args, strict=False)) | dict(node.kwargs)
             p, training = given.get("p", 0.5), given.get("training", given.get("train", True))
             if training is not True or not isinstance(p, (int, float)):
                 return
-            module: nn.Module = Dropout(p, _DROPOUT_FUNCTIONS[target], converter.timesteps, always=True)
-        elif converter.pool_rates and target in _POOL_FUNCTIONS:
-            kind: Any = _POOL_FUNCTIONS[target]
+            module: nn.Module = Dropout(p, DROPOUT_FUNCTIONS[target], converter.timesteps, always=True)
+        elif converter.pool_rates and target in POOL_FUNCTIONS:
+            kind: Any = POOL_FUNCTIONS[target]
             order: tuple[str, ...] = (
                 "input",
                 "kernel_size",

@@ -7,8 +7,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-__all__ = ["Dropout", "MaxPoolOfRates", "Repeat", "ScaledNeuron", "prepare_neuron", "repeat"]
+__all__ = ["DropPath", "Dropout", "MaxPoolOfRates", "Repeat", "ScaledNeuron", "prepare_neuron", "repeat"]
 
 
 def repeat(x: Any, T: int) -> Any:
@@ -104,11 +105,12 @@ class Observer(nn.Module):
     def __init__(self, percentile: float, repeats: bool) -> None:
         super().__init__()
         self.percentile, self.repeats = percentile, repeats
+        self.limit = float("inf")  # 6 for a ReLU6: a neuron cannot fire more than once a step, so it is limited too
         self.threshold = 0.0
         self.timesteps = 1
 
     def forward(self, x: Tensor) -> Tensor:
-        y = x.relu()
+        y = x.clamp(0.0, self.limit)
         values = y.detach().float().flatten()
         largest = values.numel() - max(1, round(self.percentile / 100 * values.numel())) + 1
         # Not kthvalue: it takes quadratic time on as many equal values as a ReLU's zeros are.
@@ -116,7 +118,30 @@ class Observer(nn.Module):
         return y
 
 
+def limit_of(thing: Any, activation: str | None) -> float:
+    """The largest output of an activation, or of the observer in its place."""
+    return getattr(thing, "limit", 6.0 if activation in ("ReLU6", "relu6") else float("inf"))
+
+
 # ---- dropout and pooling ----
+DROPOUTS = {nn.Dropout: "dropout", nn.Dropout1d: "feature_dropout", nn.Dropout2d: "feature_dropout"}
+DROPOUTS[nn.Dropout3d] = "feature_dropout"
+DROPOUT_FUNCTIONS = {F.dropout: "dropout", torch.dropout: "dropout", F.dropout1d: "feature_dropout"}
+DROPOUT_FUNCTIONS |= {F.dropout2d: "feature_dropout", F.dropout3d: "feature_dropout"}
+POOLS = (nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d, nn.AdaptiveMaxPool1d, nn.AdaptiveMaxPool2d, nn.AdaptiveMaxPool3d)
+POOL_FUNCTIONS = {
+    function: module
+    for module in POOLS[:3]
+    for name in (module.__name__.replace("MaxPool", "max_pool"),)
+    for function in (getattr(F, name), getattr(torch, name))
+} | {
+    getattr(F, name): module
+    for module in POOLS[3:]
+    for name in (module.__name__.replace("AdaptiveMaxPool", "adaptive_max_pool"),)
+}
+STOCHASTIC_DEPTHS = ("DropPath", "StochasticDepth")  # classes of timm's and torchvision's, by name: neither is needed
+
+
 class Dropout(nn.Module):
     """Dropout with one mask per sample for all its time steps.
 
@@ -140,6 +165,25 @@ class Dropout(nn.Module):
 
     def extra_repr(self) -> str:
         return f"p={self.p}, timesteps={self.timesteps}"
+
+
+class DropPath(nn.Module):
+    """Stochastic depth, timm's ``DropPath`` or torchvision's ``StochasticDepth``, with one draw per sample for all its
+    time steps."""
+
+    def __init__(self, module: nn.Module, timesteps: int) -> None:
+        super().__init__()
+        self.module, self.timesteps = module, timesteps
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training:
+            return x
+        x = x.unflatten(0, (self.timesteps, -1))
+        factors = self.module(x.new_ones(x.shape[1], *(1,) * (x.dim() - 2)))  # it multiplies each sample by one number
+        return (x * factors).flatten(0, 1)
+
+    def extra_repr(self) -> str:
+        return f"timesteps={self.timesteps}"
 
 
 class MaxPoolOfRates(nn.Module):

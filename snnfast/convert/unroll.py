@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 from torch.utils._pytree import tree_map
@@ -44,11 +45,14 @@ _CONTAINERS = (nn.Module, nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
 
 class _Tracer(fx.Tracer):
-    """Torch's layers and every neuron are one node each; everything else is looked into."""
+    """Torch's layers and every neuron are one node each; everything else is looked into, and so is a layer's subclass
+    with a neuron inside."""
 
     def is_leaf_module(self, m: nn.Module, name: str) -> bool:
         if is_stateful(m):
             return True
+        if any(is_stateful(child) for child in m.modules()):
+            return False
         return any(c.__module__.startswith("torch.nn.") and c not in _CONTAINERS for c in type(m).__mro__)
 
 
@@ -67,9 +71,11 @@ class _Program:
                 f"state=({missing[0]}, ...)"
             )
         before = {m: dict(m.__dict__) for m in model.modules() if not is_stateful(m)}
+        buffers = [(m, name, b, b._version, b.detach().clone()) for m in before for name, b in _buffers_of(m)]
         try:
             self.graph = _Tracer().trace(model, concrete_args=concrete)
         except (fx.proxy.TraceError, TypeError) as error:
+            _refuse_norms_with_neurons(model, error)
             raise _loop_error(
                 f"{type(model).__name__}.forward depends on the values or the length of its input ({error}), as a "
                 "forward with its own loop over time does"
@@ -79,6 +85,21 @@ class _Program:
             for m in kept:
                 m.__dict__.clear()
                 m.__dict__.update(before[m])
+            written = [
+                (m, name) for m, name, b, version, _ in buffers if m._buffers[name] is not b or b._version != version
+            ]
+            for m, name, b, _, value in buffers:
+                if (m, name) in written:
+                    m._buffers[name] = b
+                    with torch.no_grad():
+                        b.copy_(value)
+        if written:
+            m, name = written[0]
+            _refuse_norms_with_neurons(m, None)
+            raise ValueError(
+                f"{type(m).__name__} writes its buffer {name} in forward, which unroll would do once and the loop does "
+                "at every step"
+            )
         if kept:
             raise ValueError(
                 f"{type(kept[0]).__name__} keeps a result of its forward as an attribute: unroll cannot tell state "
@@ -166,6 +187,19 @@ def _reads_shape(node: fx.Node) -> bool:
         return True
     inputs = node.all_input_nodes
     return node.op == "call_function" and node.target is operator.getitem and any(_reads_shape(n) for n in inputs)
+
+
+def _refuse_norms_with_neurons(model: nn.Module, error: Exception | None) -> None:
+    for name, m in model.named_modules():
+        if isinstance(m, _BatchNorm) and any(map(is_stateful, m.modules())):
+            raise ValueError(
+                f"{name or 'the model'} ({type(m).__name__}) is a batch norm with a neuron inside, which unroll cannot "
+                "take apart: make the neuron a module of its own after it"
+            ) from error
+
+
+def _buffers_of(module: nn.Module) -> list[tuple[str, Tensor]]:
+    return [(name, b) for name, b in module._buffers.items() if b is not None]
 
 
 _programs: weakref.WeakKeyDictionary[nn.Module, dict[Any, _Program]] = weakref.WeakKeyDictionary()
@@ -321,6 +355,9 @@ class _Pass:
         args: Any = fx.map_arg(node.args, value)
         kwargs: Any = fx.map_arg(node.kwargs, value)
         if node.op == "call_function":
+            if target in (F.batch_norm, torch.batch_norm) and timed and self.bn == "per_step":
+                steps = args[0].unflatten(0, (self.T, self.batch))
+                return torch.cat([target(step, *args[1:], **kwargs) for step in steps])
             return target(*args, **kwargs)
         if node.op == "call_method":
             return getattr(args[0], target)(*args[1:], **kwargs)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import importlib
 import sys
+from collections.abc import Iterable
 from types import ModuleType
 from typing import Any, ClassVar
 
@@ -43,7 +44,7 @@ class Fused:
 
     def _plan(self) -> Any:
         found = self.__dict__.get("_snnfast_plan")
-        if found is None or (type(found) is not str and found.stale()):
+        if found is None or (type(found) is not str and found.stale(self)):
             found = self.__dict__["_snnfast_plan"] = self.plan(self)
         return found
 
@@ -61,6 +62,8 @@ class Fused:
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         reduced: Any = super().__reduce_ex__(protocol)
+        if "snnfast_replaced" not in type(self).__dict__:  # a class made from the fused one, which knows how
+            return reduced
         _, _, state, *rest = reduced
         if isinstance(state, dict):
             state = {name: value for name, value in state.items() if name != "_snnfast_plan"}
@@ -83,24 +86,48 @@ class FinalState:
 class Plan:
     """Keyword arguments of :func:`snnfast.functional.multi_step`, and the tensors whose values went into them."""
 
-    def __init__(self, neuron: Any, watched: tuple[Tensor, ...] = (), **keywords: Any) -> None:
+    def __init__(
+        self, neuron: Any, watched: tuple[Tensor, ...] = (), names: tuple[str, ...] = (), **keywords: Any
+    ) -> None:
+        """``names`` are those of ``watched`` in the module, where it holds them itself."""
         self.neuron = neuron
         self.keywords = keywords
         self.watched = tuple((t, t._version) for t in watched)
+        self.names = names
         self.calls: dict[float, Any] = {}  # onestep's, and the next one
         self.prepared: tuple[Any, Any, Any] | None = None
         self.own: tuple[Any, tuple[Tensor, ...]] | None = None  # parameters that are not learnt, and their source
 
-    def stale(self) -> bool:
-        """Whether a tensor whose value was read has been written since."""
-        for t, version in self.watched:  # noqa: SIM110 (on every call: any() takes three times as long)
+    def stale(self, module: Any) -> bool:
+        """Whether a tensor whose value was read has been written or exchanged since."""
+        for t, version in self.watched:  # on every call: any() takes three times as long
             if t._version != version:
                 return True
-        return False
+        return bool(self.names) and not holds(module, self.names, self.watched)
+
+
+def holds(module: Any, names: tuple[str, ...], watched: Iterable[tuple[Tensor, int]]) -> bool:
+    """Whether the module still has these tensors under these names: ``torch.func.functional_call`` exchanges them
+    without setting an attribute."""
+    for name, (t, _) in zip(names, watched):  # noqa: B905 (no names at all where the module does not hold them)
+        found = module._buffers.get(name)
+        if (module._parameters.get(name) if found is None else found) is not t:
+            return False
+    return True
 
 
 def _mixin_of(cls: type) -> type[Fused]:
     return cls.__mro__[1]
+
+
+def replaced_by(cls: Any) -> Any:
+    """The class that an object of a fused class had, or would have had: a class made from a fused one later on, as
+    ``torch.nn.utils.parametrize`` does, is made again from the one below."""
+    if "snnfast_replaced" in cls.__dict__:
+        return cls.snnfast_replaced
+    bases = tuple(replaced_by(b) if issubclass(b, Fused) else b for b in cls.__bases__)
+    body = {k: v for k, v in cls.__dict__.items() if k not in ("__dict__", "__weakref__")}
+    return type(cls)(cls.__name__, bases, body)
 
 
 _classes: dict[tuple[type, type], Any] = {}
@@ -157,6 +184,17 @@ def number(t: Any) -> float | None:
 def of_this_step(state: Any, x: Tensor) -> bool:
     """Whether ``state`` is one potential for each element of ``x``."""
     return type(state) is Tensor and state.shape == x.shape and state.dtype == x.dtype and state.device == x.device
+
+
+def broadcasts(own: Iterable[Tensor], step: torch.Size) -> bool:
+    """Whether each parameter broadcasts to a time step of shape ``step``; one that has more elements or dimensions
+    makes the libraries' potentials as large as itself."""
+    for t in own:
+        if t.dim():
+            shape = t.shape
+            if len(shape) > len(step) or any(a != 1 and a != b for a, b in zip(reversed(shape), reversed(step))):  # noqa: B905
+                return False
+    return True
 
 
 def is_version(pair: tuple[Tensor, int]) -> bool:

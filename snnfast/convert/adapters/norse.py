@@ -22,7 +22,7 @@ from norse.torch.module.sequential import RecurrentSequential, SequentialState
 from torch import Tensor, nn
 
 from ... import dynamics, functional, surrogate
-from .base import FinalState, Fused, Plan, is_version, number, of_this_step, served
+from .base import FinalState, Fused, Plan, broadcasts, is_version, number, of_this_step, served
 from .onestep import one_step
 
 # method: the fused surrogate for its alpha. SuperSpike ignores alpha in the installed version.
@@ -89,7 +89,7 @@ class FusedCell(Fused):
         if any(t.dim() and t.dtype is not torch.float32 for t in fields.values()):
             return "p holds other numbers than float32, which would widen the state"
         for name in cls.numbers:
-            if fields[name].numel() != 1 or cls.is_learnt(name, fields[name]):
+            if fields[name].numel() != 1 or fields[name].dim() > 1 or cls.is_learnt(name, fields[name]):
                 return f"p.{name} is learnable or differs from neuron to neuron"
         return cls.planned(
             p,
@@ -123,8 +123,10 @@ class FusedCell(Fused):
             plan.own = ([(t, t._version) for t in given], device), own
         return own
 
-    def _start(self, state: Any, step: Tensor, v_start: float) -> Any:
+    def _start(self: Any, state: Any, step: Tensor, v_start: float) -> Any:
         """The state before the first step as the kernels take it; ``None`` if they cannot."""
+        if not broadcasts([getattr(self.p, name) for name in self.own_names], step.shape):
+            return None
         if state is None:
             return v_start if len(self.neuron.states) == 1 else (v_start, 0.0)
         if type(state) is self.State and all(of_this_step(t, step) for t in state):

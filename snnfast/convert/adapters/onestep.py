@@ -122,7 +122,7 @@ def one_step(
         call = plan.calls[v_init] = _Call(plan, v_init)
     tensors = (x, v, i if isinstance(i, Tensor) else None, decay, *prepared[2])
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
-        found = _Step.apply(call, *tensors)
+        found = _Step.apply(call, *ops.saveable(tensors))
     else:
         found = _forward(call, tensors)
     return found[0], found[1:] if call.has_current else found[1]

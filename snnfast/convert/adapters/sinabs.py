@@ -15,7 +15,7 @@ from sinabs.layers.stateful_layer import StatefulLayer
 from torch import Tensor, nn
 
 from ... import dynamics, functional, surrogate
-from .base import Fused, Plan
+from .base import Fused, Plan, broadcasts
 
 
 def is_neuron(module: nn.Module) -> bool:
@@ -72,6 +72,7 @@ class FusedLIF(Fused):
         return Plan(
             dynamics.EXPONENTIAL_LIF,
             (threshold,),
+            ("spike_threshold",),
             decay_input=bool(module.norm_input),
             v_reset=None,
             multi_spike=module.spike_fn is activation.MultiSpike,
@@ -85,6 +86,10 @@ class FusedLIF(Fused):
         if own_code or not x.shape[1] or self.spike_threshold.requires_grad:
             return self._own_forward(x)
         batch, _, *trailing = x.shape
+        beta = self.alpha_mem_calculated
+        own = self.spike_threshold, beta if beta.device == x.device else beta.to(x.device)
+        if not broadcasts(own, torch.Size((batch, *trailing))):
+            return self._own_forward(x)
         if not self.is_state_initialised():
             self.init_state_with_shape((batch, *trailing))
         if not self.state_has_shape((batch, *trailing)):
@@ -95,8 +100,6 @@ class FusedLIF(Fused):
         v = self._buffers["v_mem"]
         if v.dtype is not torch.float32:
             return self._own_forward(x)
-        beta = self.alpha_mem_calculated
-        own = self.spike_threshold, beta if beta.device == x.device else beta.to(x.device)
         s, v, _ = functional.multi_step(plan.neuron, x.transpose(0, 1), v, None, own, **plan.keywords)
         self._buffers["v_mem"] = v
         s = s.transpose(0, 1).contiguous()

@@ -16,7 +16,7 @@ from snntorch import surrogate as their_surrogate
 from torch import Tensor, nn
 
 from ... import dynamics, functional, surrogate
-from .base import Fused, Plan, is_version, of_this_step, served
+from .base import Fused, Plan, broadcasts, holds, is_version, of_this_step, served
 from .onestep import one_step
 
 # The function that made a surrogate: how the numbers in its closure give a fused one.
@@ -59,7 +59,7 @@ class LeakyPlan(Plan):
     def __init__(
         self, module: Any, neuron: dynamics.Neuron, graded: bool, watched: tuple[Tensor, ...], **kw: Any
     ) -> None:
-        super().__init__(neuron, watched, **kw)
+        super().__init__(neuron, watched, ("graded_spikes_factor", "reset_mechanism_val"), **kw)
         self.graded = graded
         self.returns_states = module.output or not module.init_hidden
 
@@ -95,7 +95,7 @@ class FusedLeaky(Fused):
         if mechanism is None or (not module.reset_delay and mechanism != int(module.reset_mechanism_val)):
             return "reset_mechanism was changed after the neuron was made, which snnTorch follows only in part"
         graded = module.graded_spikes_factor
-        if graded.numel() != 1 or (float(graded.detach()) == 0 and not module.reset_delay):
+        if graded.numel() != 1 or graded.dim() > 1 or (float(graded.detach()) == 0 and not module.reset_delay):
             return f"graded_spikes_factor is {graded.tolist()}; one number other than 0 is needed"
         if any(getattr(module, name).dim() and getattr(module, name).dtype != torch.float32 for name in cls.own_names):
             return f"{' or '.join(cls.own_names)} holds other numbers than float32, which would widen the state"
@@ -114,7 +114,7 @@ class FusedLeaky(Fused):
         """Threshold and clamped decays; the same tuple again while none of them is learnt or written."""
         if plan.own is not None:
             versions, own = plan.own
-            if all(map(is_version, versions)):
+            if all(map(is_version, versions)) and holds(self, self.own_names, versions):
                 return own
         given = [getattr(self, name) for name in self.own_names]
         own = (given[0], *(t.clamp(0, 1) for t in given[1:]))
@@ -138,11 +138,14 @@ class FusedLeaky(Fused):
             return NotImplemented
         buffers = self._buffers
         state = [buffers[name] if given.get(name) is None else given[name] for name in reversed(names)]  # mem first
+        fits = broadcasts(self._own(plan), step.shape)
         for k, value in enumerate(state):
             if value.shape != step.shape:
                 state[k] = 0.0
             elif not of_this_step(value, step):
-                return NotImplemented
+                fits = False
+        if not fits:
+            return NotImplemented
         mem = len(names)  # its place in what is returned
         wanted = plan.returns_states and (used is None or mem in used)
         s, after, v_seq = self._over_time(x_seq, tuple(state) if mem > 1 else state[0], plan, wanted)
@@ -162,12 +165,15 @@ class FusedLeaky(Fused):
         if type(plan) is str or not served(input_) or (mem is not None and self.init_hidden):
             return super().forward(input_, mem)  # type: ignore[misc]
         buffers = self._buffers
-        v = buffers["mem"] if mem is None else mem
+        v, own = buffers["mem"] if mem is None else mem, self._own(plan)
+        fits = broadcasts(own, input_.shape)
         if v.shape != input_.shape:
             v = 0.0
         elif not of_this_step(v, input_):
+            fits = False
+        if not fits:
             return super().forward(input_, mem)  # type: ignore[misc]
-        s, v = one_step(plan, input_, v, self._own(plan))
+        s, v = one_step(plan, input_, v, own)
         buffers["mem"] = v
         if plan.graded:
             s = s * self.graded_spikes_factor
@@ -195,12 +201,16 @@ class FusedSynaptic(FusedLeaky):
             return super(FusedLeaky, self).forward(input_, syn, mem)  # type: ignore[misc]
         buffers = self._buffers
         state = [buffers["mem"] if mem is None else mem, buffers["syn"] if syn is None else syn]
+        own = self._own(plan)
+        fits = broadcasts(own, input_.shape)
         for k, value in enumerate(state):
             if value.shape != input_.shape:
                 state[k] = 0.0
             elif not of_this_step(value, input_):
-                return super(FusedLeaky, self).forward(input_, syn, mem)  # type: ignore[misc]
-        s, (v, i) = one_step(plan, input_, tuple(state), self._own(plan))
+                fits = False
+        if not fits:
+            return super(FusedLeaky, self).forward(input_, syn, mem)  # type: ignore[misc]
+        s, (v, i) = one_step(plan, input_, tuple(state), own)
         buffers["mem"], buffers["syn"] = v, i
         if plan.graded:
             s = s * self.graded_spikes_factor

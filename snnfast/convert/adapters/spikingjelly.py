@@ -40,7 +40,7 @@ class NodePlan(Plan):
         super().__init__(neuron, **keywords)
         self.surrogate, self.alpha = their_surrogate, their_surrogate.alpha
 
-    def stale(self) -> bool:
+    def stale(self, module: Any) -> bool:
         return self.surrogate.alpha != self.alpha or not self.surrogate.spiking
 
 
@@ -64,6 +64,12 @@ class FusedNode(Fused):
             return f"the surrogate's alpha is a {type(kind.alpha).__name__}, not a number"
         if module._neuron_precision is not None:
             return "it has a neuron precision of its own"
+        for name in ("v_threshold", "v_reset", "tau"):
+            value = getattr(module, name, None)
+            if not isinstance(value, (int, float, type(None))):
+                return f"{name} is a {type(value).__name__}, not a number"
+        if cls.neuron.learnable and (module.w.numel() != 1 or module.w.dim() > 1):
+            return f"w has shape {tuple(module.w.shape)}; one for all neurons is needed"
         more = {name: getattr(module, name) for name in ("tau", "decay_input") if hasattr(module, name)}
         return NodePlan(
             cls.neuron,
