@@ -21,6 +21,7 @@ if backend._why_missing is None:
     from . import triton_batch_norm_kernels as kernels
 
 _MOST_CHUNKS = 1024
+_LONGEST_UNROLLED, _CHUNK = 16, 8  # steps; shorter than the neuron's alone, for there is more to hold
 _LARGEST = 2**31 - 1
 
 
@@ -77,16 +78,16 @@ def _shape(x: Tensor, block: int) -> _Shape:
 
 @functools.lru_cache(maxsize=4096)
 def _block(period: int, inner: int, block: int) -> tuple[int, int, bool]:
-    columns = math.gcd(inner, 256)
+    columns = math.gcd(inner, min(256, block))
     if columns >= 32:
         return block // columns, columns, True
-    columns = min(128, 1 << (period - 1).bit_length())
+    columns = min(128, block, 1 << (period - 1).bit_length())
     return block // columns, columns, columns == 1
 
 
 def _block_size(T: int, dtype: torch.dtype) -> int:
     """Neurons per block: what the backward holds of each in registers must not spill."""
-    block = 512 if T <= 4 else 256
+    block = 512 if T <= 4 else 256 if T <= 8 else 128
     return block // 2 if state_dtype(dtype) == torch.float64 else block
 
 
@@ -112,8 +113,10 @@ def _plan(
     c: Constants, x: Tensor, shape: _Shape, groups: int, connect: int
 ) -> tuple[tuple[Any, ...], dict[str, Any], dict[str, Any], int]:
     """As that of the neuron alone, with what else these kernels are compiled for."""
-    numbers, *both, chunks = backend._plan(c, shape.T, x.dtype, 0)
-    own = {"CONNECT": int(connect), "GROUPS": groups > 1, "BR": shape.BR, "BC": shape.BC}
+    numbers, *both, _ = backend._plan(c, shape.T, x.dtype, 0)
+    chunks = 0 if shape.T <= _LONGEST_UNROLLED else (shape.T - 1) // _CHUNK
+    own = {"CHUNK": _CHUNK if chunks else 0, "REST": shape.T - chunks * _CHUNK}
+    own |= {"CONNECT": int(connect), "GROUPS": groups > 1, "BR": shape.BR, "BC": shape.BC}
     forward, backward = ({k: v for k, v in (given | own).items() if k not in ("EACH", "BLOCK")} for given in both)
     return numbers, forward, backward, chunks
 

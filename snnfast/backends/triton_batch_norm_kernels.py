@@ -22,7 +22,7 @@ from .triton_dynamics import (
     step_backward,
     surrogate_derivative,
 )
-from .triton_kernels import number
+from .triton_kernels import AHEAD, number
 
 # Where a residual connection joins: Connect of csrc/dispatch.h.
 CHARGE, ADD, AND, IAND = tl.constexpr(1), tl.constexpr(2), tl.constexpr(3), tl.constexpr(4)
@@ -140,14 +140,14 @@ def connect(s, skip, CONNECT: tl.constexpr):
 
 
 @triton.jit
-def load_steps(pointer, instead, at, mask, N, STEPS: tl.constexpr):
-    """STEPS rows, or something else to hand on where there is no pointer, which nobody reads."""
+def load_steps(pointer, instead, t0, at, mask, N, STEPS: tl.constexpr):
+    """The rows of STEPS steps, or something else to hand on where there is no pointer, which nobody reads."""
     if pointer is None:
         return instead
     else:
         rows = ()  # as they are: conversion can wait, and half-precision numbers take less room
         for t in tl.static_range(STEPS):
-            rows = rows + (load_block(pointer, at + t * N, mask),)
+            rows = rows + (load_block(pointer + (t0 + t) * N, at, mask),)
         return rows
 
 
@@ -176,9 +176,8 @@ def forward_chunk(
     STEPS: tl.constexpr,
 ):
     """STEPS steps from step ``t0`` and ``state``; returns the state after them. Without ``s_ptr`` nothing is stored."""
-    here = at + t0 * N
-    xs = load_steps(x_ptr, None, here, mask, N, STEPS)
-    skips = load_steps(skip_ptr, xs, here, mask, N, STEPS)
+    xs = load_steps(x_ptr, None, t0, at, mask, N, STEPS)
+    skips = load_steps(skip_ptr, xs, t0, at, mask, N, STEPS)
     scale = constant(scale_ptr, t0, channels, channel, column_mask, GROUPS)
     shift = constant(shift_ptr, t0, channels, channel, column_mask, GROUPS)
     for t in tl.static_range(STEPS):
@@ -188,7 +187,7 @@ def forward_chunk(
         y = charging(xs[t], skips[t], scale, shift, CONNECT)
         s, state, _ = step(y, state, own, numbers, NEURON, FLAGS, MULTIPLY)
         if s_ptr is not None:
-            store_block(s_ptr, here + t * N, mask, connect(s, skips[t], CONNECT))
+            store_block(s_ptr + (t0 + t) * N, at, mask, connect(s, skips[t], CONNECT))
     return state
 
 
@@ -298,10 +297,12 @@ def backward_chunk(
     """STEPS steps back to step ``t0`` and ``state``; returns the gradient of ``state``, ``total`` and ``sums``."""
     MEETS: tl.constexpr = CONNECT >= AND
     alpha, half_width, gain = shape
-    here = at + t0 * N
-    xs = load_steps(x_ptr, None, here, mask, N, STEPS)
-    skips = load_steps(skip_ptr, xs, here, mask, N, STEPS)
-    grads_s = load_steps(grad_s_ptr, xs, here, mask, N, STEPS)
+    xs = load_steps(x_ptr, None, t0, at, mask, N, STEPS)
+    skips = load_steps(skip_ptr if CONNECT == CHARGE else None, xs, t0, at, mask, N, STEPS)
+    grads_s = ()  # the last step's first
+    if grad_s_ptr is not None:
+        for k in tl.static_range(STEPS if STEPS < AHEAD else AHEAD):
+            grads_s = grads_s + (load_block(grad_s_ptr + (t0 + STEPS - 1 - k) * N, at, mask),)
     scale = constant(scale_ptr, t0, channels, channel, column_mask, GROUPS)
     shift = constant(shift_ptr, t0, channels, channel, column_mask, GROUPS)
     ys = ()
@@ -323,26 +324,32 @@ def backward_chunk(
             before = after(tapes[t - 1], own, numbers, NEURON, FLAGS)
         grad_s = tl.zeros_like(tape[0])
         if grad_s_ptr is not None:
-            grad_s = grads_s[t].to(tape[0].dtype)
+            if t >= AHEAD:
+                grads_s = grads_s + (load_block(grad_s_ptr + (t0 + t - AHEAD) * N, at, mask),)
+            grad_s = grads_s[STEPS - 1 - t].to(tape[0].dtype)
             if MEETS:
                 s = fire_again(tape[0], own[0], FLAGS)
-                grad_s, grad_skip = connect_backward(grad_s, s, skips[t], CONNECT)
-                store_block(grad_skip_ptr, here + t * N, mask, grad_skip)
+                skip = load_block(skip_ptr + (t0 + t) * N, at, mask)
+                grad_s, grad_skip = connect_backward(grad_s, s, skip, CONNECT)
+                store_block(grad_skip_ptr + (t0 + t) * N, at, mask, grad_skip)
         derivative = gain * surrogate_derivative(tape[0] - own[0], alpha, half_width, SURROGATE)
         g, grad_state, total = step_backward(
             grad_s, grad_state, ys[t], tape, before, own, numbers, derivative, total, NEURON, FLAGS
         )
         if CONNECT == CHARGE:
-            store_block(grad_skip_ptr, here + t * N, mask, g)
+            store_block(grad_skip_ptr + (t0 + t) * N, at, mask, g)
         if GROUPS:
             scale = constant(scale_ptr, t0 + t, channels, channel, column_mask, GROUPS)
             centre = constant(centre_ptr, t0 + t, channels, channel, column_mask, GROUPS)
-        store_block(grad_x_ptr, here + t * N, mask, g * scale if SCALED else g)
+        store_block(grad_x_ptr + (t0 + t) * N, at, mask, g * scale if SCALED else g)
         counted = mask
         if GROUPS:
             counted = mask & (t0 + t == only)
         g = tl.where(counted, g, 0.0)
-        product = tl.where(counted, g * (xs[t].to(g.dtype) - centre), 0.0)
+        x = xs[t]
+        if STEPS > AHEAD:  # near by still; registers are for the tape
+            x = load_block(x_ptr + (t0 + t) * N, at, mask)
+        product = tl.where(counted, g * (x.to(g.dtype) - centre), 0.0)
         sums = (sums[0] + g, sums[1] + product)
     return grad_state, total, sums
 
