@@ -43,7 +43,7 @@ def statistics(x: Tensor, per_step: bool) -> tuple[Tensor, Tensor]:
 def _check(x: Tensor, **given: Tensor | None) -> None:
     """Raise where a kernel would read what is not there."""
     groups, channels = {(1, x.shape[2]), (x.shape[0], x.shape[2])}, {(x.shape[2],)}
-    shapes = {"mean": groups, "var": groups, "weight": channels, "bias": channels}
+    shapes: dict[str, set[Any]] = {"mean": groups, "var": groups, "weight": channels, "bias": channels}
     shapes |= {"v0": {x.shape[1:]}, "decay": {()}, "skip": {x.shape}}
     for name, t in given.items():
         if t is None:
