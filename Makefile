@@ -1,6 +1,6 @@
 # make demo     set everything up and train a spiking network on MNIST (the main job)
 # make test     set everything up and run all tests
-# make bench    the benchmarks: a table, JSON and plots in benchmarks/results/
+# make bench    the benchmarks: tables, JSON and plots in benchmarks/results/, collected in benchmarks/REPORT.md
 # make gpu      on a machine with a GPU, torch, triton, pybind11, ninja and nvcc: build, tests, sanitizer, benchmarks
 # make lint     ruff, clang-format, mypy
 # make sanitize the CPU kernels' tests under AddressSanitizer and UBSan

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 import snnfast
 from snnfast.fused import BatchNormNode
 
-from .cpu_targets import Row
 from .measure import RESULTS, compare, environment, refuse_unless_idle
+from .rows import Row
 
 T, B, C, SIZE = 4, 32, 64, 32
 FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -14,6 +13,7 @@ from snnfast import functional, surrogate
 from snnfast.analysis import saved_bytes
 
 from .measure import compare, per_call
+from .rows import Row, at_least, at_most, ms
 from .workloads import (
     Preallocated,
     check_spikes,
@@ -26,38 +26,6 @@ from .workloads import (
 
 LARGE = (4, 1 << 24)
 MIDDLE = ((4, 1 << 20), (16, 1 << 18))
-
-
-@dataclass
-class Row:
-    work: str
-    against: str
-    value: float | None  # None: not measured
-    target: float
-    at_least: bool
-    unit: str
-    note: str = ""
-
-    @property
-    def met(self) -> bool | None:
-        if self.value is None:
-            return None
-        return self.value >= self.target if self.at_least else self.value <= self.target
-
-    def as_dict(self) -> dict[str, Any]:
-        return asdict(self) | {"met": self.met}
-
-
-def at_least(work: str, against: str, value: float | None, target: float, unit: str = "x", note: str = "") -> Row:
-    return Row(work, against, value, target, True, unit, note)
-
-
-def at_most(work: str, against: str, value: float | None, target: float, unit: str = "x", note: str = "") -> Row:
-    return Row(work, against, value, target, False, unit, note)
-
-
-def ms(seconds: float) -> str:
-    return f"{seconds * 1e3:.3g} ms"
 
 
 def bandwidth() -> Iterator[Row]:

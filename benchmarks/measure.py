@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import importlib.metadata
 import platform
 import statistics
 import subprocess
@@ -18,6 +19,7 @@ import snnfast
 from snnfast import backends
 
 RESULTS = Path(__file__).parent / "results"
+PEERS = ("spikingjelly", "snntorch", "norse", "sinabs")
 
 
 def synchronize(device: torch.device | str = "cpu") -> None:
@@ -55,6 +57,26 @@ def compare(
                 synchronize(device)
                 times[name].append(time.perf_counter() - start)
     return {name: statistics.median(t) for name, t in times.items()}
+
+
+def take_turns(contenders: dict[str, Callable[[], Any]], device: str = "cpu", rounds: int = 5) -> dict[str, float]:
+    """Median seconds of each contender where one call is long enough to stand alone: a call each, in turn."""
+    times: dict[str, list[float]] = {name: [] for name in contenders}
+    for call in contenders.values():
+        call()
+    for _ in range(rounds):
+        for name, call in contenders.items():
+            times[name].append(once(call, device))
+    return {name: statistics.median(t) for name, t in times.items()}
+
+
+def once(call: Callable[[], Any], device: str = "cpu") -> float:
+    """Seconds of one call, the device's work included."""
+    synchronize(device)
+    start = time.perf_counter()
+    call()
+    synchronize(device)
+    return time.perf_counter() - start
 
 
 def per_call(call: Callable[[], Any], calls: int = 5000, rounds: int = 7) -> float:
@@ -102,7 +124,7 @@ def environment() -> dict[str, Any]:
             line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if line.startswith("model name")
         ]
         processor = names[0] if names else processor
-    found = {
+    found: dict[str, Any] = {
         "processor": processor,
         "threads": torch.get_num_threads(),
         "backend on cpu": backends.native.served(),
@@ -114,6 +136,11 @@ def environment() -> dict[str, Any]:
         + ("+changes" if output("git", "status", "--porcelain") else ""),
         "busy before": busy_share(),
     }
+    for peer in PEERS:
+        try:
+            found[peer] = importlib.metadata.version(peer)
+        except importlib.metadata.PackageNotFoundError:
+            found[peer] = "not installed"
     if torch.cuda.is_available():
         found["gpu"] = torch.cuda.get_device_name()
         found["driver"] = output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")

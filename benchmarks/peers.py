@@ -23,9 +23,9 @@ from torch import Tensor, nn
 import snnfast
 from snnfast import dynamics, functional
 
-from .__main__ import VERDICT, markdown, shown
-from .cpu_targets import Row
 from .measure import RESULTS, compare, environment, per_call, refuse_unless_idle
+from .report import markdown, shown
+from .rows import VERDICT, Row
 
 warnings.filterwarnings("ignore", category=SyntaxWarning)
 

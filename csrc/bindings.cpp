@@ -232,6 +232,38 @@ double cpu_batch_norm(const Config& config, int pass, int threads, int dtype, in
   return sum;
 }
 
+// ---- tensors of two values as bits ----
+BitsCall bits_call(int element_bytes, int64_t n, uintptr_t elements, uintptr_t bits, uint64_t one) {
+  BitsCall call{};
+  call.n = n;
+  call.element_bytes = element_bytes;
+  call.elements = pointer(elements);
+  call.bits = pointer(bits);
+  call.one = one;
+  return call;
+}
+
+// Returns the value that is not 0, as its bits, or None where there are several.
+py::object cpu_pack_bits(int threads, int element_bytes, int64_t n, uintptr_t elements, uintptr_t bits) {
+  uint64_t one = 0;
+  bool packed;
+  {
+    py::gil_scoped_release release;
+    BitsCall call = bits_call(element_bytes, n, elements, bits, 0);
+    call.threads = threads;
+    packed = kernels->pack_bits(call, &one);
+  }
+  return packed ? py::object(py::int_(one)) : py::object(py::none());
+}
+
+void cpu_unpack_bits(int threads, int element_bytes, int64_t n, uintptr_t elements, uintptr_t bits, uint64_t one) {
+  py::gil_scoped_release release;
+  BitsCall call = bits_call(element_bytes, n, elements, bits, one);
+  call.threads = threads;
+  if (n * element_bytes >= int64_t(4) << 20) advise_huge_pages(call.elements, n * element_bytes);
+  kernels->unpack_bits(call);
+}
+
 #ifdef SNNFAST_CUDA
 void throw_if(const std::string& error) {
   if (!error.empty()) throw std::runtime_error("snnfast: CUDA: " + error);
@@ -297,6 +329,20 @@ int64_t cuda_batch_norm_workspace_(SNNFAST_NORM) {
   return cuda_batch_norm_workspace(cuda_norm(SNNFAST_NORM_NAMES), BatchNormPass(pass));
 }
 
+void cuda_pack_bits_(int device, uintptr_t stream, int element_bytes, int64_t n, uintptr_t elements, uintptr_t bits,
+                     uint64_t one, uintptr_t other) {
+  BitsCall call = bits_call(element_bytes, n, elements, bits, one);
+  call.other = pointer(other);
+  throw_if(cuda_pack_bits(call, device, pointer(stream)));
+}
+
+void cuda_unpack_bits_(int device, uintptr_t stream, int element_bytes, int64_t n, uintptr_t elements, uintptr_t bits,
+                       uint64_t one, uintptr_t other) {
+  BitsCall call = bits_call(element_bytes, n, elements, bits, one);
+  call.other = pointer(other);
+  throw_if(cuda_unpack_bits(call, device, pointer(stream)));
+}
+
 // (bytes of workspace, number of partial sums of the decay's gradient)
 py::tuple cuda_backward_needs(const Config& config, int dtype, int64_t T, int64_t N) {
   Call call = config.call;
@@ -316,13 +362,15 @@ PYBIND11_MODULE(_C, m) {
   m.def("cpu_forward", &cpu_forward);
   m.def("cpu_backward", &cpu_backward);
   m.def("cpu_batch_norm", &cpu_batch_norm);
+  m.def("cpu_pack_bits", &cpu_pack_bits);
+  m.def("cpu_unpack_bits", &cpu_unpack_bits);
   m.def("corrected_division_is_exact", [](float tau) { return kernels->corrected_division_is_exact(tau); });
   m.def("cpu_sets", &cpu_sets, "Instruction sets of this build that this processor has, best first.");
   m.def("cpu_set", [] { return kernels->name; });
   m.def("set_cpu_set", &set_cpu_set, "For tests and benchmarks: use this instruction set from now on.");
   m.def("stream_stores_from", [] { return stream_stores_from; }, "Bytes of output from which stores stream.");
   m.def("set_stream_stores_from", [](int64_t bytes) { stream_stores_from = bytes; });
-  m.attr("calls") = 4;  // raise it with every change of a signature here; native.py refuses another build's
+  m.attr("calls") = 5;  // raise it with every change of a signature here; native.py refuses another build's
   m.attr("surrogates") = py::dict();
   m.attr("neurons") = py::dict();
 #define SNNFAST_NAME(id, name) m.attr("surrogates")[#name] = id;
@@ -334,6 +382,8 @@ PYBIND11_MODULE(_C, m) {
 #ifdef SNNFAST_CUDA
   m.def("cuda_forward", &cuda_forward_);
   m.def("cuda_backward", &cuda_backward_);
+  m.def("cuda_pack_bits", &cuda_pack_bits_);
+  m.def("cuda_unpack_bits", &cuda_unpack_bits_);
   m.def("cuda_backward_needs", &cuda_backward_needs);
   m.def("cuda_batch_norm", &cuda_batch_norm_);
   m.def("cuda_batch_norm_workspace", &cuda_batch_norm_workspace_);

@@ -6,6 +6,7 @@
 // Compiled once per instruction set with SNNFAST_CPU_SET naming it. Everything has internal linkage but the one table
 // at the end, and nothing from the standard library is instantiated here (see portable.h).
 #include "bn_neuron.h"
+#include "cpu_bits.h"
 
 namespace snnfast {
 namespace {
@@ -30,6 +31,7 @@ void stream_four_steps(const Call& c, int64_t begin, int64_t end) {
       using V = decltype(tag);
       const V own[kMaxOwn] = {};
       V state[1] = {v0 ? load(v0 + begin + i, (V*)nullptr) : broadcast<V>(v_init)}, tape[1];
+#pragma GCC unroll 4
       for (int t = 0; t < 4; ++t) {
         __builtin_prefetch(x + t * N + i + further);
         store_spikes<true>(s + t * N + i, Neuron::step(load(x + t * N + i, (V*)nullptr), state, tape, own, p));
@@ -185,6 +187,8 @@ extern const CpuKernels SNNFAST_NAME(SNNFAST_CPU_SET) = {
     [](const Call& c) { return run_neuron(c, true); },
     run_batch_norm,
     corrected_division_is_exact,
+    pack_bits,
+    unpack_bits,
 };
 
 }  // namespace snnfast

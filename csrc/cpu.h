@@ -12,6 +12,8 @@ struct CpuKernels {
   bool (*batch_norm)(const BatchNormCall&, BatchNormPass);
   // Whether the corrected reciprocal gives the bits of a / tau for every float a in its range.
   bool (*corrected_division_is_exact)(float tau);
+  bool (*pack_bits)(const BitsCall&, uint64_t* one);  // false where there are other values too
+  void (*unpack_bits)(const BitsCall&);
 };
 
 // One per instruction set of this build, declared by SNNFAST_CPU_SETS = X(avx512) X(avx2) X(baseline).

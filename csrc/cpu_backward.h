@@ -255,28 +255,26 @@ double backward_tile(const Call& c, int64_t begin, int64_t end, const BackwardSc
   return grad_decay;
 }
 
-// The usual call of four steps, one loop over neurons with the tape in registers: the loads of the next neurons overlap
-// the arithmetic of these, and nothing but the gradients is written.
-template <class Neuron, class T, bool stream>
-double backward_four_steps(const Call& c, int64_t begin, int64_t end) {
+// The usual call of four steps, one loop over whole vectors of neurons with the tape in registers: the loads of the
+// next neurons overlap the arithmetic of these, and nothing but the gradients is written. Returns where the loop ended.
+template <class Neuron, class T, bool stream, class R>
+int64_t backward_four_steps(const Call& c, int64_t begin, int64_t end, DecaySum<R>& decay) {
   constexpr int kT = 4;
-  using R = typename StateOf<T>::type;
-  const T* const x = static_cast<const T*>(c.x) + begin;
-  const T* const grad_s = static_cast<const T*>(c.grad_s) + begin;
-  T* const grad_x = static_cast<T*>(c.grad_x) + begin;
+  using V = typename VectorOf<R>::type;
+  constexpr int64_t lanes = sizeof(V) / sizeof(R), further = kPrefetchBytes / 4 / int64_t(sizeof(T));
+  const T *const x = static_cast<const T*>(c.x), *const grad_s = static_cast<const T*>(c.grad_s);
+  T* const grad_x = static_cast<T*>(c.grad_x);
   const R* const v0 = static_cast<const R*>(c.state[0]);
   const R* const grad_v = static_cast<const R*>(c.grad_final_state[0]);
   R* const grad_v0 = static_cast<R*>(c.grad_state[0]);
-  const int64_t N = c.N;
+  const int64_t N = c.N, last = begin + (end - begin) / lanes * lanes;
   const R v_init = R(c.v_init);
-  constexpr int64_t further = kPrefetchBytes / 4 / int64_t(sizeof(T));
-  DecaySum<R> decay;
   with_known_reset<false>(params_of<R>(c), [&](const Params<R> p) __attribute__((always_inline)) {
-    for_each_in_row<R, stream>(grad_x, end - begin, [&](auto tag, int64_t i) __attribute__((always_inline)) {
-      using V = decltype(tag);
+    for (int64_t i = begin; i < last; i += lanes) {
       const V own[kMaxOwn] = {};
       V state[1], h[kT], before[kT], derivative[kT];
-      state[0] = v0 ? load(v0 + begin + i, (V*)nullptr) : broadcast<V>(v_init);
+      state[0] = v0 ? load(v0 + i, (V*)nullptr) : broadcast<V>(v_init);
+#pragma GCC unroll 4
       for (int t = 0; t < kT; ++t) {
         V tape[1];
         __builtin_prefetch(x + t * N + i + further);
@@ -286,27 +284,28 @@ double backward_four_steps(const Call& c, int64_t begin, int64_t end) {
         h[t] = tape[0];
       }
       switch (p.surrogate) {
-#define SNNFAST_CASE(id, Surrogate)                                                           \
-  case id:                                                                                    \
-    for (int t = 0; t < kT; ++t)                                                              \
-      derivative[t] = Surrogate::template derivative<V>(h[t] - p.threshold, p.alpha, p.gain); \
+#define SNNFAST_CASE(id, Surrogate)                                             \
+  case id:                                                                      \
+    _Pragma("GCC unroll 4") for (int t = 0; t < kT; ++t) derivative[t] =        \
+        Surrogate::template derivative<V>(h[t] - p.threshold, p.alpha, p.gain); \
     break;
         SNNFAST_SURROGATES(SNNFAST_CASE)
 #undef SNNFAST_CASE
       }
-      V grad_state[1] = {grad_v ? load(grad_v + begin + i, (V*)nullptr) : V{}};
+      V grad_state[1] = {grad_v ? load(grad_v + i, (V*)nullptr) : V{}};
       ParameterGradients<V> grads{};
+#pragma GCC unroll 4
       for (int t = kT - 1; t >= 0; --t) {
         const V tape[1] = {h[t]}, start[1] = {before[t]};
         const V out = Neuron::step_backward(load(grad_s + t * N + i, (V*)nullptr), grad_state, tape, start,
                                             derivative[t], own, p, grads);
         store<stream>(grad_x + t * N + i, out);
       }
-      if (grad_v0) store<false>(grad_v0 + begin + i, grad_state[0]);
+      if (grad_v0) store<false>(grad_v0 + i, grad_state[0]);
       if constexpr (Neuron::kLearnable) decay.add(grads.decay);
-    });
+    }
   });
-  return decay.total();
+  return last;
 }
 
 // What four steps of need no more registers than there are.
@@ -316,16 +315,20 @@ constexpr bool kFitsRegisters = Neuron::kOwn == 0 && sizeof(R) == sizeof(float);
 template <class Neuron, class T, bool stream, class R>
 void backward_block(const Call& c, int64_t index, int64_t begin, int64_t end,
                     const BackwardScratch<Neuron, R>& memory) {
+  DecaySum<R> in_vectors;
   double grad_decay = 0;
-  const bool rows_aligned = !stream || (c.N * sizeof(T)) % kVectorBytes == 0;
-  if (kFitsRegisters<Neuron, R> && c.T == 4 && c.grad_s && !c.grad_v_seq && rows_aligned) {
-    if constexpr (kFitsRegisters<Neuron, R>) grad_decay = backward_four_steps<Neuron, T, stream>(c, begin, end);
-  } else {
-    const int64_t tile = c.T <= kFewSteps ? kTile : end - begin;
-    for (int64_t b = begin; b < end; b += tile)
-      grad_decay += backward_tile<Neuron, T, stream>(c, b, smaller(b + tile, end), memory);
+  int64_t done = begin;
+  if constexpr (kFitsRegisters<Neuron, R>) {
+    // Stores past the caches need every row aligned.
+    const bool aligned = !stream || (aligned_to(static_cast<T*>(c.grad_x) + begin, kVectorBytes / sizeof(R)) &&
+                                     (c.N * sizeof(T)) % kVectorBytes == 0);
+    if (c.T == 4 && c.grad_s && !c.grad_v_seq && aligned)
+      done = backward_four_steps<Neuron, T, stream>(c, begin, end, in_vectors);
   }
-  if (Neuron::kLearnable) static_cast<double*>(c.grad_decay_partial)[index] = grad_decay;
+  const int64_t tile = c.T <= kFewSteps ? kTile : end - begin;
+  for (int64_t b = done; b < end; b += tile)
+    grad_decay += backward_tile<Neuron, T, stream>(c, b, smaller(b + tile, end), memory);
+  if (Neuron::kLearnable) static_cast<double*>(c.grad_decay_partial)[index] = in_vectors.total() + grad_decay;
   if (stream) store_fence();
 }
 

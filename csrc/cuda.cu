@@ -5,6 +5,7 @@
 // backward.
 #include "cuda.h"
 
+#include "cuda_bits.cuh"
 #include "cuda_kernels.cuh"
 
 namespace snnfast {
@@ -166,6 +167,14 @@ std::string cuda_forward(const Call& call, int device, void* stream) {
       });
     });
   });
+}
+
+std::string cuda_pack_bits(const BitsCall& call, int device, void* stream) {
+  return on_device(device, [&] { return launch_bits(call, true, stream); });
+}
+
+std::string cuda_unpack_bits(const BitsCall& call, int device, void* stream) {
+  return on_device(device, [&] { return launch_bits(call, false, stream); });
 }
 
 std::string cuda_probe(int device) {

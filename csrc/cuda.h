@@ -12,6 +12,8 @@ namespace snnfast {
 std::string cuda_probe(int device);
 std::string cuda_forward(const Call& call, int device, void* stream);
 std::string cuda_backward(const Call& call, int device, void* stream);
+std::string cuda_pack_bits(const BitsCall& call, int device, void* stream);
+std::string cuda_unpack_bits(const BitsCall& call, int device, void* stream);
 // Bytes of Call::workspace that the backward needs, and the length of Call::grad_decay_partial (0 for a neuron without
 // a decay), all of which it writes. Neither reads a pointer of the call.
 int64_t cuda_backward_workspace(const Call& call);

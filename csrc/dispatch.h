@@ -76,6 +76,17 @@ struct BatchNormCall {
 };
 enum BatchNormPass { kStatistics, kForward, kBackward, kBackwardInput };
 
+// n elements of two values, one of them 0, and their bits in whole 8-byte words; element i is bit i % 8 of byte i / 8.
+struct BitsCall {
+  int64_t n;
+  int element_bytes;
+  void* elements;  // pack reads and unpack writes them
+  void* bits;
+  uint64_t one;  // the other value, as its bits; the CPU's pack finds it
+  void* other;   // CUDA only: a byte, 0 at first, that pack sets where it meets any further value
+  int threads;   // CPU only
+};
+
 namespace {
 
 inline double initial_state(const Call& c, int k) { return k == 0 ? c.v_init : 0.0; }

@@ -10,6 +10,8 @@ from . import analysis, distill, encoding, functional, fused, layer, losses, mod
 from ._version import __version__
 from .convert import accelerate, from_nir, restore, to_nir, to_spiking, unroll, verify
 from .fused import fuse
+from .inference import capture, optimize_for_inference
+from .memory import chunked, packed_spikes
 from .neuron import IFNode, LIFNode, ParametricLIFNode
 
 __all__ = [
@@ -19,6 +21,8 @@ __all__ = [
     "__version__",
     "accelerate",
     "analysis",
+    "capture",
+    "chunked",
     "distill",
     "encoding",
     "from_nir",
@@ -29,6 +33,8 @@ __all__ = [
     "losses",
     "models",
     "neuron",
+    "optimize_for_inference",
+    "packed_spikes",
     "restore",
     "surrogate",
     "to_nir",

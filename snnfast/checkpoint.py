@@ -69,7 +69,7 @@ def _restore(state: _State) -> None:
 def _again(module: nn.Module, before: _State) -> Iterator[None]:
     """A second run of ``module``, which leaves no trace."""
     after = _state(module)
-    norms = [m for m in module.modules() if getattr(m, "track_running_stats", False)]
+    norms = [m for m in module.modules() if m.training and getattr(m, "track_running_stats", False)]
     statistics = [(b, b.detach().clone()) for m in norms for b in m.buffers(recurse=False)]
     stateful = [m for m in module.modules() if getattr(m, "auto_reset", True) is False]
     _restore(before)

@@ -374,6 +374,8 @@ class ParametricLIFNode(BaseNode):
             raise ValueError(
                 f"x_seq must be on the module's device {self.w.device}, got {x_seq.device}; move one with .to(device)"
             )
+        if self.w.dim():
+            raise ValueError(f"w must be one number for all neurons, of shape (), got shape {tuple(self.w.shape)}")
         return self.w.sigmoid()
 
     def neuronal_charge(self, x: Tensor) -> None:

@@ -6,7 +6,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -299,6 +300,24 @@ class _EagerMultiStep(torch.autograd.Function):
         return None, None, *found[: len(saved)]
 
 
+@contextlib.contextmanager
+def _without_saved_tensor_hooks() -> Iterator[None]:
+    """torch.func refuses to run within hooks such as those of :class:`snnfast.packed_spikes`."""
+    hooks = torch._C._autograd
+    taken = []
+    while hasattr(hooks, "_top_saved_tensors_default_hooks"):
+        top = hooks._top_saved_tensors_default_hooks(True)
+        if top is None:
+            break
+        taken.append(top)
+        hooks._pop_saved_tensors_default_hooks()
+    try:
+        yield
+    finally:
+        for top in reversed(taken):
+            hooks._push_saved_tensors_default_hooks(*top)
+
+
 class _MultiStepBackward(torch.autograd.Function):
     """The backward as a function of its own, so that it can be differentiated again, through the reference loop. The
     arguments are the backward op's."""
@@ -314,6 +333,7 @@ class _MultiStepBackward(torch.autograd.Function):
         ctx.set_materialize_grads(False)
 
     @staticmethod
+    @_without_saved_tensor_hooks()
     def backward(ctx: Any, *grad_grads: Tensor | None) -> tuple[Any, ...]:
         saved = _saved(ctx)
         constants, own_gradients = Constants._make(ctx.numbers[:-2]), ctx.numbers[-1]

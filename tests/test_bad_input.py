@@ -31,6 +31,11 @@ CASES = {
     "state no number": (lambda: functional.if_multi_step(X, "0"), TypeError, r"v must be a number"),
     "w's size": (lambda: functional.plif_multi_step(X, 0.0, torch.zeros(2)), TypeError, r"w must be"),
     "w's device": (lambda: functional.plif_multi_step(X, 0.0, torch.zeros((), device="meta")), ValueError, r"w .*cpu"),
+    "w's size in a module": (
+        lambda: torch.func.functional_call(snnfast.ParametricLIFNode(step_mode="m"), {"w": torch.zeros(2)}, X),
+        ValueError,
+        r"w must be one number .*\(2,\)",
+    ),
     "tau 1": (lambda: snnfast.LIFNode(tau=1.0), ValueError, r"tau .*above 1, got 1.0.*IFNode"),
     "tau nan": (lambda: snnfast.LIFNode(tau=float("nan")), ValueError, r"tau .*nan"),
     "tau inf": (lambda: snnfast.LIFNode(tau=float("inf")), ValueError, r"tau .*inf"),

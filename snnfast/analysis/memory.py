@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .. import memory
 from ._tables import table
 
 __all__ = ["ParameterTable", "parameter_table", "saved_bytes"]
@@ -87,7 +88,7 @@ def saved_bytes(function: Callable[..., Any], *args: Any, **kwargs: Any) -> int:
     Counted are the storages of all tensors that autograd saves, each storage once and whole, however many tensors look
     into it; parameters and buffers, where ``function`` is a module, are left out, for they are there anyway. The input
     is counted if it is kept, and so is what the function itself lets go again before it returns. Tensors that a custom
-    function hides from autograd are not seen.
+    function hides from autograd are not seen. Within :class:`snnfast.packed_spikes`, what that keeps is counted.
 
     Args:
         function: a module or any function; it is called once, with gradients.
@@ -106,15 +107,23 @@ def saved_bytes(function: Callable[..., Any], *args: Any, **kwargs: Any) -> int:
     if isinstance(function, nn.Module):
         own = {t.untyped_storage().data_ptr() for t in [*function.parameters(), *function.buffers()]}
     kept: dict[int, int] = {}
-    alive = []  # a freed storage's address would be used again
+    alive: list[Any] = []  # a freed storage's address would be used again
+    packing = memory.is_packing()
 
-    def pack(t: Tensor) -> Tensor:
+    def pack(t: Tensor) -> Any:
         storage = t.untyped_storage()
-        if storage.data_ptr() not in own and storage.nbytes():
+        packed = memory.made_smaller(t) if packing and storage.data_ptr() not in own else None
+        if packed is not None:
+            kept[id(packed)] = packed.nbytes
+            alive.append(packed)
+        elif storage.data_ptr() not in own and storage.nbytes():
             kept[storage.data_ptr()] = storage.nbytes()
             alive.append(storage)
-        return t
+        return packed or t
 
-    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+    def unpack(kept: Any) -> Tensor:
+        return kept if isinstance(kept, Tensor) else kept.unpack()
+
+    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, unpack):
         function(*args, **kwargs)
     return sum(kept.values())

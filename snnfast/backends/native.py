@@ -20,7 +20,7 @@ from torch import Tensor
 from ..dynamics import NEURONS, Constants, Inputs
 from ..surrogate import SURROGATES
 
-_CALLS = 4  # csrc/bindings.cpp: what this module calls
+_CALLS = 5  # csrc/bindings.cpp: what this module calls
 try:
     _C: Any = importlib.import_module("snnfast._C")
 except ImportError as error:
@@ -300,6 +300,39 @@ def batch_norm_backward_input(
     """Turn ``g`` in ``grad_x`` into ``g * scale + (x - centre) * slope + offset``."""
     given = {"scale": scale, "centre": centre, "slope": slope, "offset": offset, "grad_x": grad_x}
     _batch_norm(_BACKWARD_INPUT, _NO_NEURON, x, scale.shape[0], **given)
+
+
+# ---- tensors of two values as bits ----
+def pack_bits(t: Tensor, bits: Tensor) -> int | None:
+    """Write a dense CPU tensor as one bit an element, in memory order, where it holds 0 and at most one other value.
+
+    ``bits`` is uint8, of whole 8-byte words. Returns the other value as its bits, or ``None`` where there are more.
+    """
+    return _C.cpu_pack_bits(torch.get_num_threads(), t.element_size(), t.numel(), t.data_ptr(), bits.data_ptr())
+
+
+def unpack_bits(bits: Tensor, one: int, to: Tensor) -> None:
+    """The reverse of :func:`pack_bits` into a dense tensor."""
+    _C.cpu_unpack_bits(torch.get_num_threads(), to.element_size(), to.numel(), to.data_ptr(), bits.data_ptr(), one)
+
+
+def _cuda_bits(call: Any, t: Tensor, bits: Tensor, one: int) -> None:
+    stream = torch.cuda.current_stream(t.device).cuda_stream
+    other = bits.data_ptr() + bits.numel() - 8
+    call(t.device.index, stream, t.element_size(), t.numel(), t.data_ptr(), bits.data_ptr(), one, other)
+
+
+def cuda_pack_bits(t: Tensor, bits: Tensor, one: int) -> None:
+    """The same on a GPU for a tensor that is known to hold 0 and the value whose bits are ``one``, and nothing else.
+
+    ``bits`` is zeros and has 8 bytes more than the words, where the GPU notes that this was wrong after all.
+    """
+    _cuda_bits(_C.cuda_pack_bits, t, bits, one)
+
+
+def cuda_unpack_bits(bits: Tensor, one: int, to: Tensor) -> None:
+    """The reverse of :func:`cuda_pack_bits`; NaN where other values than the two had been there."""
+    _cuda_bits(_C.cuda_unpack_bits, to, bits, one)
 
 
 def openmp_runtimes() -> list[str]:

@@ -155,12 +155,18 @@ class Dropout(nn.Module):
     def __init__(self, p: float, kind: str, timesteps: int, always: bool = False) -> None:
         super().__init__()
         self.p, self.kind, self.timesteps, self.always = p, kind, timesteps, always
+        self.keeps_mask = False  # for snnfast.chunked, whose calls are parts of one
+        self.mask: Tensor | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         if not (self.training or self.always) or self.p == 0:
             return x
         x = x.unflatten(0, (self.timesteps, -1))
-        mask = getattr(torch, self.kind)(torch.ones_like(x[0]), self.p, True)
+        mask = self.mask if self.keeps_mask else None
+        if mask is None:
+            mask = getattr(torch, self.kind)(torch.ones_like(x[0]), self.p, True)
+        if self.keeps_mask:
+            self.mask = mask
         return (x * mask).flatten(0, 1)
 
     def extra_repr(self) -> str:

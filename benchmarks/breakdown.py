@@ -1,0 +1,132 @@
+"""Where the time of a training step goes: clocks around the calls of a network's layers, forward and backward.
+
+Before a layer and behind it stands an identity whose forward and whose backward take the time, so a layer's backward is
+what passes between the two: that holds because autograd runs a chain without branches from its end to its beginning.
+On a GPU the clocks are events of the stream.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from snnfast.fused.fuse import Deferred
+
+from .measure import synchronize
+
+KINDS: dict[str, tuple[type[nn.Module], ...]] = {
+    "convolutions": (nn.modules.conv._ConvNd,),
+    "linear": (nn.Linear,),
+    "norms": (nn.modules.batchnorm._BatchNorm,),
+    "pooling": (nn.modules.pooling._MaxPoolNd, nn.modules.pooling._AvgPoolNd, nn.modules.pooling._AdaptiveAvgPoolNd),
+}
+
+
+class _Mark(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, at_backward: Callable[[], None]) -> Tensor:
+        ctx.at_backward = at_backward
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        ctx.at_backward()
+        return grad, None
+
+
+class Breakdown:
+    """Clocks in the layers of ``net``: after :meth:`measure`, ``seconds`` has forward and backward of each kind.
+
+    Args:
+        neurons: the modules that count as neurons; nothing inside them is measured by itself.
+    """
+
+    def __init__(self, net: nn.Module, neurons: list[nn.Module], device: str) -> None:
+        self.device = device
+        self.seconds: dict[str, tuple[float, float]] = {}
+        self._spans: dict[str, tuple[list[Any], list[Any]]] = defaultdict(lambda: ([], []))
+        self._handles: list[Any] = []
+        inside = {m for n in neurons for m in n.modules()}
+        for module in net.modules():
+            if module in neurons:
+                self._watch(module, "neurons")
+            elif module not in inside:
+                for kind, classes in KINDS.items():
+                    if isinstance(module, classes):
+                        self._watch(module, kind)
+
+    def _now(self) -> Any:
+        if self.device == "cpu":
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def _watch(self, module: nn.Module, kind: str) -> None:
+        calls: list[dict[str, Any]] = []
+        spans = self._spans[kind]
+
+        def before(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+            call: dict[str, Any] = {}
+            calls.append(call)
+
+            def grad_is_done() -> None:
+                if "backward" in call:  # not where a fused norm hands its input on: its neuron's clock runs
+                    spans[1].append((call["backward"], self._now()))
+
+            x = args[0]
+            if isinstance(x, Deferred):
+                x.x = _mark(x.x, grad_is_done)
+            else:
+                x = _mark(x, grad_is_done)
+            call["forward"] = self._now()
+            return x, *args[1:]
+
+        def after(_: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+            call = calls.pop()
+            if not isinstance(output, Tensor):
+                return output
+            spans[0].append((call["forward"], self._now()))
+            return _mark(output, lambda: call.__setitem__("backward", self._now()))
+
+        # Before the hooks of to_spiking, so that what they do counts.
+        self._handles += [
+            module.register_forward_pre_hook(before, prepend=True),
+            module.register_forward_hook(after),
+        ]
+
+    def measure(self, step: Callable[[], Any], rounds: int) -> float:
+        """Run ``step`` some times; returns its mean seconds, which the clocks are a small part of."""
+        step()
+        self._spans_clear()
+        synchronize(self.device)
+        start = time.perf_counter()
+        for _ in range(rounds):
+            step()
+        synchronize(self.device)
+        whole = (time.perf_counter() - start) / rounds
+        for kind, spans in self._spans.items():
+            self.seconds[kind] = tuple(sum(map(self._length, s)) / rounds for s in spans)  # type: ignore[assignment]
+        return whole
+
+    def _length(self, span: tuple[Any, Any]) -> float:
+        start, end = span
+        return end - start if self.device == "cpu" else start.elapsed_time(end) / 1e3
+
+    def _spans_clear(self) -> None:
+        for forward, backward in self._spans.values():
+            forward.clear()
+            backward.clear()
+
+    def remove(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+
+def _mark(x: Any, at_backward: Callable[[], None]) -> Any:
+    return _Mark.apply(x, at_backward) if isinstance(x, Tensor) else x

@@ -1,0 +1,338 @@
+"""Networks that only infer: batch norms folded into the convolutions before them, and whole forwards as CUDA graphs."""
+
+from __future__ import annotations
+
+import copy
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn.utils import parametrize
+from torch.nn.utils.fusion import fuse_conv_bn_weights
+from torch.utils._pytree import tree_map
+
+from . import functional, layer
+from .fused.batch_norm import PLAIN_NORMS, STEP_NORMS, has_hooks
+from .fused.fuse import _LEAVES, _shared_parameters, _Tracer, fuse, unfuse
+
+__all__ = ["Captured", "InferenceReport", "capture", "optimize_for_inference"]
+
+_NORM = nn.modules.batchnorm._BatchNorm
+_CONVOLUTIONS: tuple[type, ...] = (
+    nn.Conv1d, nn.Conv2d, nn.Conv3d, layer.Conv1d, layer.Conv2d, layer.Conv3d,
+)  # fmt: skip
+_TRANSPOSED: tuple[type, ...] = (
+    nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d,
+    layer.ConvTranspose1d, layer.ConvTranspose2d, layer.ConvTranspose3d,
+)  # fmt: skip
+# SpikingJelly's layers are the same operations with a step mode, known by name: it need not be installed.
+_THEIR_LAYERS = {c.__name__: c for c in (*_CONVOLUTIONS[:3], *_TRANSPOSED[:3])}
+_PEERS = ("spikingjelly", "snntorch", "norse", "sinabs")
+_THEIR_NORMS = {c.__name__: c for c in PLAIN_NORMS}
+
+
+@dataclass
+class InferenceReport:
+    """What :func:`optimize_for_inference` did with the batch norms of a network, by their names.
+
+    Attributes:
+        folded: ``(layer, norm)`` where the norm became part of the layer's weights.
+        fused: ``(norm, neuron)`` that run as one (:func:`snnfast.fuse`).
+        left_alone: norms that stay as they were, with the reason.
+    """
+
+    folded: list[tuple[str, str]] = field(default_factory=list)
+    fused: list[tuple[str, str]] = field(default_factory=list)
+    left_alone: dict[str, str] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        counts = len(self.folded), len(self.fused), len(self.left_alone)
+        words = "batch norms folded into the convolution before: {}, fused with the neuron behind: {}, left alone: {}"
+        lines = [words.format(*counts)]
+        lines += [f"  {before} <- {norm}" for before, norm in self.folded]
+        lines += [f"  {norm} + {neuron}" for norm, neuron in self.fused]
+        lines += [f"  {norm} left alone: {reason}" for norm, reason in self.left_alone.items()]
+        return "\n".join(lines)
+
+
+# ---- folding ----
+def _kind(module: nn.Module, known: tuple[type, ...], theirs: dict[str, Any]) -> type | None:
+    """The class of ``module`` if its forward is known: ours, torch's, or SpikingJelly's layer of that name."""
+    cls = type(module)
+    if cls in known:
+        return cls
+    if (
+        cls.__module__.startswith("spikingjelly.")
+        and cls.__name__ in theirs
+        and isinstance(module, theirs[cls.__name__])
+    ):
+        return theirs[cls.__name__]
+    return None
+
+
+def _before(module: nn.Module) -> type | None:
+    return _kind(module, _CONVOLUTIONS + _TRANSPOSED, _THEIR_LAYERS)
+
+
+@dataclass
+class _Seen:
+    """What the traces show of a network's calls."""
+
+    before: dict[nn.Module, nn.Module] = field(default_factory=dict)  # of each norm
+    reasons: dict[nn.Module, str] = field(default_factory=dict)
+    calls: Counter[nn.Module] = field(default_factory=Counter)
+    fetched: set[str] = field(default_factory=set)  # names of parameters and buffers that a forward reads by itself
+
+
+class _AllReads(_Tracer):
+    proxy_buffer_attributes = True  # a forward that reads a running mean itself shall show
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        # Other libraries' neurons: they have their surrogate as a child and a forward that no trace can follow.
+        stateful = any(callable(getattr(m, name, None)) for name in ("reset", "reset_mem", "reset_states"))
+        theirs = any(c.__module__.partition(".")[0] in _PEERS for c in type(m).__mro__)
+        return (stateful and theirs) or super().is_leaf_module(m, module_qualified_name)
+
+
+def _look(module: nn.Module, prefix: str, seen: _Seen) -> None:
+    """Look through the largest parts of ``module`` that can be traced."""
+    if isinstance(module, _LEAVES) or not any(True for _ in module.children()):
+        return
+    try:
+        graph = _AllReads().trace(module)
+    except Exception:  # whatever a user's forward raises on a stand-in for its input
+        for name, child in module.named_children():
+            _look(child, f"{prefix}{name}.", seen)
+        return
+
+    def called(node: Any) -> nn.Module | None:
+        found = isinstance(node, fx.Node) and node.op == "call_module"
+        return module.get_submodule(str(node.target)) if found else None
+
+    for node in graph.nodes:
+        if node.op == "get_attr":
+            seen.fetched.add(prefix + str(node.target))
+        norm = called(node)
+        if norm is None:
+            continue
+        seen.calls[norm] += 1
+        if not isinstance(norm, _NORM):
+            continue
+        source = node.args[0] if len(node.args) == 1 and not node.kwargs else None
+        before = called(source)
+        if before is None or _before(before) is None:
+            came = "what goes into it" if not isinstance(source, fx.Node) else str(source)
+            seen.reasons[norm] = f"{came} is not the output of a convolution that is known here"
+        elif len(source.users) > 1:  # type: ignore[union-attr]
+            users = ", ".join(str(u) for u in source.users)  # type: ignore[union-attr]
+            seen.reasons[norm] = f"the output of {source} is used {len(source.users)} times: by {users}"  # type: ignore[union-attr]
+        else:
+            seen.before[norm] = before
+
+
+def _why_not_folded(
+    norm: Any, before: Any, names: dict[nn.Module, list[str]], seen: _Seen, shared: set[int]
+) -> str | None:
+    norm_kind = _kind(norm, PLAIN_NORMS + STEP_NORMS, _THEIR_NORMS)
+    if norm_kind is None:
+        return f"{type(norm).__name__} is not one of the batch norms that are known here"
+    if norm.running_mean is None or norm.running_var is None:
+        return "it has no running statistics: it takes those of each batch"
+    for module, word in ((before, "the convolution before"), (norm, "the norm")):
+        if seen.calls[module] > 1 or len(names[module]) > 1:
+            return f"{word} is called, or named, more than once"
+        if any(id(t) in shared for t in (*module._parameters.values(), *module._buffers.values()) if t is not None):
+            return f"{word} shares a parameter with another module"
+        if parametrize.is_parametrized(module) or "weight" not in module._parameters:
+            return f"{word} computes its weight anew at each call"
+        if "forward" in module.__dict__:
+            return f"{word} has a forward of its own"
+        if has_hooks(module):
+            return f"{word} has hooks"
+        if any(f"{names[module][0]}.{name}" in seen.fetched for name in ("weight", "bias", *module._buffers)):
+            return f"a parameter of {word} is read by the model's forward itself"
+    for t in (before.weight, before.bias, norm.running_mean, norm.running_var, norm.weight, norm.bias):
+        if t is not None and (type(t) not in (Tensor, nn.Parameter) or not t.is_floating_point()):
+            return f"a parameter is a {type(t).__name__} of {t.dtype}"
+    if getattr(before, "step_mode", "s") != getattr(norm, "step_mode", "s"):
+        return f"the convolution before is in step mode {before.step_mode!r} and the norm in {norm.step_mode!r}"
+    if _before(before) in _TRANSPOSED and before.groups > 1:
+        return "the convolution before is a transposed convolution in groups"
+    if norm.num_features != before.out_channels:
+        return f"a {type(norm).__name__} of {norm.num_features} channels does not fit behind {before.out_channels}"
+    return None
+
+
+def _fold(norm: Any, before: Any) -> None:
+    """``norm`` into the weight and bias of ``before``, computed in float64 and rounded once."""
+    weight, bias = before.weight, before.bias
+    values: Any = weight, bias, norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias
+    double: Any = [v.detach().double() if isinstance(v, Tensor) else v for v in values]
+    fold: Any = partial(fuse_conv_bn_weights, transpose=_before(before) in _TRANSPOSED)
+    before.weight, before.bias = (
+        nn.Parameter(v.detach().to(weight.dtype).contiguous(memory_format=_format_of(weight, v)), requires_grad=False)
+        for v in fold(*double)
+    )
+
+
+def _format_of(weight: Tensor, value: Tensor) -> torch.memory_format:
+    if value.dim() == 4 and weight.is_contiguous(memory_format=torch.channels_last) and not weight.is_contiguous():
+        return torch.channels_last
+    return torch.contiguous_format
+
+
+def _without_folded(parent: nn.Module, child: str) -> None:
+    training = parent.get_submodule(child).training
+    parent.add_module(child, nn.Identity().train(training))
+
+
+def _with_residual(net: nn.Module) -> set[str]:
+    """Norms that :func:`fuse` runs with a residual connection and the neuron: one pass, which folding would make two.
+
+    The CPU has kernels for that; elsewhere such a pair runs as the modules do, and folding is better.
+    """
+    if any(t.device.type != "cpu" for _, t in _tensors(net)):
+        return set()
+    connected = set(fuse(net).connected)
+    unfuse(net)
+    return connected
+
+
+def optimize_for_inference(model: nn.Module) -> tuple[Any, InferenceReport]:
+    """A copy of ``model`` that only infers, and faster: in evaluation mode, without gradients, its batch norms gone.
+
+    A batch norm whose input is the output of a convolution, which goes nowhere else, becomes part of the convolution's
+    weights (an :class:`torch.nn.Identity` stands in its place). Any other one that a neuron follows runs together with
+    it (:func:`snnfast.fuse`), and so does, on the CPU, one that meets a residual connection there. Neurons keep nothing
+    for a backward. Outputs equal those of ``model.eval()`` within rounding: a spike may differ only where the charge is
+    within rounding of the threshold. The model itself is not changed, and the copy starts from the initial state.
+
+    Args:
+        model: any module; what might come out different is left alone, and the report says why.
+
+    Returns:
+        The copy, an instance of the same class, and an :class:`InferenceReport`, which prints.
+
+    Raises:
+        TypeError: ``model`` is not a module.
+
+    Example:
+        >>> from snnfast import LIFNode
+        >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), LIFNode(timesteps=4))
+        >>> fast, report = optimize_for_inference(net)
+        >>> print(report)
+        batch norms folded into the convolution before: 1, fused with the neuron behind: 0, left alone: 0
+          0 <- 1
+        >>> fast(torch.rand(4 * 2, 3, 8, 8)).shape
+        torch.Size([8, 8, 6, 6])
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    net = copy.deepcopy(model).eval().requires_grad_(False)
+    unfuse(net)
+    functional.reset_net(net)
+    names: dict[nn.Module, list[str]] = {}
+    for name, module in net.named_modules(remove_duplicate=False):
+        names.setdefault(module, []).append(name)
+    seen, shared, report = _Seen(), _shared_parameters(net), InferenceReport()
+    _look(net, "", seen)
+    better_fused = _with_residual(net)
+    reasons: dict[str, str] = {}
+    for norm, paths in names.items():
+        if not isinstance(norm, _NORM):
+            continue
+        before = seen.before.get(norm)
+        if paths[0] in better_fused:
+            reasons[paths[0]] = "a residual connection is better fused with it"
+        elif before is None:
+            reasons[paths[0]] = seen.reasons.get(norm, "the forward around it cannot be traced, or does not call it")
+        elif (reason := _why_not_folded(norm, before, names, seen, shared)) is not None:
+            reasons[paths[0]] = reason
+        else:
+            _fold(norm, before)
+            report.folded.append((names[before][0], paths[0]))
+    for _, name in report.folded:
+        parent, _, child = name.rpartition(".")
+        _without_folded(net.get_submodule(parent), child)
+    fused = fuse(net)
+    report.fused = fused.fused
+    for name, reason in fused.left_alone.items():
+        report.left_alone[name] = f"not folded: {reasons[name]}; not fused: {reason}"
+    return net, report
+
+
+# ---- CUDA graphs ----
+class Captured:
+    """A model's forward as one CUDA graph; see :func:`capture`.
+
+    Attributes:
+        model: the module whose weights the graph reads: changing them in place changes the replays.
+    """
+
+    def __init__(self, model: nn.Module, sample: Tensor, warmup: int = 3) -> None:
+        self.model = model
+        self._input = sample.clone(memory_format=torch.preserve_format)
+        stream = torch.cuda.Stream(sample.device)
+        stream.wait_stream(torch.cuda.current_stream(sample.device))
+        with torch.cuda.stream(stream), torch.no_grad():
+            for _ in range(warmup):  # kernels are loaded and autotuned here, which a capture does not allow
+                functional.reset_net(model)
+                model(self._input)
+        torch.cuda.current_stream(sample.device).wait_stream(stream)
+        self._graph = torch.cuda.CUDAGraph()
+        functional.reset_net(model)  # before the capture: the recorded kernels start from the initial state
+        with torch.no_grad(), torch.cuda.graph(self._graph):
+            self._output = model(self._input)
+        functional.reset_net(model)  # the states that the capture left live in the graph's memory
+
+    def __call__(self, x: Tensor) -> Any:
+        """The output for ``x``, of the sample's shape and dtype; a new tensor at each call."""
+        if x.shape != self._input.shape or x.dtype != self._input.dtype:
+            raise ValueError(
+                f"x must be {self._input.dtype} of shape {tuple(self._input.shape)}, as the sample that was captured, "
+                f"got {x.dtype} of shape {tuple(x.shape)}"
+            )
+        self._input.copy_(x)
+        self._graph.replay()
+        return tree_map(lambda t: t.clone() if isinstance(t, Tensor) else t, self._output)
+
+
+def capture(model: nn.Module, sample: Tensor) -> Captured:
+    """Record a forward of ``model`` on ``sample`` as a CUDA graph: one launch instead of one for each kernel.
+
+    What pays where kernels are shorter than their launches: small batches. Every replay starts from the neurons'
+    initial state, so replays do not depend on each other; states are not carried from one to the next.
+
+    Args:
+        model: a network in evaluation mode on a CUDA device, such as :func:`optimize_for_inference` returns.
+        sample: an input on that device, of the shape, dtype and memory format of those to come.
+
+    Returns:
+        A callable ``x -> output`` for inputs of the sample's shape.
+
+    Raises:
+        TypeError: ``model`` is not a module, or ``sample`` not a tensor.
+        RuntimeError: ``sample`` or a parameter is not on a CUDA device.
+        ValueError: ``model`` is in training mode.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    if not isinstance(sample, Tensor):
+        raise TypeError(f"sample must be a tensor, got {type(sample).__name__}")
+    for name, t in (("sample", sample), *_tensors(model)):
+        if t.device.type != "cuda":
+            hint = "" if torch.cuda.is_available() else "; torch sees no CUDA device here"
+            raise RuntimeError(f"a CUDA graph needs everything on a CUDA device, but {name} is on {t.device}{hint}")
+    training = [name or type(model).__name__ for name, m in model.named_modules() if m.training]
+    if training:
+        raise ValueError(f"model must be in evaluation mode (model.eval()), but {training[0]} is in training mode")
+    return Captured(model, sample)
+
+
+def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    yield from model.named_parameters()
+    yield from model.named_buffers()
