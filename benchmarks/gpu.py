@@ -19,6 +19,7 @@ import torch
 from snnfast import backends, dynamics
 from snnfast.dynamics import NEURONS, Constants, Inputs
 
+from . import gpu_bn
 from .cpu_targets import Row, at_least, at_most
 from .measure import RESULTS, environment, per_call
 from .workloads import check_spikes, forward_backward, fused, plain_loop, random_input, spikingjelly
@@ -134,7 +135,7 @@ def main() -> None:
     device["copy bandwidth"] = f"{ceiling / 1e12:.2f} TB/s, read + write"
     print(device)
     rows: list[Row] = []
-    for part in (lambda: bandwidth(ceiling), against_peers, overhead):
+    for part in (lambda: bandwidth(ceiling), lambda: gpu_bn.rows(event_time, ceiling), against_peers, overhead):
         found = part()
         rows += found
         for row in found:

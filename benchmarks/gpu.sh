@@ -25,7 +25,7 @@ fi
 export SNNFAST_CUDA_ARCHS=${SNNFAST_CUDA_ARCHS:-$($PYTHON -c 'import torch; print("%d%d" % torch.cuda.get_device_capability())')}
 step build 240 "$PYTHON" setup.py build_ext --inplace
 step versions 60 "$PYTHON" -m snnfast
-step tests 240 "$PYTHON" -m pytest -q -p no:cacheprovider tests/test_parity.py tests/test_torch.py tests/test_gpu.py
+step tests 240 "$PYTHON" -m pytest -q -p no:cacheprovider tests/test_parity.py tests/test_torch.py tests/test_gpu.py tests/test_gpu_bn.py
 if command -v compute-sanitizer >/dev/null; then
   step memcheck 120 compute-sanitizer --tool memcheck --error-exitcode 9 "$PYTHON" -m benchmarks.gpu_sanitize
   step racecheck 120 compute-sanitizer --tool racecheck --error-exitcode 9 "$PYTHON" -m benchmarks.gpu_sanitize

@@ -217,3 +217,5 @@ std::string cuda_backward(const Call& call, int device, void* stream) {
 #endif
 
 }  // namespace snnfast
+
+#include "cuda_bn_launch.h"

@@ -173,9 +173,12 @@ SNNFAST_DEVICE void with_known_division(Params<R> p, F f) {
 
 // A row of x or grad_s and those that follow it in the direction of the walk, `stride` elements apart, of which up to
 // kAhead are in flight.
-template <class T, int W, int kAhead, bool kExact>
+template <class T, int W, int kAhead_, bool kExact_>
 struct Rows {
-  const T* next;  // the first that is not yet asked for
+  static constexpr int kAhead = kAhead_;
+  static constexpr bool kExact = kExact_;
+  static constexpr bool kConnects = false;  // whether something meets the spikes
+  const T* next;                            // the first that is not yet asked for
   int64_t stride;
   int64_t left;  // how many of those there are
   Pack<T, W> ahead[kAhead];
@@ -197,11 +200,13 @@ struct Rows {
   }
 };
 
-// Takes the state through `count` steps (kAhead of them if exact) and calls after_step(i, spikes, tape, state) for
-// each, with i a constant in the exact case.
-template <class Neuron, bool multiplies, class T, class R, int W, int kAhead, bool kExact, class F>
-SNNFAST_DEVICE void walk(Rows<T, W, kAhead, kExact>& x, int64_t count, R (&state)[W][Neuron::kStates],
+// Takes the state through `count` steps (kAhead of them if exact) of Rows, or of what gives its rows another way, and
+// calls after_step(i, spikes, tape, state) for each, with i a constant in the exact case.
+template <class Neuron, bool multiplies, class Source, class R, int W, class F>
+SNNFAST_DEVICE void walk(Source& x, int64_t count, R (&state)[W][Neuron::kStates],
                          const OwnParameters<Neuron, R, W>& own, const Params<R>& params, F after_step) {
+  constexpr int kAhead = Source::kAhead;
+  constexpr bool kExact = Source::kExact;
   with_known_division<multiplies && Neuron::kDivides>(params, [&](const Params<R> p) {
     for (int64_t base = 0; kExact ? base == 0 : base < count; base += kAhead) {
       SNNFAST_UNROLL
@@ -238,33 +243,41 @@ SNNFAST_DEVICE void surrogate_derivatives(const R (&tape)[W][Neuron::kTape], con
 }
 
 // ---- forward ----
+// The forward of the neurons from n on.
+template <class Neuron, class T, int W, class Source, class R>
+SNNFAST_DEVICE void forward_neurons(const Call& c, const Params<R>& p, int64_t n, Source& x) {
+  R state[W][Neuron::kStates];
+  load_states(c.state, n, c.v_init, state);
+  const OwnParameters<Neuron, R, W> own(c, n);
+  T* s_out = static_cast<T*>(c.s) + n;
+  R* v_seq = c.v_seq ? static_cast<R*>(c.v_seq) + n : nullptr;
+  const auto after_step = [&](int64_t, const R(&s)[W], const R(&)[W][Neuron::kTape],
+                              const R(&now)[W][Neuron::kStates]) {
+    if constexpr (Source::kConnects) {
+      R out[W];
+      x.meet(s, out);
+      store(s_out, out);
+    } else {
+      store(s_out, s);
+    }
+    s_out += c.N;
+    if (v_seq) {
+      store_state(v_seq, 0, now);
+      v_seq += c.N;
+    }
+  };
+  walk<Neuron, (W > 1)>(x, c.T, state, own, p, after_step);
+  SNNFAST_UNROLL
+  for (int k = 0; k < Neuron::kStates; ++k) store_state(static_cast<R*>(c.final_state[k]) + n, k, state);
+}
+
 template <class Neuron, class T, int kT, int kAhead, int W>
 __global__ void __launch_bounds__(kThreads, 1)
     forward_kernel(const Call c, const Params<typename StateOf<T>::type> params) {
-  using R = typename StateOf<T>::type;
-  constexpr bool kExact = kT != kOpen;
   const int64_t n = (int64_t(blockIdx.x) * kThreads + threadIdx.x) * W;
-  if (n < c.N) {
-    const Params<R> p = with_decay<Neuron>(params, c);
-    Rows<T, W, kAhead, kExact> x(static_cast<const T*>(c.x) + n, c.N, c.T);
-    R state[W][Neuron::kStates];
-    load_states(c.state, n, c.v_init, state);
-    const OwnParameters<Neuron, R, W> own(c, n);
-    T* s_out = static_cast<T*>(c.s) + n;
-    R* v_seq = c.v_seq ? static_cast<R*>(c.v_seq) + n : nullptr;
-    const auto after_step = [&](int64_t, const R(&s)[W], const R(&)[W][Neuron::kTape],
-                                const R(&now)[W][Neuron::kStates]) {
-      store(s_out, s);
-      s_out += c.N;
-      if (v_seq) {
-        store_state(v_seq, 0, now);
-        v_seq += c.N;
-      }
-    };
-    walk<Neuron, (W > 1)>(x, c.T, state, own, p, after_step);
-    SNNFAST_UNROLL
-    for (int k = 0; k < Neuron::kStates; ++k) store_state(static_cast<R*>(c.final_state[k]) + n, k, state);
-  }
+  if (n >= c.N) return;
+  Rows<T, W, kAhead, kT != kOpen> x(static_cast<const T*>(c.x) + n, c.N, c.T);
+  forward_neurons<Neuron, T, W>(c, with_decay<Neuron>(params, c), n, x);
 }
 
 // ---- backward ----
@@ -275,15 +288,14 @@ struct Backward {
   const Params<R>& p;
   const OwnParameters<Neuron, R, W> own;
   int64_t N;
-  const R* grad_v_seq;  // at the step that is next, like grad_x; null for none
-  T* grad_x;
+  const R* grad_v_seq;  // at the step that is next; null for none
   R grad_state[W][Neuron::kStates];
   R grad_decay;
   R grad_own[W][Neuron::kOwn > 0 ? Neuron::kOwn : 1];
 
   SNNFAST_DEVICE void step(const R (&grad_s)[W], const R (&tape)[W][Neuron::kTape],
-                           const R (&before)[W][Neuron::kStates]) {
-    R grad_x_now[W], derivative[W];
+                           const R (&before)[W][Neuron::kStates], R (&grad_x)[W]) {
+    R derivative[W];
     if (grad_v_seq) {
       R grad_v[W];
       unpack(load<W>(grad_v_seq), grad_v);
@@ -295,14 +307,30 @@ struct Backward {
     SNNFAST_UNROLL
     for (int w = 0; w < W; ++w) {
       ParameterGradients<R> grads{};
-      grad_x_now[w] =
+      grad_x[w] =
           Neuron::step_backward(grad_s[w], grad_state[w], tape[w], before[w], derivative[w], own.values[w], p, grads);
       if constexpr (Neuron::kLearnable) grad_decay += grads.decay;
       SNNFAST_UNROLL
       for (int k = 0; k < Neuron::kOwn; ++k) grad_own[w][k] += grads.own[k];
     }
-    store(grad_x, grad_x_now);
-    grad_x -= N;
+  }
+};
+
+// Where the gradients of the rows go, from the last to the first: to grad_x. Another sink may want the rows of x too.
+template <class T, int W>
+struct GradientRows {
+  using R = typename StateOf<T>::type;
+  static constexpr bool kWantsInput = false;
+  static constexpr bool kConnects = false;
+  T* next;
+  int64_t N;
+
+  SNNFAST_DEVICE GradientRows(const Call& c, int64_t n)
+      : next(static_cast<T*>(c.grad_x) + (c.T - 1) * c.N + n), N(c.N) {}
+  SNNFAST_DEVICE const T* skip_to_meet() const { return nullptr; }
+  SNNFAST_DEVICE void put(int64_t, const R (&grad)[W], const R (&)[W]) {
+    store(next, grad);
+    next -= N;
   }
 };
 template <class Neuron, class T, int W>
@@ -310,8 +338,7 @@ SNNFAST_DEVICE Backward<Neuron, T, W> start_backward(const Call& c, const Params
                                                      int64_t n) {
   using R = typename StateOf<T>::type;
   const int64_t last = (c.T - 1) * c.N + n;
-  Backward<Neuron, T, W> back{p,  {c, n}, c.N, static_cast<const R*>(c.grad_v_seq), static_cast<T*>(c.grad_x) + last,
-                              {}, R(0),   {}};
+  Backward<Neuron, T, W> back{p, {c, n}, c.N, static_cast<const R*>(c.grad_v_seq), {}, R(0), {}};
   if (back.grad_v_seq) back.grad_v_seq += last;
   load_states(c.grad_final_state, n, 0.0, back.grad_state);
   return back;
@@ -343,11 +370,25 @@ SNNFAST_DEVICE void forget([[maybe_unused]] R (&tape)[kT][W][kTape]) {
 #endif
 }
 
+// Nor that rows read before are those still packed here, or it would keep them unpacked: twice the registers.
+template <class T, int W, int count>
+SNNFAST_DEVICE void forget([[maybe_unused]] Pack<T, W> (&rows)[count]) {
+#ifdef __CUDA_ARCH__
+  SNNFAST_UNROLL
+  for (int t = 0; t < count; ++t) {
+    uint32_t words[sizeof(rows[t]) / 4];
+    memcpy(words, &rows[t], sizeof(words));
+    SNNFAST_UNROLL
+    for (int i = 0; i < int(sizeof(words) / 4); ++i) asm volatile("" : "+r"(words[i]));
+    memcpy(&rows[t], words, sizeof(words));
+  }
+#endif
+}
+
 // The backward of the neurons from n on, the tape in registers; returns their part of the decay's gradient.
-template <class Neuron, class T, int kT, int W, class R>
-SNNFAST_DEVICE double backward_exact(const Call& c, const Params<R>& p, int64_t n) {
+template <class Neuron, class T, int kT, int W, class Source, class Sink, class R>
+SNNFAST_DEVICE double backward_exact(const Call& c, const Params<R>& p, int64_t n, Source& x, Sink& sink) {
   constexpr int kStates = Neuron::kStates, kTape = Neuron::kTape;
-  Rows<T, W, kT, true> x(static_cast<const T*>(c.x) + n, c.N, kT);
   R start[W][kStates], state[W][kStates], all[kT][W][kTape];
   load_states(c.state, n, c.v_init, start);
   Pack<T, W> grad_s[kT];
@@ -362,10 +403,16 @@ SNNFAST_DEVICE double backward_exact(const Call& c, const Params<R>& p, int64_t 
                        memcpy(all[i], tape, sizeof(tape));
                      });
   if constexpr (Neuron::kNeedsBefore) forget(all);
+  if constexpr (Sink::kWantsInput && sizeof(T) < sizeof(R)) forget(x.ahead);
   SNNFAST_UNROLL
   for (int t = kT - 1; t >= 0; --t) {
     R grad_s_now[W] = {}, before[W][kStates] = {};
     if (c.grad_s) unpack(grad_s[t], grad_s_now);
+    if constexpr (Sink::kConnects) {
+      R skip[W];
+      unpack(x.skip.ahead[t], skip);
+      if (c.grad_s) sink.template connect<Neuron>(t, skip, all[t], back.own, p, grad_s_now);
+    }
     if constexpr (Neuron::kNeedsBefore) {
       SNNFAST_UNROLL
       for (int w = 0; w < W; ++w)
@@ -374,7 +421,10 @@ SNNFAST_DEVICE double backward_exact(const Call& c, const Params<R>& p, int64_t 
         else
           memcpy(before[w], start[w], sizeof(before[w]));
     }
-    back.step(grad_s_now, all[t], before);
+    R grad_x[W], x_now[W] = {};
+    back.step(grad_s_now, all[t], before, grad_x);
+    if constexpr (Sink::kWantsInput) unpack(x.ahead[t], x_now);
+    sink.put(t, grad_x, x_now);
   }
   end_backward(c, back, n);
   return back.grad_decay;
@@ -405,20 +455,22 @@ SNNFAST_DEVICE void read_tape(const Pack<R, W> (&from)[kTape][kThreads], R (&tap
   }
 }
 
-// The same for any T. The workspace, [segments - 1, states, N], has the states at the starts of all segments but the
-// first.
-template <class Neuron, class T, int kAhead, int W, class R>
-SNNFAST_DEVICE double backward_open(const Call& c, const Params<R>& p, int64_t n, SharedTape<Neuron, R, W>& shared) {
+// The same for any T, from rows(t, count), the source of so many rows from step t on. The workspace, [segments - 1,
+// states, N], has the states at the starts of all segments but the first; `sweep` puts them there, and without it they
+// are there already.
+template <class Neuron, class T, int kAhead, int W, class RowsFrom, class Sink, class R>
+SNNFAST_DEVICE double backward_open(const Call& c, const Params<R>& p, int64_t n, SharedTape<Neuron, R, W>& shared,
+                                    RowsFrom rows, bool sweep, Sink& sink) {
   constexpr int kStates = Neuron::kStates, kTape = Neuron::kTape;
   const T* const x_in = static_cast<const T*>(c.x) + n;
   const int64_t last = (c.T - 1) / kSegment;  // segment
   const auto kept = [&](int64_t segment, int k) {
     return static_cast<R*>(c.workspace) + ((segment - 1) * kStates + k) * c.N + n;
   };
-  if (last > 0) {
+  if (last > 0 && sweep) {
     R state[W][kStates];
     load_states(c.state, n, c.v_init, state);
-    Rows<T, W, kAhead, false> x(x_in, c.N, last * kSegment);
+    auto x = rows(0, last * kSegment);
     const auto keep = [&](int64_t t, const R(&)[W], const R(&)[W][kTape], const R(&now)[W][kStates]) {
       if ((t + 1) % kSegment != 0) return;
       SNNFAST_UNROLL
@@ -433,9 +485,15 @@ SNNFAST_DEVICE double backward_open(const Call& c, const Params<R>& p, int64_t n
   for (int64_t segment = last; segment >= 0; --segment) {
     const int64_t first = segment * kSegment;
     const int steps = int(c.T - first < kSegment ? c.T - first : kSegment);
-    Rows<T, W, kAhead, false> x(x_in + first * c.N, c.N, steps);
+    auto x = rows(first, steps);
+    // What the first walk has just read is not far away, so a few rows ahead will do.
+    constexpr int kNear = kAhead < 2 ? kAhead : 2;
+    Rows<T, W, kNear, false> x_again(x_in + (first + steps - 1) * c.N, -c.N, Sink::kWantsInput ? steps : 0);
     Rows<T, W, kAhead, false> grad_s(grad_s_in ? grad_s_in + (first + steps - 1) * c.N : nullptr, -c.N,
                                      grad_s_in ? steps : 0);
+    const T* const skip_in = c.grad_s ? sink.skip_to_meet() : nullptr;
+    Rows<T, W, kNear, false> skip_again(skip_in ? skip_in + (first + steps - 1) * c.N : nullptr, -c.N,
+                                        skip_in ? steps : 0);
     const void* from[kMaxStates] = {};
     SNNFAST_UNROLL
     for (int k = 0; k < kStates; ++k) from[k] = segment > 0 ? kept(segment, k) - n : c.state[k];
@@ -456,6 +514,12 @@ SNNFAST_DEVICE double backward_open(const Call& c, const Params<R>& p, int64_t n
         if (t < 0) break;
         R grad_s_now[W] = {}, before[W][kStates] = {};
         if (grad_s_in) grad_s.take(i, grad_s_now);
+        if constexpr (Sink::kConnects)
+          if (skip_in) {
+            R skip[W];
+            skip_again.take(i % kNear, skip);
+            sink.template connect<Neuron>(first + t, skip, tape, back.own, p, grad_s_now);
+          }
         if (t > 0) read_tape(shared[t - 1], tape_before);
         if constexpr (Neuron::kNeedsBefore) {
           SNNFAST_UNROLL
@@ -465,7 +529,10 @@ SNNFAST_DEVICE double backward_open(const Call& c, const Params<R>& p, int64_t n
             else
               memcpy(before[w], start[w], sizeof(before[w]));
         }
-        back.step(grad_s_now, tape, before);
+        R grad_x[W], x_now[W] = {};
+        if constexpr (Sink::kWantsInput) x_again.take(i % kNear, x_now);
+        back.step(grad_s_now, tape, before, grad_x);
+        sink.put(first + t, grad_x, x_now);
         memcpy(tape, tape_before, sizeof(tape));
       }
     }
@@ -503,11 +570,16 @@ __global__ void __launch_bounds__(kThreads, 1)
   double grad_decay = 0;
   if (n < c.N) {
     const Params<R> p = with_decay<Neuron>(params, c);
+    const auto rows = [&](int64_t t, int64_t count) {
+      return Rows<T, W, kAhead, kT != kOpen>(static_cast<const T*>(c.x) + t * c.N + n, c.N, count);
+    };
+    GradientRows<T, W> sink(c, n);
     if constexpr (kT != kOpen) {
-      grad_decay = backward_exact<Neuron, T, kT, W>(c, p, n);
+      auto x = rows(0, kT);
+      grad_decay = backward_exact<Neuron, T, kT, W>(c, p, n, x, sink);
     } else {
       __shared__ SharedTape<Neuron, R, W> tape;
-      grad_decay = backward_open<Neuron, T, kAhead, W>(c, p, n, tape);
+      grad_decay = backward_open<Neuron, T, kAhead, W>(c, p, n, tape, rows, true, sink);
     }
   }
   if constexpr (Neuron::kLearnable) write_decay_partials<W>(c, block_sum(grad_decay));

@@ -50,9 +50,9 @@ struct Call {
 // (SEW, Fang et al., NeurIPS 2021): s + skip, s * skip, (1 - s) * skip.
 enum Connect : int { kNoSkip = 0, kCharge = 1, kAdd = 2, kAnd = 3, kIand = 4 };
 
-// Batch norm in front of the neuron, CPU only: x of the call is the norm's input. Channel of neuron n: n / inner %
-// channels. Constants are per channel or, where a channel's neighbours are few (see runs), per element of [channels,
-// inner]; there is one set of them, or one for each of the T time steps (groups).
+// Batch norm in front of the neuron (see cuda_bn.h for what CUDA takes of it): x of the call is the norm's input.
+// Channel of neuron n: n / inner % channels. Constants are per channel or, where a channel's neighbours are few (see
+// runs), per element of [channels, inner]; there is one set of them, or one for each of the T time steps (groups).
 struct BatchNormCall {
   Call call;
   int64_t channels, inner, groups;

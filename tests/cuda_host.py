@@ -38,6 +38,7 @@ def build(folder, *flags):
             ("forward", ["-DSNNFAST_CUDA_PART=1"], ROOT / "csrc" / "cuda.cu"),
             ("backward", ["-DSNNFAST_CUDA_PART=2"], ROOT / "csrc" / "cuda.cu"),
             ("driver", [], SHIM / "driver.cpp"),
+            ("bn_driver", [], SHIM / "bn_driver.cpp"),
         ]
     ]
     processes = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True) for _, command in jobs]
@@ -51,9 +52,9 @@ def build(folder, *flags):
 
 def open_library(path):
     library = ctypes.CDLL(str(path))
-    for name in ("shim_forward", "shim_backward", "shim_probe"):
+    for name in ("shim_forward", "shim_backward", "shim_probe", "shim_batch_norm"):
         getattr(library, name).restype = ctypes.c_char_p
-    for name in ("shim_workspace", "shim_partials"):
+    for name in ("shim_workspace", "shim_partials", "shim_batch_norm_workspace"):
         getattr(library, name).restype = ctypes.c_int64
     library.shim_first_block.argtypes = [ctypes.c_int64]
     return library

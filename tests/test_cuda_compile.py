@@ -14,8 +14,8 @@ pytestmark = [pytest.mark.skipif(NVCC is None, reason="nvcc is not on PATH"), py
 
 PARTS = {"forward": 1, "backward": 2}
 KERNEL = re.compile(
-    r"(?P<pass>forward|backward)_kernelI.*?\d(?P<neuron>IF|LIF|ParametricLIF)ChargeEEE?"
-    r"(?P<dtype>f|d|13__nv_bfloat16|6__half)Li(?P<T>\d+)ELi\d+ELi(?P<W>\d+)E"
+    r"(?P<norm>batch_norm_)?(?P<pass>forward|backward)_kernelI.*?\d(?P<neuron>IF|LIF|ParametricLIF)ChargeEEE?"
+    r"(?P<dtype>f|d|13__nv_bfloat16|6__half)Li(?P<T>\d+)ELi\d+ELi(?P<W>\d+)E(?P<more>(?:Lb[01]E)*)"
 )
 
 
@@ -55,8 +55,8 @@ def compiled(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def instructions(compiled):
-    """The machine code of each kernel as (pass, neuron, dtype, T, W) -> list of instructions."""
+def machine_code(compiled):
+    """Of each kernel, by the match of its name."""
     tool = cuobjdump()
     if tool is None:
         pytest.skip("there is no cuobjdump here, neither the CUDA toolkit's nor Triton's")
@@ -67,9 +67,18 @@ def instructions(compiled):
         for function in text.split("Function : ")[1:]:
             match = KERNEL.search(function.split("\n", 1)[0])
             if match:
-                key = (match["pass"], match["neuron"], match["dtype"], int(match["T"]), int(match["W"]))
-                kernels[key] = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(.*?)\s*;", function)
+                kernels[match] = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(.*?)\s*;", function)
     return kernels
+
+
+@pytest.fixture(scope="session")
+def instructions(machine_code):
+    """Of the neurons alone: (pass, neuron, dtype, T, W) -> list of instructions."""
+    return {
+        (m["pass"], m["neuron"], m["dtype"], int(m["T"]), int(m["W"])): code
+        for m, code in machine_code.items()
+        if not m["norm"]
+    }
 
 
 @pytest.mark.parametrize("name", PARTS)
@@ -84,7 +93,7 @@ def test_no_spills(compiled, name):
 def test_forward_is_not_contracted(compiled):
     folder, _ = compiled["forward"]
     (ptx,) = folder.glob("*.ptx")
-    text = ptx.read_text()
+    text = ptx.read_text().replace("rcp.rn.f64", "")  # rounded as a division: of the norm's vectors per channel
     assert text.count("div.rn.f32") > 0
     for wrong in ("fma.", "div.full", "div.approx", ".ftz", "rcp.", "ex2."):
         assert wrong not in text, f"{wrong} in the forward's PTX"
@@ -108,3 +117,19 @@ def test_no_narrow_accesses(instructions):
         narrow = [i for i in code if re.search(r"(LDG|STG)\.E", i) and not re.search(r"\.(64|128)\b", i)]
         assert len(narrow) <= (key[1] == "ParametricLIF"), f"{key}: {narrow}"  # the decay
         assert not any(re.search(r"\b(LDL|STL)", i) for i in code), f"{key} uses local memory"
+
+
+def test_batch_norm_accesses(machine_code):
+    """Four steps in accesses of 8 bytes or more; nothing is in local memory."""
+    kernels = {m: code for m, code in machine_code.items() if m["norm"]}
+    assert len(kernels) >= 3 * (3 * (4 + 8) + 3)
+    for m, code in kernels.items():
+        assert not any(re.search(r"\b(LDL|STL)", i) for i in code), m.string
+        if (m["T"], m["more"]) not in (("4", "Lb0E"), ("4", "Lb1ELb0E")):
+            continue
+        tensors = 1 if m["pass"] == "forward" else 2
+        width = r"\.128" if m["dtype"] == "f" or m["pass"] == "forward" else r"\.64"
+        loads = [i for i in code if re.search(rf"LDG\.E{width}", i)]
+        assert len(loads) >= 4 * tensors, m.string
+        if m["pass"] == "forward":
+            assert sum("STG.E.128" in i for i in code) >= 4

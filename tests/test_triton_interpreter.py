@@ -20,9 +20,10 @@ interpreted = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reas
 
 
 @here
-def test_kernels_in_the_interpreter() -> None:
+@pytest.mark.parametrize("checks", ["triton_interpreter_checks.py", "triton_bn_interpreter_checks.py"])
+def test_kernels_in_the_interpreter(checks: str) -> None:
     result = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/triton_interpreter_checks.py"],
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"tests/{checks}"],
         cwd=ROOT,
         env={**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT)},
         capture_output=True,

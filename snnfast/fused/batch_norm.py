@@ -7,11 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import backends, dynamics, functional, layer
+from .. import dynamics, functional, layer
 from ..dynamics import Constants
 from ..neuron import BaseNode, IFNode, LIFNode, ParametricLIFNode
 from ..ops import _is_plain
 from ..surrogate import is_fused, recognise
+from . import gpu
 from .ops import Connect, batch_norm_multi_step, connected
 
 __all__ = ["BatchNormNode"]
@@ -43,7 +44,7 @@ def misfit(norm: Any, neuron: Any) -> str | None:
         )
     if neuron.store_v_seq:
         return "the neuron keeps its potentials (store_v_seq)"
-    if neuron.backend in ("triton", "reference"):
+    if neuron.backend == "reference":
         return f"the neuron asks for backend={neuron.backend!r}"
     if not is_fused(recognise(neuron.surrogate_function)):
         return "the neuron's surrogate has no kernel"
@@ -72,13 +73,13 @@ def _layout(norm: Any, neuron: Any) -> str | None:
 
 def _sequence(norm: Any, neuron: Any, x: Any, per_step: bool) -> Tensor | None:
     """``x`` as ``[T, B, C, *]`` where the kernels can take it; ``None``: the modules run one after the other."""
-    if not isinstance(x, Tensor) or x.device.type != "cpu" or x.dtype not in _DTYPES or not x.numel():
+    if not isinstance(x, Tensor) or x.device.type not in gpu.DEVICES or x.dtype not in _DTYPES or not x.numel():
         return None
     if misfit(norm, neuron) is not None or torch._C._are_functorch_transforms_active():
         return None
     if not (torch.compiler.is_compiling() or _is_plain(x)):
         return None
-    if x.layout is not torch.strided or backends.choose(neuron.backend, x.device) != backends.NATIVE:
+    if x.layout is not torch.strided or not gpu.serves(neuron.backend, x.device):
         return None
     layout = _layout(norm, neuron)
     if layout == "sequence":
@@ -198,7 +199,7 @@ class BatchNormNode(nn.Module):
 
     Computes ``neuron(norm(x))``: spikes differ from the two modules' only where the charge is within rounding of the
     threshold, gradients by rounding. In training the convolution's output ``x`` is all that is kept for backward, where
-    the two keep the normalised input too. Where the CPU kernels cannot serve (another device, a neuron with steps of
+    the two keep the normalised input too. Where no kernels can serve (another kind of device, a neuron with steps of
     its own, ``store_v_seq``, hooks on the two, SyncBatchNorm), the two modules run one after the other.
 
     Args:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .. import dynamics, ops
-from ..backends import native
+from ..backends import native, triton_batch_norm
 from ..dynamics import Constants, Inputs
 from ..ops import time_major
 
@@ -48,9 +48,14 @@ _library.define(
 )
 
 
+def _kernels(x: Tensor) -> Any:
+    """The CPU's; and Triton's, which have the same signatures. For the CUDA kernels, gpu.py has ops of its own."""
+    return native if x.device.type == "cpu" else triton_batch_norm
+
+
 def _per_channel(x: Tensor, values: Tensor, dtype: torch.dtype) -> Tensor:
     """``values`` ``[G, C]`` as the kernels read them: per channel, or per element of ``[C, inner]``."""
-    each = native.batch_norm_constants(x)
+    each = _kernels(x).batch_norm_constants(x)
     return values.to(dtype).contiguous() if each == 1 else values.to(dtype).repeat_interleave(each, 1)
 
 
@@ -82,7 +87,7 @@ def _statistics(x: Tensor, per_step: bool) -> tuple[Tensor, Tensor]:
         first = first[..., 0]
     first = first.double()
     sums = torch.empty((groups, x.shape[2], 2), dtype=torch.float64, device=x.device)
-    native.batch_norm_statistics(x, _per_channel(x, first, torch.float64), sums)
+    _kernels(x).batch_norm_statistics(x, _per_channel(x, first, torch.float64), sums)
     away, square = (sums / (x.numel() // first.numel())).unbind(-1)
     return first + away, (square - away * away).clamp_(min=0)
 
@@ -99,7 +104,7 @@ def _multi_step(*args: Any) -> tuple[Tensor, Tensor]:
     scale, shift = (_per_channel(x, t, dtype) for t in _scale_and_shift(x, mean, var, weight, bias, eps))
     s, v = torch.empty_like(x), ops._empty_state(x)
     v0, skip = ops._laid_out_as(v0, x[0], dtype), ops._laid_out_as(skip, x, x.dtype)
-    native.batch_norm_forward(constants, x, v0, decay, scale, shift, skip, connect, s, v)
+    _kernels(x).batch_norm_forward(constants, x, v0, decay, scale, shift, skip, connect, s, v)
     return s, v
 
 
@@ -119,7 +124,7 @@ def _multi_step_backward(*args: Any) -> tuple[Tensor, ...]:
         grad_skip = torch.empty_like(x)
     sums = torch.empty((*mean.shape, 2), dtype=torch.float64, device=x.device)
     scales, shifts, centres = (_per_channel(x, t, dtype) for t in (scale, shift, centre))
-    grad_decay = native.batch_norm_backward(
+    grad_decay = _kernels(x).batch_norm_backward(
         constants,
         ops._laid_out_as(grad_s, x, x.dtype),
         None if grad_v is None else ops._laid_out_as(grad_v, x[0], dtype),
@@ -146,8 +151,11 @@ def _multi_step_backward(*args: Any) -> tuple[Tensor, ...]:
         slope = scale * rstd * rstd * sum_gx / -count
         offset = scale * sum_g / -count - slope * offcentre
         slopes, offsets = (_per_channel(x, t, dtype) for t in (slope, offset))
-        native.batch_norm_backward_input(x, scales, centres, slopes, offsets, grad_x)
-    decay_grad = ops._nothing(x) if decay is None else torch.full_like(decay, grad_decay)
+        _kernels(x).batch_norm_backward_input(x, scales, centres, slopes, offsets, grad_x)
+    if decay is None:
+        decay_grad = ops._nothing(x)
+    else:  # a tensor on a GPU, which nobody waits for
+        decay_grad = grad_decay.to(dtype) if isinstance(grad_decay, Tensor) else torch.full_like(decay, grad_decay)
     grad_weight, grad_bias = (t.sum(0).to(dtype) for t in (sum_gx * rstd, sum_g))
     grad_v0, grad_skip = (ops._nothing(x) if t is None else t for t in (grad_v0, grad_skip))
     return grad_x, grad_weight, grad_bias, grad_v0, decay_grad, grad_skip

@@ -1,0 +1,128 @@
+"""Batch norm and neuron in one by the CUDA kernels (csrc/cuda_bn_launch.h).
+
+:mod:`snnfast.backends.native` has the CPU's. Here everything of a pass happens on the device, vectors per channel
+included, in one call: the host launches two to four kernels and waits for none. Tensors are laid out as
+:mod:`snnfast.fused.gpu` makes them: ``x`` ``[T, B, C, *]`` dense and time-major, everything of its shape like it,
+states like one step of it; outputs are allocated by the caller and fully written, and ``None`` where they are not
+wanted.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..dynamics import Constants
+from . import native
+
+_STATISTICS, _FORWARD, _BACKWARD = range(3)  # BatchNormPass in csrc/dispatch.h
+_OUTPUTS = (
+    *("s", "v", "grad_s", "grad_v"),
+    *("grad_x", "grad_weight", "grad_bias", "grad_v0", "grad_decay", "grad_skip"),
+)
+
+
+class NormCall(NamedTuple):
+    """What forward and backward read: ``mean`` and ``var`` are ``[G, C]`` in float64, ``G`` 1 or ``T``; ``weight`` and
+    ``bias`` ``[C]``; ``connect`` is a number of :class:`snnfast.fused.ops.Connect`."""
+
+    x: Tensor
+    mean: Tensor
+    var: Tensor
+    weight: Tensor | None
+    bias: Tensor | None
+    v0: Tensor | None
+    decay: Tensor | None
+    skip: Tensor | None
+    connect: int
+    eps: float
+    constants: Constants
+
+
+def _dtype(t: Tensor | None) -> int:
+    return 0 if t is None else native._DTYPE[t.dtype]
+
+
+def _run(run: int, c: NormCall, batch_statistics: bool = True, **given: Tensor | None) -> None:
+    x = c.x
+    T = x.shape[0]
+    address = native._address
+    arguments = (
+        native._config(c.constants),
+        run,
+        native._DTYPE[x.dtype],
+        T,
+        x.numel() // T,
+        x.data_ptr(),
+        address(c.v0),
+        address(c.decay),
+        x.shape[2],
+        native._inner(x),
+        c.mean.shape[0],
+        batch_statistics,
+        c.mean.data_ptr(),
+        c.var.data_ptr(),
+        address(c.weight),
+        _dtype(c.weight),
+        address(c.bias),
+        _dtype(c.bias),
+        c.eps,
+        c.connect,
+        address(c.skip),
+        *(address(given.get(name)) for name in _OUTPUTS),
+    )
+    C: Any = native._C
+    workspace = torch.empty(C.cuda_batch_norm_workspace(*arguments), dtype=torch.uint8, device=x.device)
+    stream = torch.cuda.current_stream(x.device).cuda_stream
+    C.cuda_batch_norm(x.device.index, stream, workspace.data_ptr(), *arguments)
+
+
+def statistics(
+    x: Tensor,
+    # outputs
+    mean: Tensor,
+    var: Tensor,
+) -> None:
+    """``mean`` and biased ``var`` ``[G, C]`` in float64 of the channels of ``x``, ``G`` being 1 or ``T``."""
+    _run(_STATISTICS, NormCall(x, mean, var, *(None,) * 5, 0, 0.0, native._NO_NEURON))
+
+
+def forward(
+    call: NormCall,
+    # outputs
+    s: Tensor,
+    v: Tensor,
+) -> None:
+    """What comes out, ``s``, and the final potentials."""
+    _run(_FORWARD, call, s=s, v=v)
+
+
+def backward(
+    call: NormCall,
+    batch_statistics: bool,
+    grad_s: Tensor | None,
+    grad_v: Tensor | None,
+    # outputs
+    grad_x: Tensor,
+    grad_weight: Tensor,
+    grad_bias: Tensor,
+    grad_v0: Tensor | None,
+    grad_decay: Tensor | None,
+    grad_skip: Tensor | None,
+) -> None:
+    """All gradients; ``batch_statistics`` tells whether they go through mean and variance too."""
+    _run(
+        _BACKWARD,
+        call,
+        batch_statistics,
+        grad_s=grad_s,
+        grad_v=grad_v,
+        grad_x=grad_x,
+        grad_weight=grad_weight,
+        grad_bias=grad_bias,
+        grad_v0=grad_v0,
+        grad_decay=grad_decay,
+        grad_skip=grad_skip,
+    )

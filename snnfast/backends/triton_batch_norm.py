@@ -1,0 +1,211 @@
+"""Batch norm and neuron in one by Triton: for GPUs that have no native build.
+
+The module is the twin of the batch norm part of :mod:`snnfast.backends.native`, which describes the signatures; the
+kernels are in ``triton_batch_norm_kernels.py``. Sums are made of one float64 partial sum per chunk of rows, added by
+torch in an order that the shape decides.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..dynamics import Constants, state_dtype
+from . import triton as backend
+
+if backend._why_missing is None:
+    from . import triton_batch_norm_kernels as kernels
+
+_MOST_CHUNKS = 1024
+_LONGEST_UNROLLED, _CHUNK = 16, 8  # steps; shorter than the neuron's alone, for there is more to hold
+_LARGEST = 2**31 - 1
+
+
+def batch_norm_constants(x: Tensor) -> int:
+    """How often the kernels want each channel's constants repeated."""
+    return 1
+
+
+class _Shape(NamedTuple):
+    """``x`` ``[T, B, C, *]`` as ``[T, rows, period]`` in memory, and blocks of ``BR`` rows and ``BC`` columns.
+
+    ``FOLD`` tells that a block's columns are one channel's.
+    """
+
+    T: int
+    rows: int
+    channels: int
+    inner: int
+    BR: int
+    BC: int
+    FOLD: bool
+
+    @property
+    def period(self) -> int:
+        return self.channels * self.inner
+
+    @property
+    def tiles(self) -> int:
+        return -(-self.period // self.BC)
+
+    def each(self, rows: int, groups: int = 1) -> int:
+        """Rows of a chunk, whole blocks of them, so that there are enough chunks and not too many."""
+        blocks = -(-rows // self.BR)
+        return -(-blocks * self.tiles * groups // _MOST_CHUNKS) * self.BR
+
+    def add_up(self, partial: Tensor) -> Tensor:
+        """``[..., C, 2]`` from ``[..., chunks, pieces, 2]``."""
+        return partial.unflatten(-2, (self.channels, -1)).sum((-4, -2))
+
+    @property
+    def pieces(self) -> int:
+        """Partial sums of a chunk."""
+        return self.tiles if self.FOLD else self.period
+
+
+def _shape(x: Tensor, block: int) -> _Shape:
+    T, channels = x.shape[0], x.shape[2]
+    N = x.numel() // T
+    inner = x.stride(2) if channels > 1 else N
+    if channels == 1 and inner > _LARGEST:  # any division into rows will do
+        inner = math.gcd(N, 1 << 20)
+    return _Shape(T, N // (channels * inner), channels, inner, *_block(channels * inner, inner, block))
+
+
+@functools.lru_cache(maxsize=4096)
+def _block(period: int, inner: int, block: int) -> tuple[int, int, bool]:
+    columns = math.gcd(inner, min(256, block))
+    if columns >= 32:
+        return block // columns, columns, True
+    columns = min(128, block, 1 << (period - 1).bit_length())
+    return block // columns, columns, columns == 1
+
+
+def _block_size(T: int, dtype: torch.dtype) -> int:
+    """Neurons per block: what the backward holds of each in registers must not spill."""
+    block = 512 if T <= 4 else 256 if T <= 8 else 128
+    return block // 2 if state_dtype(dtype) == torch.float64 else block
+
+
+def batch_norm_statistics(x: Tensor, first: Tensor, sums: Tensor) -> None:
+    """``sums`` ``[G, C, 2]`` of ``x - first`` and its square over each channel, ``G`` being 1 or ``T``."""
+    shape, groups = _shape(x, 1024), first.shape[0]
+    rows = shape.T // groups * shape.rows
+    each = shape.each(rows, groups)
+    chunks = -(-rows // each)
+    partial = torch.empty((groups, chunks, shape.pieces, 2), dtype=torch.float64, device=x.device)
+    with backend._on(x.device):
+        kernels.statistics_kernel[(groups * chunks * shape.tiles,)](
+            *(x, first, partial, rows, shape.period, shape.inner, shape.channels, shape.tiles, chunks, each),
+            FOLD=shape.FOLD,
+            BR=shape.BR,
+            BC=shape.BC,
+            **backend._OPTIONS,
+        )
+    sums.copy_(shape.add_up(partial))
+
+
+def _plan(
+    c: Constants, x: Tensor, shape: _Shape, groups: int, connect: int
+) -> tuple[tuple[Any, ...], dict[str, Any], dict[str, Any], int]:
+    """As that of the neuron alone, with what else these kernels are compiled for."""
+    numbers, *both, _ = backend._plan(c, shape.T, x.dtype, 0)
+    chunks = 0 if shape.T <= _LONGEST_UNROLLED else (shape.T - 1) // _CHUNK
+    own = {"CHUNK": _CHUNK if chunks else 0, "REST": shape.T - chunks * _CHUNK}
+    own |= {"CONNECT": int(connect), "GROUPS": groups > 1, "BR": shape.BR, "BC": shape.BC}
+    forward, backward = ({k: v for k, v in (given | own).items() if k not in ("EACH", "BLOCK")} for given in both)
+    return numbers, forward, backward, chunks
+
+
+def batch_norm_forward(
+    constants: Constants,
+    x: Tensor,
+    v0: Tensor | None,
+    decay: Tensor | None,
+    scale: Tensor,
+    shift: Tensor,
+    skip: Tensor | None,
+    connect: int,
+    # outputs
+    s: Tensor,
+    v: Tensor,
+) -> None:
+    """Spikes ``s`` and final potentials of the normalised ``x * scale + shift``, and of ``skip`` (Connect)."""
+    shape = _shape(x, _block_size(x.shape[0], x.dtype))
+    numbers, compile_time, _, chunks = _plan(constants, x, shape, scale.shape[0], connect)
+    with backend._on(x.device):
+        kernels.forward_kernel[(-(-shape.rows // shape.BR) * shape.tiles,)](
+            *(x, scale, shift, v0, decay, skip, s, v),
+            *(shape.rows, shape.period, shape.inner, shape.channels, shape.tiles, chunks),
+            *numbers[:6],
+            **compile_time,
+        )
+
+
+def batch_norm_backward(
+    constants: Constants,
+    grad_s: Tensor | None,
+    grad_v: Tensor | None,
+    x: Tensor,
+    v0: Tensor | None,
+    decay: Tensor | None,
+    scale: Tensor,
+    shift: Tensor,
+    centre: Tensor,
+    batch_statistics: bool,
+    skip: Tensor | None,
+    connect: int,
+    # outputs
+    grad_x: Tensor,
+    grad_v0: Tensor | None,
+    sums: Tensor,
+    grad_skip: Tensor | None,
+) -> Tensor | float:
+    """The gradient ``g`` of the normalised input and its ``sums`` ``[G, C, 2]``, of ``g`` and of ``g * (x - centre)``.
+
+    ``grad_x`` becomes ``g`` for :func:`batch_norm_backward_input`, or without batch statistics the gradient of ``x``.
+    Returns the gradient of ``decay``.
+    """
+    groups = scale.shape[0]
+    shape = _shape(x, _block_size(x.shape[0], x.dtype))
+    numbers, _, compile_time, chunks = _plan(constants, x, shape, groups, connect)
+    each = shape.each(shape.rows)
+    down = -(-shape.rows // each)
+    partial = torch.empty((groups, down, shape.pieces, 2), dtype=torch.float64, device=x.device)
+    decays = None if decay is None else torch.empty(down * shape.tiles, dtype=torch.float64, device=x.device)
+    state = state_dtype(x.dtype)
+    states = torch.empty((chunks, shape.rows * shape.period), dtype=state, device=x.device) if chunks else None
+    with backend._on(x.device):
+        for group in range(groups):  # a launch takes the sums of one step where each has its own
+            kernels.backward_kernel[(down * shape.tiles,)](
+                *(grad_s, grad_v, x, scale, shift, centre, v0, decay, skip),
+                *(grad_x, grad_v0, grad_skip, partial[group], decays, states),
+                *(shape.rows, shape.period, shape.inner, shape.channels, shape.tiles, each, group, chunks),
+                *numbers,
+                SCALED=not batch_statistics,
+                FOLD=shape.FOLD,
+                **compile_time,
+            )
+    sums.copy_(shape.add_up(partial))
+    return 0.0 if decays is None else decays.sum()
+
+
+def batch_norm_backward_input(
+    x: Tensor, scale: Tensor, centre: Tensor, slope: Tensor, offset: Tensor, grad_x: Tensor
+) -> None:
+    """Turn ``g`` in ``grad_x`` into ``g * scale + (x - centre) * slope + offset``."""
+    shape = _shape(x, 1024)
+    steps_down = -(-shape.rows // shape.BR)
+    with backend._on(x.device):
+        kernels.backward_input_kernel[(shape.T * steps_down * shape.tiles,)](
+            *(x, scale, centre, slope, offset, grad_x),
+            *(shape.rows, shape.period, shape.inner, shape.channels, shape.tiles, steps_down),
+            GROUPS=scale.shape[0] > 1,
+            BR=shape.BR,
+            BC=shape.BC,
+            **backend._OPTIONS,
+        )
