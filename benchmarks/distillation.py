@@ -11,10 +11,8 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import statistics
 import sys
-import time
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -40,6 +38,8 @@ from snnfast.distill import (
 from snnfast.train.formats import read_idx
 
 from .measure import RESULTS, environment
+from .paired import Clock, interval, points, table, write
+from .paired import verdict as of_interval
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 import mnist_data
@@ -50,7 +50,6 @@ BATCH, LEARNING_RATE, WEIGHT_DECAY = 50, 5e-3, 1e-2
 STUDENT, TEACHER = (16, 32, 32), (32, 64, 64)  # channels at 14 x 14, 7 x 7, 7 x 7
 PAIRS = {"spike2": "spike2", "spike3": "spike3"}  # student: teacher; 1 x 1 convolutions bridge the channels
 T_TEACHER = 8  # steps of the temporal teacher
-QUANTILE = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}  # of t, 97.5 %
 
 
 class Repeat(nn.Module):
@@ -152,7 +151,7 @@ class Data:
         teacher = stratified(digits, min(args.teacher_images, len(digits)), rng)
         images, digits = images[teacher], digits[teacher]
         student = stratified(digits, LABELS, rng)
-        mean, std = images[student].mean(), images[student].std()
+        mean, std = self.mean, self.std = float(images[student].mean()), float(images[student].std())
         self.large, self.same, self.test = (
             (torch.from_numpy((x - mean) / std), torch.from_numpy(y))
             for x, y in ((images, digits), (images[student], digits[student]), (test_images, test_digits))
@@ -169,16 +168,13 @@ def optimise(
     epochs: int,
     seed: int,
     args: argparse.Namespace,
-) -> tuple[float, float]:
-    """Train for ``epochs``; the same order and shifts of images for the same seed.
-
-    Returns seconds of the clock, and of this process on the processor: on a busy machine the clock runs on.
-    """
+) -> dict[str, float]:
+    """Train for ``epochs``; the same order and shifts of images for the same seed. Returns both kinds of seconds."""
     total = epochs * (len(data[0]) // BATCH)
     optimizer = torch.optim.AdamW(parameters, LEARNING_RATE, weight_decay=WEIGHT_DECAY)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total)
     generator = torch.Generator().manual_seed(seed)
-    started, worked = time.perf_counter(), time.process_time()
+    clock = Clock()
     for _ in range(epochs):
         for images, digits in mnist_data.batches(data, BATCH, generator, args.shift):
             loss = loss_of(images, digits)
@@ -186,7 +182,7 @@ def optimise(
             loss.backward()
             optimizer.step()
             schedule.step()
-    return time.perf_counter() - started, time.process_time() - worked
+    return clock.read()
 
 
 def teacher_for(kind: str, seed: int, data: Data, args: argparse.Namespace) -> tuple[nn.Module, float]:
@@ -253,20 +249,13 @@ def run(name: str, seed: int, data: Data, args: argparse.Namespace) -> dict[str,
         terms.update({key: value.detach() for key, value in result.terms.items()})
         return result.loss
 
-    seconds, worked = optimise(distiller.parameters(), loss_of, data.same, args.epochs, seed, args)
-    result = {"variant": name, "seed": seed, "teacher accuracy": teacher_accuracy, "training seconds": seconds}
-    result["processor seconds"] = worked
+    used = optimise(distiller.parameters(), loss_of, data.same, args.epochs, seed, args)
+    result = {"variant": name, "seed": seed, "teacher accuracy": teacher_accuracy, "training seconds": used["seconds"]}
+    result["processor seconds"] = used["processor seconds"]
     result["terms of the last batch"] = {key: float(value) for key, value in terms.items()}
     result |= evaluate(student, data.test, T)
     write(args.out / f"{name}-seed{seed}.pt", lambda p: torch.save(student.state_dict(), p))
     return result
-
-
-def write(path: Path, save: Callable[[Path], Any]) -> None:
-    """Write ``path`` in one go: it is there whole or not at all."""
-    part = path.with_name(path.name + ".part")
-    save(part)
-    part.replace(path)
 
 
 # ---- report ----
@@ -284,42 +273,33 @@ def paired(results: dict[tuple[str, int], dict[str, Any]], name: str, seeds: Seq
     )
     row["differences"] = [results[name, s]["accuracy"] - results[plain, s]["accuracy"] for s in both]
     if name != plain:
-        row["difference"] = statistics.fmean(row["differences"])
-        if len(both) - 1 in QUANTILE:
-            spread = statistics.stdev(row["differences"]) / math.sqrt(len(both))
-            row["half interval"] = QUANTILE[len(both) - 1] * spread
+        row["difference"], half = interval(row["differences"])
+        if half is not None:
+            row["half interval"] = half
+    # The first results of this benchmark had the clock's time only.
+    used = [r["processor seconds"] for r in own if "processor seconds" in r]
+    row["processor seconds"] = statistics.fmean(used) if used else None
     return row
 
 
 def verdict(row: dict[str, Any]) -> str:
-    if "half interval" not in row:
-        return ""
-    low, high = row["difference"] - row["half interval"], row["difference"] + row["half interval"]
-    return "helps" if low > 0 else "hurts" if high < 0 else "no difference shown"
+    return of_interval(row["difference"], row["half interval"]) if "half interval" in row else ""
 
 
 def markdown(rows: list[dict[str, Any]], settings: dict[str, Any]) -> str:
-    lines = [
-        "# Distillation on MNIST with 1,000 labels",
-        "",
-        (__doc__ or "").split("\n\n")[1].replace("\n", " "),
-        "",
-        ", ".join(f"{key}: {value}" for key, value in settings.items()),
-        "",
-        "| variant | seeds | test accuracy | paired difference, 95 % interval (points) | | teacher "
-        "| firing rates by layer | synaptic operations per image | training |",
-        "|---|---|---|---|---|---|---|---|---|",
-    ]
+    head = ("variant", "seeds", "test accuracy", "paired difference, 95 % interval (points)", "", "teacher")
+    head += ("firing rates by layer", "synaptic operations per image", "training, processor")
+    cells = []
     for row in rows:
-        difference = f"{100 * row['difference']:+.2f}" if "difference" in row else "-"
-        if "half interval" in row:
-            difference += f" ± {100 * row['half interval']:.2f}"
+        difference = points(row["difference"], row.get("half interval")) if "difference" in row else "-"
         rates = " ".join(f"{rate:.3f}" for rate in row["firing rates"].values())
         teacher = f"{row['teacher accuracy']:.2%}" if row["teacher accuracy"] else "-"
-        cells = (row["variant"], len(row["seeds"]), f"{row['accuracy']:.2%}", difference, verdict(row), teacher, rates)
-        cells += (f"{row['synaptic operations'] / 1e6:.3f} M", f"{row['training seconds']:.0f} s")
-        lines.append("| " + " | ".join(map(str, cells)) + " |")
-    return "\n".join(lines) + "\n"
+        used = "-" if row["processor seconds"] is None else f"{row['processor seconds']:.0f} s"
+        own = (row["variant"], len(row["seeds"]), f"{row['accuracy']:.2%}", difference, verdict(row), teacher, rates)
+        cells.append((*own, f"{row['synaptic operations'] / 1e6:.3f} M", used))
+    about = (__doc__ or "").split("\n\n")[1].replace("\n", " ")
+    shown = ", ".join(f"{key}: {value}" for key, value in settings.items())
+    return f"# Distillation on MNIST with 1,000 labels\n\n{about}\n\n{shown}\n\n{table(head, cells)}\n"
 
 
 def report(results: dict[tuple[str, int], dict[str, Any]], args: argparse.Namespace) -> None:

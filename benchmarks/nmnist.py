@@ -87,7 +87,9 @@ def folds(digits: Tensor) -> Tensor:
 
 
 # ---- training ----
-def train(net: nn.Module, losses: list[DistillationLoss], frames: Tensor, digits: Tensor, seed: int, epochs: int) -> Any:
+def train(
+    net: nn.Module, losses: list[DistillationLoss], frames: Tensor, digits: Tensor, seed: int, epochs: int
+) -> Any:
     """Train ``net`` on ``frames`` ``[N, T, 2, H, W]``; the same order and shifts for the same seed."""
     temporal = any(isinstance(loss, TemporalSelfKD) for loss in losses)
 
@@ -171,7 +173,12 @@ def report(results: dict[str, list[dict[str, Any]]], settings: dict[str, Any], f
             row |= compare(own, results["plain"][: len(own)])
         rows.append(row)
     head = ("variant", "folds", "test accuracy", "difference over folds, 95 % (points)", "", "over recordings, 95 %")
-    head += ("only this right : only plain", "firing rates by layer", "synaptic operations", "training, processor (clock)")
+    head += (
+        "only this right : only plain",
+        "firing rates by layer",
+        "synaptic operations",
+        "training, processor (clock)",
+    )
     cells = []
     for row in rows:
         cell = [row["variant"], row["folds"], f"{row['accuracy']:.2%}", "-", "", "-", "-"]
@@ -186,7 +193,8 @@ def report(results: dict[str, list[dict[str, Any]]], settings: dict[str, Any], f
         cells.append(cell)
     shown = environment()
     losses = {
-        name: ", ".join(f"{type(x).__name__}" for x in made) or "cross-entropy alone" for name, made in variants().items()
+        name: ", ".join(f"{type(x).__name__}" for x in made) or "cross-entropy alone"
+        for name, made in variants().items()
     }
     text = (
         f"# Self-distillation on N-MNIST\n\n{(__doc__ or '').split(chr(10) * 2)[1].replace(chr(10), ' ')}\n\n"
