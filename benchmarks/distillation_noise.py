@@ -1,8 +1,8 @@
 """Are distilled students more robust? Accuracy on corrupted MNIST images, distilled against plain training.
 
-The students are those of ``python -m benchmarks.distillation`` (1,000 labels, T = 4, no augmentation); what is missing of
-them is trained first. For every seed all students see the same corrupted test images. Bands and intervals are Student's
-t over the seeds, differences are paired with the plain student of the same seed and neuron.
+The students are those of ``python -m benchmarks.distillation`` (1,000 labels, T = 4, no augmentation); what is missing
+of them is trained first. For every seed all students see the same corrupted test images. Bands and intervals are
+Student's t over the seeds, differences are paired with the plain student of the same seed and neuron.
 
 Every finished seed is a JSON file in the output folder and is not run again: start it anew to go on.
 """
@@ -120,10 +120,10 @@ def report(runs: list[dict[str, Any]], settings: dict[str, Any], folder: Path) -
     levels = [[c, *(f"{x:g}" for x in runs[0]["levels"][c])] for c in CORRUPTIONS]
     shown = environment()
     text = (
-        f"# Distilled students on corrupted MNIST images\n\n{(__doc__ or '').split(chr(10) * 2)[1]}\n\n"
+        f"# Distilled students on corrupted MNIST images\n\n{paired.about(__doc__)}\n\n"
         f"{paired.listed(settings)}, seeds: {[r['seed'] for r in runs]}\n\n"
-        "Accuracy of the plain students (bold), averaged over a corruption's levels without the clean images, and below "
-        "them the paired differences in points with their 95 % intervals over the seeds:\n\n"
+        "Accuracy of the plain students (bold), averaged over a corruption's levels without the clean images, and "
+        "below them the paired differences in points with their 95 % intervals over the seeds:\n\n"
         f"{paired.table(head, rows)}\n\n"
         "A student that is better on clean images is likely to be better on corrupted ones. What is left of the "
         f"differences after the clean one is taken away:\n\n{paired.table(('student', *head[3:]), beyond)}\n\n"

@@ -58,12 +58,13 @@ def report(run: dict[str, Any], command: list[str], folder: Path) -> None:
     ]
     small = run["data"]["training images"] < 60000
     text = (
-        f"# MNIST, {run['data']['training images']:,} training and {run['data']['test images']:,} test images, T = 4\n\n"
+        f"# MNIST at T = 4, {run['data']['training images']:,} training and {run['data']['test images']:,} test images"
+        "\n\n"
         + ("**A small subset, to see that the command runs: these are no results.**\n\n" if small else "")
-        + f"{(__doc__ or '').split(chr(10) * 2)[1].replace(chr(10), ' ')}\n\n"
+        + f"{paired.about(__doc__)}\n\n"
         f"{paired.table((*head, 'training, processor (clock)'), rows)}\n\n"
-        "Energy is an estimate (4.6 pJ per MAC, 0.9 pJ per AC, Horowitz 2014). The clock's times are those of a machine "
-        "that others use too.\n\nTest accuracy after each epoch, in percent (nothing was chosen by it):\n\n"
+        "Energy is an estimate (4.6 pJ per MAC, 0.9 pJ per AC, Horowitz 2014). The clock's times are those of a "
+        "machine that others use too.\n\nTest accuracy after each epoch, in percent (nothing was chosen by it):\n\n"
         + "\n".join(curves)
         + f"\n\nThe run was\n\n```\n{shlex.join(command)}\n```\n\n{paired.listed(shown)}\n"
     )

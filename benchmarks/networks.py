@@ -14,7 +14,7 @@ from snnfast import surrogate
 def digits(
     num_classes: int = 10, in_channels: int = 1, timesteps: int | None = None, channels: Sequence[int] = (48, 96, 96)
 ) -> nn.Module:
-    """Images of 28 x 28 through convolutions at 14, 7 and 7 pixels: an ANN, or with KDSNN's IF neuron in ``T`` steps."""
+    """Images of 28 x 28 through convolutions at 14, 7 and 7 pixels: an ANN, or KDSNN's IF neurons for ``T`` steps."""
     parts: OrderedDict[str, nn.Module] = OrderedDict()
     before = in_channels
     for i, width in enumerate(channels, 1):

@@ -197,10 +197,10 @@ def report(results: dict[str, list[dict[str, Any]]], settings: dict[str, Any], f
         for name, made in variants().items()
     }
     text = (
-        f"# Self-distillation on N-MNIST\n\n{(__doc__ or '').split(chr(10) * 2)[1].replace(chr(10), ' ')}\n\n"
+        f"# Self-distillation on N-MNIST\n\n{paired.about(__doc__)}\n\n"
         f"{paired.listed(settings)}\n\n{paired.table(head, cells)}\n\n"
-        "The interval over folds is Student's t of the paired differences of the folds, whose training sets overlap; the "
-        "one over recordings takes the networks as they are. Seeds: the fold's number. Times are those of a machine "
+        "The interval over folds is Student's t of the paired differences of the folds, whose training sets overlap; "
+        "the one over recordings takes the networks as they are. Seeds: the fold's number. Times are those of a machine "
         f"that others use too.\n\n{paired.listed({k: v for k, v in losses.items() if k in results})}\n\n"
         f"{paired.listed(shown)}\n"
     )

@@ -1,4 +1,4 @@
-"""Experiments made of many small runs: each is kept when it is finished, and compared with its partner, not on its own."""
+"""Experiments of many small runs: each is kept when it is finished, and is compared with its partner."""
 
 from __future__ import annotations
 
@@ -78,6 +78,11 @@ class Clock:
 
 
 # ---- reports ----
+def about(docstring: str | None) -> str:
+    """The paragraph of a command's docstring that says what was done, as one line."""
+    return (docstring or "").split("\n\n")[1].replace("\n", " ")
+
+
 def table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
     """A table in Markdown."""
     lines = [" | ".join(head), "|".join("---" for _ in head), *(" | ".join(map(str, row)) for row in rows)]

