@@ -6,7 +6,7 @@ run. What is compared is the last epoch.
 
 It is for a GPU; each call works for at most ``--minutes`` and leaves checkpoints: start it anew until all is done.
 
-``--subset N`` takes N training and N test images, to see on any machine that everything runs: no accuracies to speak of.
+``--subset N`` takes N training and N test images, to see on any machine that everything runs; its figures mean nothing.
 """
 
 from __future__ import annotations

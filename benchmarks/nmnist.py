@@ -200,8 +200,8 @@ def report(results: dict[str, list[dict[str, Any]]], settings: dict[str, Any], f
         f"# Self-distillation on N-MNIST\n\n{paired.about(__doc__)}\n\n"
         f"{paired.listed(settings)}\n\n{paired.table(head, cells)}\n\n"
         "The interval over folds is Student's t of the paired differences of the folds, whose training sets overlap; "
-        "the one over recordings takes the networks as they are. Seeds: the fold's number. Times are those of a machine "
-        f"that others use too.\n\n{paired.listed({k: v for k, v in losses.items() if k in results})}\n\n"
+        "the one over recordings takes the networks as they are. Seeds: the fold's number. The clock is that of a "
+        f"machine that others use too.\n\n{paired.listed({k: v for k, v in losses.items() if k in results})}\n\n"
         f"{paired.listed(shown)}\n"
     )
     runs = [{k: v for k, v in r.items() if k != "settings"} for own in results.values() for r in own]
