@@ -12,6 +12,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks import nmnist, paired
+from snnfast.train import data
 
 
 @pytest.fixture(scope="module")
@@ -84,9 +85,23 @@ def test_the_student_of_a_temporal_run_is_tested_on_its_own_steps(recordings):
     frames, digits = nmnist.load(recordings)
     torch.manual_seed(0)
     net = nmnist.network()
-    nmnist.train(net, nmnist.variants()["tssd"], frames[:80], digits[:80], 0, 1)
+    short, long = nmnist.seen("tssd", frames)
+    nmnist.train(net, nmnist.variants()["tssd"], long[:80], digits[:80], 0, 1)
     assert {m.timesteps for m in net.modules() if hasattr(m, "timesteps")} == {nmnist.T}
-    assert len(nmnist.hits(net, frames[:7], digits[:7])) == 7
+    assert len(nmnist.hits(net, short[:7], digits[:7])) == 7
+
+
+def test_what_is_seen_of_a_recording(recordings):
+    frames, _ = nmnist.load(recordings)
+    short, long = nmnist.seen("tssd", frames)
+    eight = data.load("nmnist", recordings, timesteps=8).train.images.float()
+    pooled = eight.unflatten(3, (17, 2)).unflatten(5, (17, 2)).sum((4, 6))
+    assert torch.equal(short[: len(pooled)], pooled)  # read apart, in another way
+    assert torch.equal(long[:, :8], short)
+    assert torch.equal(long[:, 8:], short)
+    short, long = nmnist.seen("half-tssd", frames)
+    assert torch.equal(long, frames)
+    assert torch.equal(short, frames[:, :8])
 
 
 def test_a_finished_run_of_other_settings_is_not_taken(tmp_path):
