@@ -30,11 +30,12 @@ from torch import Tensor, nn
 import snnfast
 from snnfast import analysis, functional
 from snnfast.analysis.synops import PICOJOULE_PER_AC, PICOJOULE_PER_MAC
-from snnfast.distill import Distiller, FeatureKD, LogitKD, SpatialSelfKD, TemporalSelfKD
+from snnfast.distill import Distiller, FeatureKD, LogitKD, PerStepKD, SpatialSelfKD, TemporalSelfKD
 from snnfast.train.progress import peak_memory, reset_peak_memory
 
 from . import paired
 from .distillation import CLASSES, NEURONS, Batch, Repeat, load, mnist_data, stratified, write
+from .distillation_cost_report import report
 from .measure import RESULTS, compare, environment
 
 T, T_TEACHER, STEPS = 4, 8, (4, 8, 16, 32, 64)
@@ -42,6 +43,14 @@ IMAGES, TESTED, CALIBRATION, BATCH = 5000, 2000, 500, 50
 LEARNING_RATE, WEIGHT_DECAY = 5e-3, 1e-2
 SMALL, DEEP, TEACHER = (16, 32, 32), (16, 16, 32, 32, 32, 32), (32, 64, 64)
 PAIRS = {"spike2": "spike2", "spike3": "spike3"}
+STEP_BATCH = 64
+STEP_LOSSES: dict[str, tuple[float, list[Any]]] = {
+    "plain": (1.0, []),
+    "response": (0.3, [LogitKD(4.0, 0.7)]),
+    "per step": (0.0, [PerStepKD()]),
+    "features, one pair": (1.0, [FeatureKD({"spike3": "spike3"})]),
+    "features, two pairs": (1.0, [FeatureKD(PAIRS)]),
+}
 DEEP_PAIRS = {"spike4": "spike2", "spike6": "spike3"}
 
 
@@ -141,6 +150,7 @@ def run(name: str, seed: int, args: argparse.Namespace) -> dict[str, Any]:
     """Train one network and measure what it took."""
     trained, tested = data(seed, args)
     _, neuron, taught, task_weight, losses = rows()[name]
+    against = f"{'deep-' * name.startswith('deep')}plain-{neuron}"
     teacher = None
     if taught:
         teacher = made("teacher")
@@ -176,7 +186,9 @@ def run(name: str, seed: int, args: argparse.Namespace) -> dict[str, Any]:
     kept = analysis.saved_bytes(loss_of, images, digits)
     write(args.out / f"{name}-seed{seed}.pt", lambda p: torch.save(net.state_dict(), p))
     return {
-        **{"run": name, "seed": seed, "accuracy": curve[-1], "accuracy by epoch": curve},
+        **{"run": name, "seed": seed, "T": T if neuron else 1, "taught": taught},
+        **{"against": against if neuron and name != against else None},
+        **{"accuracy": curve[-1], "accuracy by epoch": curve},
         **{"peak memory": peak, "memory before training": before, "kept for the backward": kept, **used},
         **{"parameters": sum(p.numel() for p in net.parameters()), "operations": operations(net, tested)},
     }
@@ -232,101 +244,51 @@ def overhead(seed: int, args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-# ---- report ----
-def reached(curve: Sequence[float], goal: float) -> int | None:
-    """The first epoch, from 1, at which ``curve`` is at ``goal``."""
-    return next((epoch for epoch, value in enumerate(curve, 1) if value >= goal), None)
+def losses(seed: int, args: argparse.Namespace) -> dict[str, Any]:
+    """Seconds of the processor that a training step takes with each loss, in turns, for two sizes of the student."""
+    _, (images, digits) = data(seed, args)
+    x, y = images[:STEP_BATCH], digits[:STEP_BATCH]
+    found: dict[str, Any] = {}
+    for title, student, teacher in (("small", SMALL, TEACHER), ("wide", TEACHER, (64, 128, 128))):
+        ann = network(teacher, nn.ReLU, None)
+        steps = {}
+        for name, (task_weight, kinds) in STEP_LOSSES.items():
+            steps[name] = _step(network(student, NEURONS["if"], T), ann, task_weight, kinds, x, y)
+
+        def ahead() -> None:
+            with torch.no_grad():
+                ann(x)
+
+        steps["teacher"] = ahead
+        times: dict[str, list[float]] = {name: [] for name in steps}
+        for i in range(4 if args.quick else 40):
+            for name, step in steps.items():
+                clock = paired.Clock()
+                step()
+                if i:  # the first warms up
+                    times[name].append(clock.read()["processor seconds"])
+        found[title] = {name: statistics.median(values) for name, values in times.items()}
+    return {"run": "losses", "seed": seed, "step": found, "batch": len(x)}
 
 
-def span(values: Sequence[float | None], form: str) -> str:
-    """Median and range; ``None`` is what was not reached."""
-    numbers = [v for v in values if v is not None]
-    if not numbers:
-        return "never"
-    text = format(statistics.median(numbers), form)
-    if min(numbers) < max(numbers):
-        text += f" ({format(min(numbers), form)} to {format(max(numbers), form)})"
-    return text + (f", {len(values) - len(numbers)} never" if len(numbers) < len(values) else "")
+def _step(net: nn.Module, teacher: nn.Module, task_weight: float, kinds: list[Any], x: Tensor, y: Tensor) -> Any:
+    """A training step of ``net``; without losses the plain one, as one writes it without a Distiller."""
+    module: Any = net
+    if kinds:
+        module = Distiller(net, teacher, kinds, task_weight=task_weight, example_inputs=x[:10])
+    optimizer = torch.optim.AdamW(module.parameters(), LEARNING_RATE)
 
+    def step() -> None:
+        if kinds:
+            loss = module(x, y).loss
+        else:
+            functional.reset_net(net)
+            loss = F.cross_entropy(net(x).unflatten(0, (T, -1)).mean(0), y)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
 
-def summary(results: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
-    """Figures of each row of the table."""
-    found = []
-    for name, (_, neuron, taught, *_) in rows().items():
-        own = results[name]
-        plain = results["ann" if neuron is None else ("deep-" if "deep" in name else "") + f"plain-{neuron}"]
-        row = {"row": name, "T": 1 if neuron is None else T, "parameters": own[0]["parameters"]}
-        for key in ("accuracy", "processor seconds", "seconds", "peak memory", "kept for the backward"):
-            row[key] = statistics.median(r[key] for r in own)
-        row["memory of training"] = statistics.median(r["peak memory"] - r["memory before training"] for r in own)
-        row["teacher seconds"] = (
-            statistics.median(r["processor seconds"] for r in results["teacher"]) if taught else 0.0
-        )
-        row["energy"] = statistics.median(r["operations"]["energy_pj"] for r in own)
-        pairs = list(zip(own, plain, strict=True))
-        row["difference"] = paired.interval([a["accuracy"] - b["accuracy"] for a, b in pairs])
-        row["epochs to plain"] = [reached(a["accuracy by epoch"], b["accuracy"]) for a, b in pairs]
-        row["against"] = "" if own is plain or name == "teacher" else plain[0]["run"]
-        row["cost of an epoch"] = statistics.median(a["processor seconds"] / b["processor seconds"] for a, b in pairs)
-        found.append(row)
-        if name == "ann":
-            for steps in STEPS:
-                converted = [r["steps"][str(steps)] for r in results["conversion"]]
-                both = list(zip(converted, results["plain-if"], strict=True))
-                found.append(
-                    {
-                        **row,
-                        "row": f"conversion, T = {steps}",
-                        "T": steps,
-                        "accuracy": statistics.median(r["accuracy"] for r in converted),
-                        "energy": statistics.median(r["operations"]["energy_pj"] for r in converted),
-                        "difference": paired.interval([a["accuracy"] - b["accuracy"] for a, b in both]),
-                        "against": "plain-if",
-                        "epochs to plain": [],
-                        "processor seconds": row["processor seconds"]
-                        + statistics.median(r["processor seconds"] for r in results["conversion"]),
-                    }
-                )
-    return found
-
-
-def report(results: dict[str, list[dict[str, Any]]], settings: dict[str, Any], folder: Path) -> None:
-    found, shown = summary(results), environment()
-    head = ("run", "T", "test accuracy", "to plain (points)", "training, processor", "beside it, the teacher")
-    head += ("kept for the backward, a batch", "memory of training", "epochs to plain", "parameters", "energy an image")
-    cells = []
-    for row in found:
-        conversion = row["row"].startswith("conversion")
-        cells.append(
-            (
-                *(row["row"], row["T"], f"{row['accuracy']:.2%}"),
-                paired.points(*row["difference"]) + f" to {row['against']}" if row["against"] else "-",
-                f"{row['processor seconds']:.1f} s",
-                f"{row['teacher seconds']:.1f} s" if row["teacher seconds"] else "-",
-                f"{row['kept for the backward'] / 2**20:.1f} MiB",
-                f"{row['memory of training'] / 2**20:.0f} MiB",
-                "no training" if conversion else span(row["epochs to plain"], ".0f") if row["against"] else "-",
-                *(f"{row['parameters']:,}", f"{row['energy'] / 1e6:.2f} µJ"),
-            )
-        )
-    free = results["overhead"]
-    ratios = [r["latency ratio"] for r in free]
-    text = (
-        f"# What distillation costs\n\n{paired.about(__doc__)}\n\n"
-        f"{paired.listed(settings)}, seeds: {[r['seed'] for r in results['ann']]}\n\n{paired.table(head, cells)}\n\n"
-        "Medians over the seeds; differences are means with the 95 % interval of Student's t. Training is seconds of "
-        "this process on the processor, for the clock is that of a machine that others use too (it is in the JSON); "
-        "the teacher is trained once and is extra. Memory of training is the process's peak above what it held before "
-        "the first batch, allocator and all; what is kept for the backward is exact. Energy is an estimate (4.6 pJ per "
-        "MAC, 0.9 pJ per AC, Horowitz 2014).\n\n"
-        "The TSSD student after training, against a bare network with the same weights: outputs equal bit for bit "
-        f"{all(r['outputs equal bit for bit'] for r in free)}, keys equal {all(r['keys equal'] for r in free)}, "
-        f"modules equal {all(r['modules equal'] for r in free)}, hooks left {sum(r['hooks left'] for r in free)}, "
-        f"latency ratio {span(ratios, '.3f')}.\n\n{paired.listed(shown)}\n"
-    )
-    runs = [{k: v for k, v in r.items() if k != "settings"} for own in results.values() for r in own]
-    figures = {"settings": settings, "environment": shown, "rows": found, "runs": runs}
-    paired.save(folder, "distillation_cost", text, figures)
+    return step
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -352,7 +314,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         **{"epochs": args.epochs, "batch": BATCH, "learning rate": LEARNING_RATE, "weight decay": WEIGHT_DECAY},
         **{"T": T, "T of the temporal teacher": T_TEACHER, "channels": [SMALL, DEEP, TEACHER], "quick": args.quick},
     }
-    others = {"conversion": convert, "overhead": overhead}
+    others = {"conversion": convert, "overhead": overhead, "losses": losses}
     torch.set_num_threads(args.threads)
     if args.run:
         name, seed = args.run[0], int(args.run[1])
@@ -375,7 +337,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             if fresh:
                 shown = {k: round(v, 4) for k, v in result.items() if k in ("accuracy", "processor seconds")}
                 print(f"seed {seed}, {name}: {json.dumps(shown)}", flush=True)
-    report(results, settings, args.report)
+    report(results, settings, environment(), __doc__, args.report)
     print(f"{args.report}/distillation_cost.md and .json written")
 
 

@@ -16,6 +16,7 @@ for name in ("lightning_fabric", "safetensors", "rich", "matplotlib"):
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks import cifar10, distillation, distillation_cost, distillation_noise, mnist_full
+from benchmarks import distillation_cost_report as report
 
 
 @pytest.fixture(autouse=True)
@@ -66,7 +67,7 @@ def test_noise_runs_on_students_that_it_trains_if_need_be(small_mnist, tmp_path,
 def test_cost_of_every_way_with_a_student_that_is_the_bare_model(small_mnist, tmp_path, capsys):
     command = ["--data-dir", str(small_mnist), "--seeds", "1", "--epochs", "1", "--quick"]
     command += ["--out", str(tmp_path), "--report", str(tmp_path)]
-    parser_settings = ["teacher", "ann", "plain-lif", "tssd-lif", "conversion", "overhead"]
+    parser_settings = ["teacher", "ann", "plain-lif", "tssd-lif", "conversion", "overhead", "losses"]
     for run in parser_settings:  # in this process: a new one for each costs the import of torch
         distillation_cost.main([*command, "--run", run, "0"])
     found = {run: json.loads((tmp_path / f"{run}-seed0.json").read_text()) for run in parser_settings}
@@ -85,20 +86,24 @@ def test_cost_of_every_way_with_a_student_that_is_the_bare_model(small_mnist, tm
     # Those that are not tested here stand in for one another, to see the table.
     for run, like in (("plain-if", "plain-lif"), ("response-if", "tssd-lif"), ("feature-if", "tssd-lif")):
         for name in (run, f"deep-{run}"):
-            (tmp_path / f"{name}-seed0.json").write_text(json.dumps(found[like] | {"run": name}))
+            other = {"run": name, "against": None if "plain" in name else name.replace(run.split("-")[0], "plain")}
+            (tmp_path / f"{name}-seed0.json").write_text(json.dumps(found[like] | other))
     capsys.readouterr()
     distillation_cost.main(command)
     assert "seed 0" not in capsys.readouterr().out
     text = (tmp_path / "distillation_cost.md").read_text()
     assert "| conversion, T = 64 | 64 |" in text
     assert "outputs equal bit for bit True" in text
+    small, wide = found["losses"]["step"]["small"], found["losses"]["step"]["wide"]
+    assert 0 < small["teacher"] < small["plain"] < wide["plain"]
+    assert "| wide | " in text
 
 
 def test_epochs_to_a_goal():
-    assert distillation_cost.reached([0.1, 0.5, 0.4, 0.6], 0.5) == 2
-    assert distillation_cost.reached([0.1, 0.2], 0.5) is None
-    assert distillation_cost.span([2, None, 4], ".0f") == "3 (2 to 4), 1 never"
-    assert distillation_cost.span([None], ".0f") == "never"
+    assert report.reached([0.1, 0.5, 0.4, 0.6], 0.5) == 2
+    assert report.reached([0.1, 0.2], 0.5) is None
+    assert report.span([2, None, 4], ".0f") == "3 (2 to 4), 1 never"
+    assert report.span([None], ".0f") == "never"
 
 
 # ---- snnfast-train ----
