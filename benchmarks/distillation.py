@@ -107,6 +107,7 @@ def variants() -> dict[str, tuple[str, str | None, float, list[DistillationLoss]
         "lif-plain": ("lif", None, 1.0, []),
         "lif-temporal": ("lif", None, 1.0, list(temporal)),
         "lif-temporal-norm": ("lif", None, 1.0, [TemporalSelfKD(T_TEACHER, T, 2.0, 1.0, batch_norm="student")]),
+        "lif-temporal-weak": ("lif", None, 1.0, [TemporalSelfKD(T_TEACHER, T, 2.0, 0.1)]),
         "lif-spatial": ("lif", None, 1.0, list(spatial)),
         "lif-tssd": ("lif", None, 1.0, [*temporal, *spatial]),
         "lif-confidence": ("lif", None, 1.0, [ConfidenceKD(2.0, 1.0)]),

