@@ -2,9 +2,9 @@
 
 All networks learn the same 5,000 MNIST images for the same epochs with the same optimiser; the teacher too, so that it
 knows nothing that the student's own training lacks. An ANN is converted by threshold balancing on 500 of these images.
-Each run has a process of its own, whose peak of memory is measured while it trains; tests are not in the times. Epochs
-to plain: the first epoch after which the student is as good on the test images as the plain student of the same neuron
-and seed is at its end.
+Each run has a process of its own, and its memory is measured in one more, which only trains; tests are not in the
+times. Epochs to plain: the first epoch after which the student is as good on the test images as the plain student of
+the same neuron and seed is at its end.
 
 Every finished (run, seed) is a JSON file in the output folder and is not run again: start it anew to go on.
 """
@@ -43,7 +43,7 @@ IMAGES, TESTED, CALIBRATION, BATCH = 5000, 2000, 500, 50
 LEARNING_RATE, WEIGHT_DECAY = 5e-3, 1e-2
 SMALL, DEEP, TEACHER = (16, 32, 32), (16, 16, 32, 32, 32, 32), (32, 64, 64)
 PAIRS = {"spike2": "spike2", "spike3": "spike3"}
-STEP_BATCH = 64
+STEP_BATCH, MEMORY_BATCH = 64, 500  # the latter so large that the batch decides, and not the libraries' own buffers
 STEP_LOSSES: dict[str, tuple[float, list[Any]]] = {
     "plain": (1.0, []),
     "response": (0.3, [LogitKD(4.0, 0.7)]),
@@ -146,30 +146,31 @@ def operations(net: nn.Module, tested: Batch) -> dict[str, float]:
 
 
 # ---- runs ----
-def run(name: str, seed: int, args: argparse.Namespace) -> dict[str, Any]:
-    """Train one network and measure what it took."""
-    trained, tested = data(seed, args)
+def prepare(name: str, seed: int, trained: Batch, args: argparse.Namespace) -> tuple[nn.Sequential, Any, Any]:
+    """The network of a run at its paired start, what is to be optimised, and the loss of a batch."""
     _, neuron, taught, task_weight, losses = rows()[name]
-    against = f"{'deep-' * name.startswith('deep')}plain-{neuron}"
     teacher = None
     if taught:
         teacher = made("teacher")
         teacher.load_state_dict(torch.load(args.out / f"teacher-seed{seed}.pt", weights_only=True))
     torch.manual_seed(seed)
     net = made(name)
-    module: Any = net
-    if neuron is not None:
-        module = Distiller(net, teacher, losses, task_weight=task_weight, example_inputs=trained[0][:10])
+    if neuron is None:
+        return net, net, lambda images, digits: F.cross_entropy(net(images), digits)
+    module = Distiller(net, teacher, losses, task_weight=task_weight, example_inputs=trained[0][:10])
+    return net, module, lambda images, digits: module(images, digits).loss
 
-    def loss_of(images: Tensor, digits: Tensor) -> Tensor:
-        return F.cross_entropy(net(images), digits) if neuron is None else module(images, digits).loss
 
+def run(name: str, seed: int, args: argparse.Namespace) -> dict[str, Any]:
+    """Train one network and measure what it took."""
+    trained, tested = data(seed, args)
+    net, module, loss_of = prepare(name, seed, trained, args)
+    _, neuron, taught, *_ = rows()[name]
+    against = f"{'deep-' * name.startswith('deep')}plain-{neuron}"
     per_epoch = len(trained[0]) // BATCH
     optimizer = torch.optim.AdamW(module.parameters(), LEARNING_RATE, weight_decay=WEIGHT_DECAY)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.epochs * per_epoch)
     generator = torch.Generator().manual_seed(seed)
-    reset_peak_memory(torch.device("cpu"))
-    before, peak = peak_memory(torch.device("cpu")), 0
     used, curve = {"seconds": 0.0, "processor seconds": 0.0}, []
     for _ in range(args.epochs):
         clock = paired.Clock()
@@ -180,18 +181,34 @@ def run(name: str, seed: int, args: argparse.Namespace) -> dict[str, Any]:
             optimizer.step()
             schedule.step()
         used = {key: used[key] + value for key, value in clock.read().items()}
-        peak = max(peak, peak_memory(torch.device("cpu")) or 0)
         curve.append(accuracy(net, tested))
-        reset_peak_memory(torch.device("cpu"))  # the test is not to be counted
     kept = analysis.saved_bytes(loss_of, images, digits)
     write(args.out / f"{name}-seed{seed}.pt", lambda p: torch.save(net.state_dict(), p))
     return {
         **{"run": name, "seed": seed, "T": T if neuron else 1, "taught": taught},
         **{"against": against if neuron and name != against else None},
         **{"accuracy": curve[-1], "accuracy by epoch": curve},
-        **{"peak memory": peak, "memory before training": before, "kept for the backward": kept, **used},
+        **{"kept for the backward": kept, **used},
         **{"parameters": sum(p.numel() for p in net.parameters()), "operations": operations(net, tested)},
     }
+
+
+def memory(name: str, seed: int, args: argparse.Namespace) -> dict[str, Any]:
+    """The peak of a process that only trains, for what a test leaves in the heap would hide it."""
+    trained, _ = data(seed, args)
+    _, module, loss_of = prepare(name, seed, trained, args)
+    optimizer = torch.optim.AdamW(module.parameters(), LEARNING_RATE, weight_decay=WEIGHT_DECAY)
+    images, digits = (part[:MEMORY_BATCH] for part in trained)
+    cpu = torch.device("cpu")
+    reset_peak_memory(cpu)
+    before = peak_memory(cpu)
+    for _ in range(3):
+        loss = loss_of(images, digits)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    peak = peak_memory(cpu)
+    return {"run": f"memory-{name}", "seed": seed, "batch": len(images), "before": before, "peak": peak}
 
 
 def convert(seed: int, args: argparse.Namespace) -> dict[str, Any]:
@@ -318,14 +335,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     torch.set_num_threads(args.threads)
     if args.run:
         name, seed = args.run[0], int(args.run[1])
-        task = others.get(name) or (lambda s, a: run(name, s, a))
+        row = name.removeprefix("memory-")
+        train = run if row == name else memory
+        task = others.get(name) or (lambda s, a: train(row, s, a))
         paired.once(args.out / f"{name}-seed{seed}.json", settings, lambda: task(seed, args))
         return
     results: dict[str, list[dict[str, Any]]] = {}
     command = [sys.executable, "-m", "benchmarks.distillation_cost", *(sys.argv[1:] if argv is None else argv)]
     root = Path(__file__).parents[1]
     for seed in range(args.seeds):
-        for name in (*rows(), *others):
+        sizes = [] if seed else [f"memory-{name}" for name in rows()]
+        for name in (*rows(), *others, *sizes):
             path = args.out / f"{name}-seed{seed}.json"
             fresh = not path.exists()
             if fresh:
