@@ -113,7 +113,7 @@ def assert_same_run(a: Path, b: Path) -> None:
         states = [result[3] for result in loaded]
         for state in states:
             for entry in state["history"]:
-                for key in ("seconds", "data_share", "peak_memory"):
+                for key in ("seconds", "processor_seconds", "data_share", "peak_memory"):
                     del entry[key]
             del state["seconds"], state["rate"]
         assert _flat(states[0]) == _flat(states[1])

@@ -18,6 +18,7 @@ from benchmarks.distillation import mnist_data
 def result(accuracy: float) -> dict:
     return {
         "accuracy": accuracy,
+        distillation.LONGER: accuracy,
         "synaptic operations": 1.0,
         "training seconds": 1.0,
         "firing rates": {"spike1": 0.1},

@@ -91,7 +91,7 @@ def losses(out: Path, network: str = "plain") -> list[float]:
 # ---- end to end ----
 def test_everything_in_one_command(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     out = tmp_path / "run"
-    more = ["--distill", "logit,feature", "temporal,spatial", "--epochs", "6", "--lr", "1e-2", "--no-tensorboard"]
+    more = ["--distill", "logit,feature", "temporal,spatial", "--epochs", "9", "--lr", "1e-2", "--no-tensorboard"]
     assert train(data, out, *more, "--augment", "auto", "--robustness-samples", "20") == 0
     found = report(out)
     names = ["teacher", "plain", "distilled-logit-feature", "distilled-temporal-spatial"]
@@ -102,10 +102,10 @@ def test_everything_in_one_command(data: Path, tmp_path: Path, capsys: pytest.Ca
         assert r["operations"]["macs"] > 0
         assert r["peak_memory"] > 10**7
         assert 0 < r["data_share"] < 0.6
-        assert len(r["history"]) == 6
+        assert len(r["history"]) == 9
         assert r["history"][-1]["train_loss"] < r["history"][0]["train_loss"]
         rows = list(csv.DictReader((out / name / "log.csv").open()))
-        assert len(rows) == 6
+        assert len(rows) == 9
         spiking = name != "teacher"
         assert set(r["firing_rates"]) == ({"layer1.2", "layer2.2"} if spiking else set())
         assert not spiking or 0 < r["firing_rate"] < 1

@@ -241,6 +241,12 @@ class Config:
             return ("crop", "flip") if self.data in ("cifar10", "cifar100", "imagefolder", "cifar10dvs") else ("crop",)
         return tuple(part.strip() for part in self.augment.split(","))
 
+    def padding(self) -> float:
+        """The largest shift of a crop, as a share of the image's side."""
+        # MNIST's digits are centred: of 28 pixels, shifts by up to 2 gave a small ANN 99.34 % of 10,000 held-out
+        # training images after 6 epochs, shifts by up to 4 (the share that is usual for CIFAR) 99.15 %.
+        return 1 / 14 if self.data in ("mnist", "mnist5k") else 1 / 8
+
     def identity(self, kind: str) -> dict[str, Any]:
         """The options that decide the weights of a stage: "teacher", "plain" or "distilled"."""
         names = {f.name for f in fields(self) if f.metadata["group"] in ("data", "training")}

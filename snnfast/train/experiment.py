@@ -312,7 +312,7 @@ def _result(network: nn.Module, history: list[dict[str, Any]]) -> dict[str, Any]
     return {
         "parameters": sum(p.numel() for p in network.parameters()),
         **{k: last.get(k) for k in ("test_accuracy", "test_loss", "train_accuracy", "train_loss", "firing_rate")},
-        **{k: last.get(k) for k in ("firing_rates", "seconds", "data_share", "peak_memory")},
+        **{k: last.get(k) for k in ("firing_rates", "seconds", "processor_seconds", "data_share", "peak_memory")},
         "epochs": len(history),
         "history": history,
     }

@@ -135,7 +135,8 @@ class Trainer:
         self.folder, self.display, self.on_epoch = folder, display, on_epoch
         self.parts = fabric.world_size * config.accumulate
         self.per_epoch = len(dataset.train) // config.batch_size
-        self.augment = Augment(config.augmentation(), dataset.mean, dataset.std, dataset.has_time)
+        statistics = (dataset.mean, dataset.std, dataset.has_time)
+        self.augment = Augment(config.augmentation(), *statistics, padding=config.padding())
         self.checkpoints = Checkpoints(folder / "checkpoints", display.say, readonly=not fabric.is_global_zero)
         self.layout = torch.channels_last if config.channels_last else torch.contiguous_format
         if config.channels_last:
@@ -151,7 +152,7 @@ class Trainer:
         self.history: list[dict[str, Any]] = []
         self.sums = torch.zeros(2, dtype=torch.float64, device=self.generator.device)  # loss, right answers
         self.terms = torch.zeros(0)
-        self.seconds = self.data_seconds = 0.0
+        self.seconds = self.data_seconds = self.processor_seconds = 0.0
         self.rate: float | None = None
 
     # ---- checkpoints ----
@@ -186,7 +187,7 @@ class Trainer:
             "names": list(self.stage.objective.names),
             "rate": self.rate,
             "history": self.history,
-            "seconds": [self.seconds, self.data_seconds],
+            "seconds": [self.seconds, self.data_seconds, self.processor_seconds],
             "identity": json.dumps(self.stage.identity, sort_keys=True),
         }
         self.checkpoints.save(self.step, self.stage.network.state_dict(), self.stage.objective.extra(), state)
@@ -228,7 +229,7 @@ class Trainer:
         self.sums.copy_(state["sums"])
         self.terms, self.rate, self.history = state["terms"], state["rate"], state["history"]
         self.stage.objective.names = tuple(state["names"])
-        self.seconds, self.data_seconds = state["seconds"]
+        self.seconds, self.data_seconds, self.processor_seconds = state["seconds"]
         rank = self.fabric.global_rank
         if len(state["random"]) == self.fabric.world_size:
             restore_random_state(state["random"][rank])
@@ -269,7 +270,7 @@ class Trainer:
         return self.history
 
     def _epoch(self, asked: list[str], bar: Any) -> None:
-        config, started = self.config, time.perf_counter()
+        config, started, worked = self.config, time.perf_counter(), time.process_time()
         order = epoch_order(len(self.dataset.train), config.seed, self.epoch)
         batches = order[: self.per_epoch * config.batch_size].to(self.generator.device).view(self.per_epoch, -1)
         self.module.train()
@@ -285,8 +286,9 @@ class Trainer:
                 bar(self)
             last = self.batch == self.per_epoch
             if asked or (self.step % config.checkpoint_steps == 0 and not last):
-                now = time.perf_counter()
+                now, used = time.perf_counter(), time.process_time()
                 self.seconds, started = self.seconds + now - started, now
+                self.processor_seconds, worked = self.processor_seconds + used - worked, used
                 self.save()
                 if asked:
                     raise Interrupted(
@@ -294,6 +296,7 @@ class Trainer:
                         f"in {self.checkpoints.path(self.step)}: go on with --resume"
                     )
         self.seconds += time.perf_counter() - started
+        self.processor_seconds += time.process_time() - worked
         self._end_epoch()
 
     def _end_epoch(self) -> None:
@@ -318,6 +321,7 @@ class Trainer:
                 "firing_rates": test["rates"],
                 "terms": dict(zip(self.stage.objective.names, self.terms.tolist(), strict=False)),
                 "seconds": self.seconds,
+                "processor_seconds": self.processor_seconds,  # of this process: beside busy neighbours the fairer one
                 "data_share": self.data_seconds / self.seconds if self.seconds else 0.0,
                 "peak_memory": peak_memory(self.generator.device),
             }
