@@ -416,7 +416,8 @@ def test_retain_graph_and_double_backward():
     net = nn.Sequential(nn.Linear(64, 64), snnfast.LIFNode(step_mode="m"), nn.Linear(64, 8)).double()
     x = torch.randn(T, 32, 64, dtype=torch.float64)
     found = []
-    for inside in (None, False, True):
+    newer = hasattr(torch._C._autograd, "_top_saved_tensors_default_hooks")  # not in torch 2.6
+    for inside in (None, False, True) if newer else (None, False):
         functional.reset_net(net)
         net.zero_grad()
         leaf = x.clone().requires_grad_()
@@ -433,8 +434,8 @@ def test_retain_graph_and_double_backward():
         found.append([grad.detach(), leaf.grad, *(p.grad.clone() for p in net.parameters())])
         assert (packed.tensors > 0) == (inside is not None)
     assert found[0][2].abs().sum() > 0
-    assert_equal(found[1], found[0])
-    assert_equal(found[2], found[0])
+    for other in found[1:]:
+        assert_equal(other, found[0])
 
 
 @pytest.mark.parametrize("where", ["around the forward", "around the call", "in the function"])
