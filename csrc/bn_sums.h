@@ -1,0 +1,236 @@
+// Where the channels of a batch norm lie, and sums over them on the CPU, its statistics among them.
+//
+// Sums are made in float64, one partial sum per chunk of neurons; chunks depend on the shape alone and are added in
+// order, so results have the same bits for any number of threads.
+#pragma once
+
+#include "cpu_rows.h"
+
+namespace snnfast {
+namespace {
+
+// ---- channels ----
+constexpr int64_t kBatchNormTile = 2048;
+
+// The bounds of the chunks' neurons, whole tiles each.
+struct Chunks {
+  explicit Chunks(int64_t N) {
+    const int64_t tiles = (N + kBatchNormTile - 1) / kBatchNormTile;
+    const int64_t each = (tiles + kMostChunks - 1) / kMostChunks;
+    size = each * kBatchNormTile;
+    count = (N + size - 1) / size;
+  }
+  int64_t size, count;
+};
+
+// Calls f(offset, length, constant) for the parts of neurons begin to end whose constants are one channel's (runs), or
+// lie side by side from `constant` on.
+template <bool runs, class F>
+SNNFAST_FN void for_each_part(const BatchNormCall& b, int64_t begin, int64_t end, F f) {
+  const int64_t period = runs ? b.inner : b.constants();
+  for (int64_t i = begin; i < end;) {
+    const int64_t next = smaller(end, (i / period + 1) * period);
+    f(i - begin, next - i, runs ? i / period % b.channels : i % period);
+    i = next;
+  }
+}
+
+// A per-channel constant along such a part.
+template <bool runs, class R>
+struct Along {
+  explicit Along(const R* from) : from(from), value(*from) {}
+  template <class V>
+  SNNFAST_FN V at(V, int64_t i) const {
+    if constexpr (runs) return broadcast<V>(value);
+    return load(from + i, (V*)nullptr);
+  }
+  const R* from;
+  R value;
+};
+
+template <class R>
+const R* of_step(const BatchNormCall& b, const void* constants, int64_t t) {
+  return static_cast<const R*>(constants) + (b.groups > 1 ? t * b.constants() : 0);
+}
+
+// ---- sums over a channel ----
+// The halves of a vector in float64. GCC makes four instructions of __builtin_convertvector where there is one.
+SNNFAST_FN Float64Vector lower(Float32Vector v) {
+#if defined(__AVX512F__)
+  return (Float64Vector)_mm512_cvtps_pd(_mm512_castps512_ps256((__m512)v));
+#elif defined(__AVX2__)
+  return (Float64Vector)_mm256_cvtps_pd(_mm256_castps256_ps128((__m256)v));
+#else
+  Float64Vector half;
+  for (int i = 0; i < int(sizeof(half) / sizeof(double)); ++i) half[i] = v[i];
+  return half;
+#endif
+}
+SNNFAST_FN Float64Vector upper(Float32Vector v) {
+#if defined(__AVX512F__)
+  return (Float64Vector)_mm512_cvtps_pd(_mm512_extractf32x8_ps((__m512)v, 1));
+#elif defined(__AVX2__)
+  return (Float64Vector)_mm256_cvtps_pd(_mm256_extractf128_ps((__m256)v, 1));
+#else
+  Float64Vector half;
+  constexpr int lanes = sizeof(half) / sizeof(double);
+  for (int i = 0; i < lanes; ++i) half[i] = v[lanes + i];
+  return half;
+#endif
+}
+
+// Two sums of float64 over the elements of a part: lanes of their own where all elements are one channel's, else one
+// sum for each element of the part. term(v, i, k) gives what element i of value v adds to sum k.
+template <bool runs>
+class Sums {
+ public:
+  Sums(double* first, double* second) : to{first, second} {}
+  ~Sums() {
+    if constexpr (runs)
+      for (int k = 0; k < 2; ++k) {
+        const Float64Vector both = lanes[k][0] + lanes[k][1];
+        double sum = rest[k];
+        for (int i = 0; i < int(sizeof(both) / sizeof(double)); ++i) sum += both[i];
+        *to[k] += sum;
+      }
+  }
+  template <int which>
+  SNNFAST_FN void add(int k, int64_t i, Float64Vector v) {
+    if constexpr (runs)
+      lanes[k][which] += v;
+    else
+      store<false>(to[k] + i, load(to[k] + i, (Float64Vector*)nullptr) + v);
+  }
+  SNNFAST_FN void add(int k, int64_t i, double v) {
+    if constexpr (runs)
+      rest[k] += v;
+    else
+      to[k][i] += v;
+  }
+
+ private:
+  double* to[2];
+  double rest[2] = {};
+  Float64Vector lanes[2][2] = {};
+};
+constexpr int64_t kDoubles = sizeof(Float64Vector) / sizeof(double);
+
+// The accumulators of one chunk: [2][groups][constants], folded to the channels of the chunk's partial sums at its end.
+class Accumulators {
+ public:
+  explicit Accumulators(const BatchNormCall& b) : plane_(b.groups * b.constants()) {
+    memory_ = static_cast<double*>(malloc(2 * plane_ * sizeof(double)));
+  }
+  ~Accumulators() { free(memory_); }
+  Accumulators(const Accumulators&) = delete;
+  Accumulators& operator=(const Accumulators&) = delete;
+
+  bool allocated() const { return memory_; }
+  void clear() { memset(memory_, 0, 2 * plane_ * sizeof(double)); }
+  double* sum(int k) { return memory_ + k * plane_; }
+  // partial is [groups][channels][2]
+  void fold(const BatchNormCall& b, double* partial) const {
+    const int64_t each = b.constants() / b.channels;
+    for (int64_t c = 0; c < b.groups * b.channels; ++c)
+      for (int k = 0; k < 2; ++k) {
+        double sum = 0;
+        for (int64_t i = 0; i < each; ++i) sum += memory_[k * plane_ + c * each + i];
+        partial[2 * c + k] = sum;
+      }
+  }
+
+ private:
+  double* memory_;
+  int64_t plane_;
+};
+
+// Runs work(chunk, begin, end, accumulators, scratch) over all chunks and adds their partial sums up in order in
+// b.sums. False where memory ran out.
+template <class MakeScratch, class Work>
+bool over_chunks(const BatchNormCall& b, int threads, MakeScratch make_scratch, Work work) {
+  const Chunks chunks(b.call.N);
+  const int64_t sums = 2 * b.groups * b.channels;
+  double* partial = b.sums ? static_cast<double*>(malloc(chunks.count * sums * sizeof(double))) : nullptr;
+  if (b.sums && !partial) return false;
+  int allocated = 1;
+#pragma omp parallel num_threads(threads) if (threads > 1) reduction(min : allocated)
+  {
+    const FlushDenormals flush;
+    Accumulators accumulators(b);
+    auto scratch = make_scratch();
+    allocated = accumulators.allocated() && scratch.allocated();
+    const bool usable = allocated;
+#pragma omp for schedule(static)
+    for (int64_t chunk = 0; chunk < chunks.count; ++chunk) {
+      if (!usable) continue;
+      accumulators.clear();
+      work(chunk, chunk * chunks.size, smaller((chunk + 1) * chunks.size, b.call.N), accumulators, scratch);
+      if (partial) accumulators.fold(b, partial + chunk * sums);
+    }
+  }
+  if (partial) {
+    memset(b.sums, 0, sums * sizeof(double));
+    for (int64_t chunk = 0; chunk < chunks.count; ++chunk)
+      for (int64_t i = 0; i < sums; ++i) b.sums[i] += partial[chunk * sums + i];
+    free(partial);
+  }
+  return allocated;
+}
+
+struct NoScratch {
+  bool allocated() const { return true; }
+};
+
+int batch_norm_threads(const BatchNormCall& b) {
+  constexpr int64_t serial_below = 32768;  // as kSerialBelow in cpu.cpp
+  return b.call.T * b.call.N < serial_below ? 1 : int(smaller(b.call.threads, Chunks(b.call.N).count));
+}
+
+// ---- statistics ----
+// b.sums becomes the sums of x - first and of its square, `first` [groups, constants] being each channel's first
+// element: whatever the mean, nothing cancels that float64 cannot spare.
+template <bool runs, class T>
+bool statistics(const BatchNormCall& b) {
+  using R = typename StateOf<T>::type;
+  return over_chunks(
+      b, batch_norm_threads(b), [] { return NoScratch(); },
+      [&](int64_t, int64_t begin, int64_t end, Accumulators& accumulators, NoScratch&) {
+        // Tile by tile through time: the accumulators of a tile stay in the first-level cache.
+        for (int64_t tile = begin; tile < end; tile += kBatchNormTile)
+          for (int64_t t = 0; t < b.call.T; ++t) {
+            const int64_t n = smaller(kBatchNormTile, end - tile);
+            const T* x = static_cast<const T*>(b.call.x) + t * b.call.N + tile;
+            const T* ahead = t + 1 < b.call.T ? x + b.call.N : static_cast<const T*>(b.call.x) + tile + n;
+            const double* first = of_step<double>(b, b.first, t);
+            const int64_t group = first - static_cast<const double*>(b.first);
+            for_each_part<runs>(b, tile, tile + n, [&](int64_t at, int64_t length, int64_t constant) {
+              const Along<runs, double> minus(first + constant);
+              Sums<runs> sums(accumulators.sum(0) + group + constant, accumulators.sum(1) + group + constant);
+              for_each_in_row<R, false>(x + at, length, [&](auto tag, int64_t i) __attribute__((always_inline)) {
+                using V = decltype(tag);
+                const V value = load(x + at + i, (V*)nullptr);
+                __builtin_prefetch(ahead + at + i);
+                if constexpr (sizeof(V) == sizeof(R)) {
+                  const double d = value - minus.at(double(), i);
+                  sums.add(0, i, d);
+                  sums.add(1, i, d * d);
+                } else if constexpr (sizeof(R) == sizeof(double)) {
+                  const V d = value - minus.at(value, i);
+                  sums.template add<0>(0, i, d);
+                  sums.template add<0>(1, i, d * d);
+                } else {
+                  const Float64Vector low = lower(value) - minus.at(Float64Vector(), i);
+                  const Float64Vector high = upper(value) - minus.at(Float64Vector(), i + kDoubles);
+                  sums.template add<0>(0, i, low);
+                  sums.template add<1>(0, i + kDoubles, high);
+                  sums.template add<0>(1, i, low * low);
+                  sums.template add<1>(1, i + kDoubles, high * high);
+                }
+              });
+            });
+          }
+      });
+}
+
+}  // namespace
+}  // namespace snnfast
