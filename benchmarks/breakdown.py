@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from snnfast.fused.fuse import Deferred
+from snnfast.fused.pair import Deferred
 
 from .measure import synchronize
 

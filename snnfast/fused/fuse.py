@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import fx, nn
 
 from ..base import StepModule
 from ..convert.to_spiking_layers import Dropout as DropoutOfRates
@@ -18,6 +18,7 @@ from ..network import holds_single_steps
 from ..neuron import BaseNode
 from . import batch_norm
 from .ops import Connect
+from .pair import Defer, NormAndNeuron, is_fused
 
 __all__ = ["FuseReport", "fuse", "unfuse"]
 
@@ -45,117 +46,6 @@ class FuseReport:
             lines.append(f"  {norm} + {neuron}" + (f", residual {skip}" if skip else ""))
         lines += [f"  {norm} left alone: {reason}" for norm, reason in self.left_alone.items()]
         return "\n".join(lines)
-
-
-# ---- a fused pair ----
-class _StandIn:
-    """For a tensor that is made when its residual connection is there: the trace has shown that they meet, and that
-    nothing else sees the stand-in. Whatever else gets it fails."""
-
-    def met_by(self, other: Any, add: bool) -> Any:
-        """The sum or the product with ``other``."""
-        raise NotImplementedError
-
-    def __add__(self, other: Any) -> Any:
-        return self.met_by(other, True)
-
-    def __mul__(self, other: Any) -> Any:
-        return self.met_by(other, False)
-
-    __radd__ = add = __add__
-    __rmul__ = mul = __mul__
-
-    @classmethod
-    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func not in _SUMS + _PRODUCTS or len(args) != 2 or kwargs:
-            return NotImplemented
-        stand_in, other = args if isinstance(args[0], cls) else (args[1], args[0])
-        return stand_in.met_by(other, func in _SUMS)
-
-
-_SUMS = (torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__)
-_PRODUCTS = (torch.mul, Tensor.mul, Tensor.__mul__, Tensor.__rmul__)
-_OTHERWISE = (
-    "the forward of a fused model runs otherwise than when it was fused: snnfast.unfuse(model) and fuse it again, or "
-    "leave it so"
-)
-
-
-class Deferred(_StandIn):
-    """What a fused norm gives its neuron: its own input, and a residual connection that joins before the charge."""
-
-    def __init__(self, norm: nn.Module, x: Any, skip: Any = None) -> None:
-        self.norm, self.x, self.skip = norm, x, skip
-        self.version = _version(x)
-
-    def met_by(self, other: Any, add: bool) -> Any:
-        if not add or self.skip is not None:
-            raise RuntimeError(_OTHERWISE)
-        return Deferred(self.norm, self.x, other)
-
-    def run(self, neuron: nn.Module, skip: Any, connect: Connect) -> Any:
-        if self.version != _version(self.x):
-            raise RuntimeError(
-                "the input of a fused batch norm was changed in place before its neuron ran: change a copy, or take "
-                "the fusion back with snnfast.unfuse(model)"
-            )
-        if (self.skip is not None) != (connect == Connect.CHARGE):
-            raise RuntimeError(_OTHERWISE)
-        return batch_norm.run(self.norm, neuron, self.x, skip=skip, connect=connect)
-
-
-class _Spikes(_StandIn):
-    """What a fused neuron gives where a residual connection meets its spikes."""
-
-    def __init__(self, deferred: Deferred, neuron: nn.Module, connect: Connect) -> None:
-        self.deferred, self.neuron, self.connect = deferred, neuron, connect
-        self.inverted = self.met = False
-
-    def met_by(self, other: Any, add: bool) -> Any:
-        if add != (self.connect == Connect.ADD) or self.inverted != (self.connect == Connect.IAND) or self.met:
-            raise RuntimeError(_OTHERWISE)
-        self.met = True
-        return self.deferred.run(self.neuron, other, self.connect)
-
-    def __rsub__(self, one: Any) -> Any:
-        self.inverted = True
-        return self
-
-
-def _version(x: Any) -> int | None:
-    """Counts changes in place, where that is counted."""
-    if not isinstance(x, Tensor) or torch.compiler.is_compiling() or x.is_inference():
-        return None
-    return x._version
-
-
-class _Defer:
-    """Stands for a fused norm's forward."""
-
-    def __init__(self, norm: nn.Module) -> None:
-        self.norm = norm
-
-    def __call__(self, x: Any) -> Deferred:
-        return Deferred(self.norm, x)
-
-
-class _NormAndNeuron:
-    """Stands for a fused neuron's forward."""
-
-    def __init__(self, neuron: nn.Module, connect: Connect) -> None:
-        self.neuron = neuron
-        self.connect = connect
-
-    def __call__(self, x: Any) -> Any:
-        if not isinstance(x, Deferred):
-            return type(self.neuron).forward(self.neuron, x)
-        if self.connect in (Connect.NONE, Connect.CHARGE):
-            return x.run(self.neuron, x.skip, self.connect)
-        return _Spikes(x, self.neuron, self.connect)
-
-
-def _is_fused(module: nn.Module) -> bool:
-    return isinstance(module.__dict__.get("forward"), (_Defer, _NormAndNeuron))
 
 
 # ---- finding pairs ----
@@ -362,7 +252,7 @@ def fuse(model: nn.Module) -> FuseReport:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     names = {module: name for name, module in model.named_modules()}
-    fused_already = {module for module in names if _is_fused(module)}
+    fused_already = {module for module in names if is_fused(module)}
     found, shared, report = _find(model), _shared_parameters(model), FuseReport()
     for norm, name in names.items():
         if not isinstance(norm, _NORM) or norm in fused_already or _is_part_of_node(name, model):
@@ -376,9 +266,9 @@ def fuse(model: nn.Module) -> FuseReport:
         elif (reason := _why_not(norm, neuron, found, shared)) is not None:
             report.left_alone[name] = reason
         else:
-            norm.forward = _Defer(norm)  # type: ignore[method-assign,assignment]
+            norm.forward = Defer(norm)  # type: ignore[method-assign,assignment]
             connect = found.connections.get(norm, Connect.NONE)
-            neuron.forward = _NormAndNeuron(neuron, connect)
+            neuron.forward = NormAndNeuron(neuron, connect)
             report.fused.append((name, names[neuron]))
             if connect:
                 report.connected[name] = connect.name
@@ -398,7 +288,7 @@ def unfuse(model: nn.Module) -> int:
         >>> _ = fuse(net); unfuse(net)
         1
     """
-    fused = [module for module in model.modules() if _is_fused(module)]
+    fused = [module for module in model.modules() if is_fused(module)]
     for module in fused:
         del module.__dict__["forward"]
     return sum(isinstance(module, _NORM) for module in fused)
