@@ -1,21 +1,53 @@
 #!/usr/bin/env bash
-# Everything that needs a GPU, in one command: build in place, GPU tests, compute-sanitizer, GPU benchmarks. Needs no
-# network: the machine's own python3 with torch, triton, pybind11, ninja, pytest, and nvcc. Results go to
-# $OUT (or benchmarks/results/); every step's log lies beside them, and a failing step does not stop the others.
+# Everything that needs a GPU: build in place, GPU tests, compute-sanitizer, GPU benchmarks. Needs no network: the
+# machine's own python3 with torch, triton, pybind11, ninja, pytest, and nvcc.
+#
+#   benchmarks/gpu.sh              every step, about half an hour at most
+#   benchmarks/gpu.sh build tests  some of them, where a command may take ten minutes only: then build tests, benchmarks,
+#                                  memcheck racecheck initcheck, triton, suite, in this order of worth
+#
+# A failing step does not stop the others. Results go to benchmarks/results/; where $OUT is another folder, that gets
+# few files after each step: the tables, and everything with the logs in gpu.tgz.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-python3}
-OUT=${OUT:-benchmarks/results}
-mkdir -p "$OUT"
+RESULTS=benchmarks/results
+OUT=${OUT:-$RESULTS}
+LOGS=build/gpu-logs
+mkdir -p "$OUT" "$LOGS"
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
 failed=()
 
-step() {  # step NAME SECONDS COMMAND...
+save() {
+  [ "$OUT" -ef "$RESULTS" ] && return
+  tar -czf "$OUT/gpu.tgz" "$RESULTS" "$LOGS" benchmarks/REPORT.md
+  cp benchmarks/REPORT.md "$OUT"
+  cp $RESULTS/gpu.json $RESULTS/gpu.md "$OUT" 2>/dev/null || true
+}
+
+step() {  # step NAME SECONDS COMMAND...: an interrupt in place of the limit's kill, so that pytest tells what failed
   local name=$1 limit=$2
   shift 2
   echo "== $name: $*"
-  timeout "$limit" "$@" 2>&1 | tee "$OUT/gpu-$name.log" | tail -n 15
+  timeout -s INT -k 20 "$limit" "$@" 2>&1 | tee "$LOGS/$name.log" | tail -n 25
   [ "${PIPESTATUS[0]}" -eq 0 ] || failed+=("$name")
+  save
+}
+
+pytest() {  # pytest NAME SECONDS ARGUMENTS...
+  local name=$1 limit=$2
+  shift 2
+  step "$name" "$limit" "$PYTHON" -m pytest -q -p no:cacheprovider --tb=short "$@"
+}
+
+sanitize() {  # without torch's cache of memory, or a read past a tensor falls into the next one
+  if command -v compute-sanitizer >/dev/null; then
+    PYTORCH_NO_CUDA_MEMORY_CACHING=1 step "$1" 150 \
+      compute-sanitizer --tool "$1" --error-exitcode 9 "$PYTHON" -m benchmarks.gpu_sanitize
+  else
+    echo "compute-sanitizer is not installed: $1 not run"
+    failed+=("$1")
+  fi
 }
 
 if ! command -v nvidia-smi >/dev/null || ! nvidia-smi -L; then
@@ -23,22 +55,37 @@ if ! command -v nvidia-smi >/dev/null || ! nvidia-smi -L; then
   exit 1
 fi
 export SNNFAST_CUDA_ARCHS=${SNNFAST_CUDA_ARCHS:-$($PYTHON -c 'import torch; print("%d%d" % torch.cuda.get_device_capability())')}
-step build 240 "$PYTHON" setup.py build_ext --inplace
-step versions 60 "$PYTHON" -m snnfast
-step tests 240 "$PYTHON" -m pytest -q -p no:cacheprovider tests/test_parity.py tests/test_torch.py tests/test_gpu.py tests/test_gpu_bn.py
-if command -v compute-sanitizer >/dev/null; then
-  step memcheck 120 compute-sanitizer --tool memcheck --error-exitcode 9 "$PYTHON" -m benchmarks.gpu_sanitize
-  step racecheck 120 compute-sanitizer --tool racecheck --error-exitcode 9 "$PYTHON" -m benchmarks.gpu_sanitize
-  step initcheck 120 compute-sanitizer --tool initcheck --error-exitcode 9 "$PYTHON" -m benchmarks.gpu_sanitize
-else
-  echo "compute-sanitizer is not installed: memory checks not run"
-  failed+=(sanitizer-missing)
-fi
-step benchmarks 240 "$PYTHON" -m benchmarks.gpu --out "$OUT"
-# --force: the CPU's load says little about the GPU. Peers that are not installed there are in the tables as missing.
-step suite 420 "$PYTHON" -m benchmarks network overhead scaling inference open_neuromorphic --device cuda --force --out "$OUT"
+workers=$($PYTHON -c 'import importlib.util as u; print("-n 12" if u.find_spec("xdist") else "")')
+[ $# -gt 0 ] || set -- build tests benchmarks memcheck racecheck initcheck triton suite
+for name in "$@"; do
+  case $name in
+    build)
+      step build 240 "$PYTHON" setup.py build_ext --inplace
+      step versions 60 "$PYTHON" -m snnfast
+      ;;
+    tests)  # the native kernels
+      pytest tests-gpu 150 tests/test_gpu_bn.py tests/test_gpu.py tests/test_memory.py tests/test_inference.py -k "not triton"
+      pytest tests-parity 180 tests/test_parity.py tests/test_torch.py -k "native and cuda"
+      ;;
+    benchmarks) step benchmarks 240 "$PYTHON" -m benchmarks.gpu ;;
+    memcheck | racecheck | initcheck) sanitize "$name" ;;
+    triton)  # each case is a compilation, so not the whole of test_parity.py
+      OMP_NUM_THREADS=1 pytest tests-triton 300 $workers tests/test_gpu_bn.py tests/test_gpu.py -k triton
+      OMP_NUM_THREADS=1 pytest tests-triton-parity 200 $workers tests/test_parity.py -k "forward_has and triton and cuda and float32"
+      ;;
+    suite)  # one at a time: each writes when it ends. --force: the CPU's load says little about the GPU
+      for sub in network open_neuromorphic scaling inference overhead; do
+        step "suite-$sub" 120 "$PYTHON" -m benchmarks "$sub" --device cuda --force
+      done
+      ;;
+    *)
+      echo "unknown step $name: build tests benchmarks memcheck racecheck initcheck triton suite"
+      exit 2
+      ;;
+  esac
+done
 if [ ${#failed[@]} -gt 0 ]; then
-  echo "failed: ${failed[*]} (logs in $OUT)"
+  echo "failed: ${failed[*]} (logs in $LOGS)"
   exit 1
 fi
-echo "all GPU steps passed; results in $OUT"
+echo "all GPU steps passed; results in $RESULTS"

@@ -11,7 +11,7 @@ from torch import Tensor
 from .. import backends, dynamics, ops
 from ..backends import native_batch_norm
 from ..backends.native_batch_norm import NormCall
-from ..dynamics import Constants
+from ..dynamics import NEURONS, Constants
 from ..ops import time_major
 from .ops import Connect, _library, _multi_step, _multi_step_backward, _statistics
 
@@ -34,6 +34,7 @@ def statistics(x: Tensor, per_step: bool) -> tuple[Tensor, Tensor]:
     if not _has_cuda_kernels(x):
         return _statistics(x, per_step)
     x = time_major(x)
+    _check(x)
     shape = x.shape[0] if per_step else 1, x.shape[2]
     mean, var = (torch.empty(shape, dtype=torch.float64, device=x.device) for _ in range(2))
     native_batch_norm.statistics(x, mean, var)
@@ -62,14 +63,19 @@ def _call(args: Any) -> NormCall:
     x = time_major(x)
     state = dynamics.state_dtype(x.dtype)
     _check(x, mean=mean, var=var, weight=weight, bias=bias, v0=v0, decay=decay, skip=skip)
+    neuron = NEURONS[constants[0]]
+    if (decay is None) == neuron.learnable:
+        raise ValueError(f"decay must be {'a tensor' if neuron.learnable else 'None'} for the neuron {neuron.name}")
+    if skip is None and connect not in (Connect.NONE, Connect.ADD):
+        raise ValueError(f"skip must be a tensor for connect={Connect(connect).name!r}")
     return NormCall(
         x,
-        mean.contiguous(),
-        var.contiguous(),
+        mean.double().contiguous(),
+        var.double().contiguous(),
         None if weight is None else weight.contiguous(),
         None if bias is None else bias.contiguous(),
         ops._laid_out_as(v0, x[0], state),
-        decay,
+        None if decay is None else decay.to(state),
         ops._laid_out_as(skip, x, x.dtype),
         int(connect),
         eps,
