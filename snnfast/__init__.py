@@ -9,7 +9,7 @@ torch.Size([16, 2, 4])
 from . import analysis, distill, encoding, functional, fused, layer, losses, models, neuron, surrogate
 from ._version import __version__
 from .convert import accelerate, from_nir, restore, to_nir, to_spiking, unroll, verify
-from .fused import fuse
+from .fused import fuse, unfuse
 from .inference import capture, optimize_for_inference
 from .memory import chunked, packed_spikes
 from .neuron import IFNode, LIFNode, ParametricLIFNode
@@ -39,6 +39,7 @@ __all__ = [
     "surrogate",
     "to_nir",
     "to_spiking",
+    "unfuse",
     "unroll",
     "verify",
 ]

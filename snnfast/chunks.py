@@ -17,7 +17,7 @@ from .convert.to_spiking_layers import Dropout as DropoutOfRates
 from .convert.to_spiking_layers import MaxPoolOfRates
 from .encoding import check_steps
 from .fused import BatchNormNode
-from .network import _their_reset
+from .network import _their_reset, holds_single_steps
 
 __all__ = ["chunked"]
 
@@ -59,13 +59,15 @@ def chunked(model: nn.Module, x: Tensor, chunk: int, *, chunk_statistics: bool =
     run = _OfSpikingNetwork(model) if isinstance(model, SpikingNetwork) else _Run(model)
     parts = run.split(x, chunk)
     outputs, potentials = [], []
-    for steps, part in parts:
-        outputs.append(_one_chunk(run, part, steps))
-        potentials.append({m: m.v_seq for m in run.modules if isinstance(getattr(m, "v_seq", None), Tensor)})
+    try:
+        for steps, part in parts:
+            outputs.append(_one_chunk(run, part, steps))
+            potentials.append({m: m.v_seq for m in run.modules if isinstance(getattr(m, "v_seq", None), Tensor)})
+    finally:
+        run.set_masks([None] * len(run.dropouts))
     for module in potentials[-1]:
         module.v_seq = torch.cat([each[module] for each in potentials])
-    lengths = [run.lengths(steps, part) for steps, part in parts]
-    return run.finish(_concatenated(outputs, lengths))
+    return run.finish(_concatenated(outputs, [run.leading(steps, part) for steps, part in parts]))
 
 
 def _one_chunk(run: _Run, part: Any, steps: int) -> Any:
@@ -81,20 +83,20 @@ def _one_chunk(run: _Run, part: Any, steps: int) -> Any:
     )
 
 
-def _concatenated(outputs: list[Any], lengths: list[tuple[int, ...]]) -> Any:
+def _concatenated(outputs: list[Any], leading: list[list[tuple[int, ...]]]) -> Any:
     first = outputs[0]
     if isinstance(first, Tensor):
-        for y, allowed in zip(outputs, lengths, strict=True):
-            if y.dim() == 0 or y.shape[0] not in allowed:
+        for y, allowed in zip(outputs, leading, strict=True):
+            if not any(tuple(y.shape[: len(dims)]) == dims for dims in allowed):
                 raise ValueError(
                     f"model must return tensors with time as their first dimension, got shape {tuple(y.shape)} for a "
-                    f"chunk of {allowed[0]} steps; take a mean over time from the result of chunked"
+                    f"chunk of {allowed[0][0]} steps; take a mean over time from the result of chunked"
                 )
         return torch.cat(outputs)
     if isinstance(first, dict):
-        return type(first)((k, _concatenated([y[k] for y in outputs], lengths)) for k in first)
+        return type(first)((k, _concatenated([y[k] for y in outputs], leading)) for k in first)
     if isinstance(first, (tuple, list)):
-        parts = (_concatenated(list(each), lengths) for each in zip(*outputs, strict=True))
+        parts = (_concatenated(list(each), leading) for each in zip(*outputs, strict=True))
         return type(first)(*parts) if hasattr(first, "_fields") else type(first)(parts)
     return first
 
@@ -125,13 +127,14 @@ class _Run:
         parts = x.unflatten(0, (found[0], -1)).split(chunk)
         return [(len(part), part.flatten(0, 1)) for part in parts]
 
-    def lengths(self, steps: int, part: Tensor) -> tuple[int, ...]:
-        """The first dimension that a chunk's outputs may have."""
-        return (steps, len(part)) if self.folded else (steps,)
+    def leading(self, steps: int, part: Tensor) -> list[tuple[int, ...]]:
+        """The first dimensions that a chunk's outputs may have: as many steps alone could be as large a batch."""
+        batch = len(part) // steps if self.folded else part.shape[1] if part.dim() > 1 else 0
+        with_time = (steps, batch) if batch == steps else (steps,)
+        return [(len(part),), with_time] if self.folded and steps > 1 else [with_time]
 
     def finish(self, y: Any) -> Any:
         """The network's result from the chunks' outputs."""
-        self.set_masks([None] * len(self.dropouts))
         return y
 
     def masks(self) -> list[Tensor | None]:
@@ -189,11 +192,11 @@ class _OfSpikingNetwork(_Run):
             return [(min(chunk, T - start), x) for start in range(0, T, chunk)]
         return [(len(part), part) for part in self.model.coding(x, T).split(chunk)]
 
-    def lengths(self, steps: int, part: Tensor) -> tuple[int, ...]:
-        return (steps,)
+    def leading(self, steps: int, part: Tensor) -> list[tuple[int, ...]]:
+        batch = len(part) if self.model.coding is None else part.shape[1]
+        return [(steps, batch)]
 
     def finish(self, y: Any) -> Any:
-        y = super().finish(y)
         return y if self.model.readout is None else self.model.readout(y)
 
     def settings(self, steps: int) -> Iterator[tuple[Any, str, Any]]:
@@ -215,6 +218,7 @@ def _coded(x_seq: Tensor, T: int) -> Tensor:
 # ---- layers that see all time steps together ----
 def _check_layers(model: nn.Module, chunk_statistics: bool) -> None:
     of_steps = {m.norm for m in model.modules() if isinstance(m, BatchNormNode) and m.per_step}
+    stepped = {m for container in model.modules() if holds_single_steps(container) for m in container.modules()}
     for name, module in model.named_modules():
         kind = type(module).__name__
         if module is not model and isinstance(module, SpikingNetwork):
@@ -226,6 +230,14 @@ def _check_layers(model: nn.Module, chunk_statistics: bool) -> None:
                 f"model must keep its states where the second run of a chunk can restore them, but {name!r}, a {kind}, "
                 "has a reset and is no snnfast.base.MemoryModule: make it one, or call snnfast.accelerate first"
             )
+        single = getattr(module, "step_mode", None) == "s" and getattr(module, "timesteps", None) is None
+        if single and isinstance(module, MemoryModule) and module not in stepped:
+            raise ValueError(
+                f"model must take all time steps in one call, got the {kind} {name!r} with step_mode='s': call "
+                "snnfast.functional.set_step_mode(model, 'm')"
+            )
+        if isinstance(module, nn.RNNBase):
+            raise ValueError(f"model must not have the {kind} {name!r}, whose state chunked cannot hand on")
         if isinstance(module, layer._TemporalEffective):
             raise ValueError(f"model must not have a scale for each of T steps, got the {kind} {name!r}")
         if not isinstance(module, nn.modules.batchnorm._BatchNorm) or module in of_steps or chunk_statistics:

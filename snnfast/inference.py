@@ -190,26 +190,14 @@ def _without_folded(parent: nn.Module, child: str) -> None:
     parent.add_module(child, nn.Identity().train(training))
 
 
-def _with_residual(net: nn.Module) -> set[str]:
-    """Norms that :func:`fuse` runs with a residual connection and the neuron: one pass, which folding would make two.
-
-    The CPU has kernels for that; elsewhere such a pair runs as the modules do, and folding is better.
-    """
-    if any(t.device.type != "cpu" for _, t in _tensors(net)):
-        return set()
-    connected = set(fuse(net).connected)
-    unfuse(net)
-    return connected
-
-
 def optimize_for_inference(model: nn.Module) -> tuple[Any, InferenceReport]:
     """A copy of ``model`` that only infers, and faster: in evaluation mode, without gradients, its batch norms gone.
 
     A batch norm whose input is the output of a convolution, which goes nowhere else, becomes part of the convolution's
     weights (an :class:`torch.nn.Identity` stands in its place). Any other one that a neuron follows runs together with
-    it (:func:`snnfast.fuse`), and so does, on the CPU, one that meets a residual connection there. Neurons keep nothing
-    for a backward. Outputs equal those of ``model.eval()`` within rounding: a spike may differ only where the charge is
-    within rounding of the threshold. The model itself is not changed, and the copy starts from the initial state.
+    it (:func:`snnfast.fuse`). Neurons keep nothing for a backward. Outputs equal those of ``model.eval()`` within
+    rounding: a spike may differ only where the charge is within rounding of the threshold. The model itself is not
+    changed, and the copy starts from the initial state.
 
     Args:
         model: any module; what might come out different is left alone, and the report says why.
@@ -240,15 +228,12 @@ def optimize_for_inference(model: nn.Module) -> tuple[Any, InferenceReport]:
         names.setdefault(module, []).append(name)
     seen, shared, report = _Seen(), _shared_parameters(net), InferenceReport()
     _look(net, "", seen)
-    better_fused = _with_residual(net)
     reasons: dict[str, str] = {}
     for norm, paths in names.items():
         if not isinstance(norm, _NORM):
             continue
         before = seen.before.get(norm)
-        if paths[0] in better_fused:
-            reasons[paths[0]] = "a residual connection is better fused with it"
-        elif before is None:
+        if before is None:
             reasons[paths[0]] = seen.reasons.get(norm, "the forward around it cannot be traced, or does not call it")
         elif (reason := _why_not_folded(norm, before, names, seen, shared)) is not None:
             reasons[paths[0]] = reason

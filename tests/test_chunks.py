@@ -353,3 +353,37 @@ def test_errors_say_what_would_do():
         chunked(nn.Sequential(Other()), x, 4)
     with pytest.raises(ValueError, match="chunk that one"):
         chunked(nn.Sequential(spiking_network()).eval(), torch.rand(B, 2, 8, 8), 4)
+
+
+class MeanOverTime(nn.Sequential):
+    def forward(self, x):
+        return super().forward(x).mean(0)
+
+
+def test_what_would_come_out_as_something_else_is_refused():
+    lif = snnfast.LIFNode
+    x = torch.randn(16, 4, 6)
+    cases = {
+        "time as their first dimension": MeanOverTime(nn.Linear(6, 3), lif(step_mode="m")),  # B is the chunk's length
+        "step_mode='s'": nn.Sequential(nn.Linear(6, 8), lif(), nn.Linear(8, 3)),
+        "the GRU '0'": nn.Sequential(nn.GRU(6, 3)),
+    }
+    for message, net in cases.items():
+        with pytest.raises(ValueError, match=message):
+            snnfast.chunked(net, x, 4)
+
+
+def test_no_mask_is_left_behind_by_an_error():
+    net = snnfast.to_spiking(nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Dropout(0.5), nn.Linear(8, 3)), 4)
+    dropout = next(m for m in net.modules() if hasattr(m, "mask"))
+    calls = []
+
+    def fail(*_):
+        calls.append(0)
+        if len(calls) > 1:
+            raise RuntimeError("second chunk")
+
+    net.register_forward_hook(fail)
+    with pytest.raises(RuntimeError, match="second chunk"):
+        snnfast.chunked(net, torch.rand(2, 6), 2)
+    assert dropout.mask is None

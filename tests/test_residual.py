@@ -295,36 +295,104 @@ def test_one_connection_has_one_side(count_fused):
     assert len(count_fused) == 2
 
 
-def test_an_input_changed_on_the_way_is_refused():
-    def meet(self, x):
-        y = self.conv2(x)
-        out = self.bn2(y)
-        y.mul_(2.0)
-        return self.sn2(out)
+def input_changed(self, x):
+    y = self.conv2(x)
+    out = self.bn2(y)
+    y.mul_(2.0)
+    return self.sn2(out)
 
+
+def input_changed_before_the_addition(self, x):
+    y = self.conv2(x)
+    out = self.bn2(y)
+    skip = y * 0.5
+    y.mul_(0.0)
+    return self.sn2(out + skip)
+
+
+def skip_changed(self, x):
+    skip = x * 0.5
+    out = self.bn2(self.conv2(x)) + skip
+    skip.mul_(-3.0)
+    return self.sn2(out)
+
+
+@pytest.mark.parametrize("meet", [input_changed, input_changed_before_the_addition, skip_changed])
+def test_what_is_changed_on_the_way_is_refused(meet):
     net = Block(meet)
     fuse(net)
     with torch.no_grad(), pytest.raises(RuntimeError, match="changed in place before its neuron ran"):
         net(torch.rand(T * 2, 4, 6, 6))
 
 
-def test_a_forward_that_changes_after_fusing_is_refused():
+def how(self, x):
+    s = spikes(self, x)
+    return {
+        "add": lambda: s + x,
+        "add alpha": lambda: s.add(x, alpha=2),
+        "multiply": lambda: s * x,
+        "alone": lambda: s * 1.0,
+        "subtract": lambda: x - s,
+        "opposite": lambda: (1 - s) * x,
+        "in place": lambda: operator.iadd(x * 1.0, s),
+        "read": lambda: x * s.mean(),
+    }[self.how]()
+
+
+@pytest.mark.parametrize("traced", ["add", "multiply", "opposite"])
+def test_a_forward_that_changes_after_fusing_is_right(traced):
+    net = Block(how)
+    net.how = traced
+    apart = copy.deepcopy(net)
+    assert len(fuse(net).connected) == 1
+    x = torch.rand(T * 2, 4, 6, 6)
+    for net.how in ("add", "add alpha", "multiply", "alone", "subtract", "opposite", "in place", "read"):
+        apart.how = net.how
+        got, want = outputs_and_gradients(net, x), outputs_and_gradients(apart, x)
+        assert torch.equal(got[0], want[0])
+        assert all((g - w).norm() <= 1e-4 * w.norm() + 1e-4 for g, w in zip(got[1], want[1], strict=True))
+        assert torch.allclose(net.bn2.running_mean, apart.bn2.running_mean, atol=1e-6)
+
+
+def test_two_uses_where_the_trace_saw_one_are_refused():
     def meet(self, x):
         s = spikes(self, x)
-        if self.how == "twice":
-            return s + x + s
-        return s + x if self.how == "add" else s * x
+        return s + x + s if self.how == "twice" else s + x
 
     net = Block(meet)
-    net.how = "add"
+    net.how = "once"
     fuse(net)
+    net.how = "twice"
+    with pytest.raises(RuntimeError, match=r"uses the output .* twice"):
+        net(torch.rand(T * 2, 4, 6, 6))
+
+
+def no_grad_at_the_norm(self, x):
+    with torch.no_grad():
+        out = self.bn2(self.conv2(x))
+    return self.sn2(out) + x * self.scale
+
+
+def no_grad_at_the_neuron(self, x):
+    out = self.bn2(self.conv2(x))
+    with torch.no_grad():
+        s = self.sn2(out)
+    return s + x * self.scale
+
+
+@pytest.mark.parametrize("meet", [no_grad_at_the_norm, no_grad_at_the_neuron])
+def test_gradients_stop_where_they_did(meet):
+    net = Block(meet)
+    net.scale = nn.Parameter(torch.tensor(0.5))
+    apart = copy.deepcopy(net)
+    assert fuse(net).connected == {"bn2": "ADD"}
     x = torch.rand(T * 2, 4, 6, 6)
-    net(x)
-    for how in ("multiply", "twice"):
-        net.how = how
-        functional.reset_net(net)
-        with pytest.raises(RuntimeError, match="runs otherwise than when it was fused"):
-            net(x)
+    for model in (net, apart):
+        model(x).sum().backward()
+    for (name, p), q in zip(net.named_parameters(), apart.parameters(), strict=True):
+        assert (p.grad is None) == (q.grad is None), name
+    assert net.bn2.weight.grad is None
+    assert torch.allclose(net.scale.grad, apart.scale.grad)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -233,7 +233,8 @@ def fuse(model: nn.Module) -> FuseReport:
     Modules, their names, parameters, buffers and ``state_dict`` keys stay as they are; a fused norm hands its input on
     and its neuron does the work of both (see :class:`BatchNormNode`). Pairs are found by tracing the model's forward
     with :mod:`torch.fx`, or those of its parts where it cannot be traced. What might come out different is left alone,
-    and the report says why. Copies and pickles of a fused model are fused; :func:`unfuse` goes back.
+    and the report says why. Copies and pickles of a fused model are fused; :func:`unfuse` goes back. A model that was
+    fused before is searched anew.
 
     Args:
         model: any module; :class:`torch.nn.BatchNorm2d` before a neuron with ``timesteps``, and the norms of
@@ -252,10 +253,10 @@ def fuse(model: nn.Module) -> FuseReport:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     names = {module: name for name, module in model.named_modules()}
-    fused_already = {module for module in names if is_fused(module)}
+    unfuse(model)  # pairs of a model that was fused before may have been torn apart since
     found, shared, report = _find(model), _shared_parameters(model), FuseReport()
     for norm, name in names.items():
-        if not isinstance(norm, _NORM) or norm in fused_already or _is_part_of_node(name, model):
+        if not isinstance(norm, _NORM) or _is_part_of_node(name, model):
             continue
         neuron = found.neurons.get(norm)
         if found.calls[norm] > 1:
