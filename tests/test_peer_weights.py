@@ -365,6 +365,8 @@ def test_networks_that_do_not_correspond():
     ours, theirs = nn.Sequential(nn.Linear(2, 2), snnfast.LIFNode()), nn.Sequential(nn.Linear(2, 2), leaky())
     with pytest.raises(ValueError, match="the snntorch network has none at 1"):
         load_peer_weights(ours, nn.Sequential(leaky()))
+    with pytest.raises(ValueError, match="peer is 'sinabs', but the neurons of source are snntorch's"):
+        load_peer_weights(ours, theirs, peer="sinabs")
     with pytest.raises(ValueError, match="the snnfast network has none at 2"):
         load_peer_weights(ours, nn.Sequential(*theirs, leaky()))
     with pytest.raises(ValueError, match=r"0.weight must have shape \(2, 2\) for model, got \(2, 3\)"):

@@ -52,6 +52,8 @@ def load_peer_weights(
         if options:
             raise TypeError(f"{', '.join(options)}: only for a state_dict; a network tells how its neurons were made")
         library, neurons = _network(source)
+        if peer not in (None, library.name):
+            raise ValueError(f"peer is {peer!r}, but the neurons of source are {library.name}'s")
         values: Mapping[str, Tensor] = source.state_dict()
         made = _made(library, neurons)
     elif isinstance(source, Mapping):
