@@ -12,13 +12,14 @@ It is for a GPU; each call works for at most ``--minutes`` and leaves checkpoint
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import shlex
 import signal
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -62,11 +63,16 @@ def teacher_of(pair: str, args: argparse.Namespace) -> Path:
     return args.out / f"{first.replace(':', '-')}-seed0" / "teacher" / "model.safetensors"
 
 
-def stop_after(minutes: float) -> None:
-    """Ask this process to stop, as Ctrl-C would: the trainer writes a checkpoint first."""
+@contextlib.contextmanager
+def stopped_after(minutes: float) -> Iterator[None]:
+    """Ask this process to stop if it is not done by then, as Ctrl-C would: the trainer writes a checkpoint first."""
     timer = threading.Timer(60 * minutes, os.kill, (os.getpid(), signal.SIGTERM))
     timer.daemon = True
     timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 # ---- report ----
@@ -158,8 +164,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         parser.error(f"pairs must be TEACHER:STUDENT, such as {PAIRS[0]}, got {args.pairs}")
     if min(args.seeds, args.epochs, args.batch_size, args.subset or 1) < 1 or args.minutes <= 0:
         parser.error("all numbers must be at least 1, and --minutes positive")
-    stop_after(args.minutes)
-    runs = {}
+    with stopped_after(args.minutes):
+        train_all(args)
+    print("all is done")
+
+
+def train_all(args: argparse.Namespace) -> None:
+    """Every pair and seed that is not done yet, with a report after each."""
+    runs: dict[tuple[str, int], dict[str, Any]] = {}
     for seed in range(args.seeds):
         for pair in args.pairs:
             folder = args.out / f"{pair.replace(':', '-')}-seed{seed}"
@@ -176,7 +188,6 @@ def main(argv: Sequence[str] | None = None) -> None:
                     sys.exit(code)
             runs[pair, seed] = json.loads((folder / "report.json").read_text())
             report(runs, args)
-    print("all is done")
 
 
 if __name__ == "__main__":

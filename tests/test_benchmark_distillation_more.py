@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import sys
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -141,6 +142,7 @@ def test_cifar10_runs_goes_on_and_shares_its_teacher(tmp_path, monkeypatch):
     command = ["resnet18:wrn16_2", "--subset", "20", "--epochs", "1", "--seeds", "2", "--batch-size", "10"]
     command += ["--data-dir", str(tmp_path), "--device", "cpu", "--out", str(tmp_path / "o"), "--report", str(tmp_path)]
     cifar10.main(command)
+    assert not any(isinstance(t, threading.Timer) and not t.finished.is_set() for t in threading.enumerate())
     figures = json.loads((tmp_path / "cifar10_subset.json").read_text())
     assert [row["student"] for row in figures["rows"]] == ["plain", "response", "feature"]
     assert all(row["seeds"] == 2 for row in figures["rows"])
