@@ -87,7 +87,8 @@ def assert_sums_are_true(
 
     Such a gradient is the sum of all neurons' and may cancel to next to nothing: in these tests the libraries' own ones
     are up to 3e-5 off, and the fused ones up to 1e-4, as parts of the sum, and both at most 8e-7 of the absolute terms
-    that were added up. So the latter is what is demanded.
+    that were added up. So the latter is what is demanded, and 1e-9 where the steps of a single neuron cancel, which
+    are not told apart here.
     """
     module = make()
     wide = in_double(module, step)
@@ -103,7 +104,7 @@ def assert_sums_are_true(
             assert not (terms is not None and terms.any()), places[k][1]
             continue
         error, scale = abs(found.sum().item() - terms.sum().item()), terms.abs().sum().item()
-        assert error <= 2e-6 * scale, f"{places[k][1]}: {error} of {scale}"
+        assert error <= max(2e-6 * scale, 1e-9), f"{places[k][1]}: {error} of {scale}"
     return wide
 
 
