@@ -7,7 +7,7 @@ import warnings
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from peer_checks import assert_same, step_loop, tensors
 from torch import nn
@@ -83,6 +83,7 @@ MADE = {
 
 
 @pytest.mark.parametrize("name", MADE)
+@example(shape=(), step=(1,), which="beta", learnt=True, seed=2)  # the steps cancel to 0.4 % of what is added up
 @settings(max_examples=40, deadline=None, derandomize=True)
 @given(
     shape=st.sampled_from(SHAPES),
