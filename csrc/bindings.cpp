@@ -83,7 +83,7 @@ int64_t last_level_cache() {
 }
 
 // Whoever reads the spikes next finds them in the cache unless they would not fit beside their input anyway.
-int64_t stream_stores_from = last_level_cache();
+int64_t stream_stores_from = last_level_cache() / 2;
 
 // Fresh memory costs a page fault per 4 KiB, more than the kernel itself; 2 MiB pages cost few.
 void advise_huge_pages([[maybe_unused]] void* begin, [[maybe_unused]] int64_t bytes) {
@@ -195,41 +195,51 @@ double cpu_backward(const Config& config, int threads, SNNFAST_INPUTS, SNNFAST_G
   return sum;
 }
 
-// The arguments of every pass with batch norm after the neuron's: where the channels lie, and the norm's tensors.
-// Returns the gradient of the decay, 0 where there is none.
-double cpu_batch_norm(const Config& config, int pass, int threads, int dtype, int64_t T, int64_t N, uintptr_t x,
-                      uintptr_t v0, uintptr_t decay, int64_t channels, int64_t inner, int64_t groups,
-                      bool batch_statistics, uintptr_t first, uintptr_t scale, uintptr_t shift, uintptr_t centre,
-                      uintptr_t slope, uintptr_t offset, uintptr_t s, uintptr_t v, uintptr_t grad_s, uintptr_t grad_v,
-                      uintptr_t grad_x, uintptr_t grad_v0, uintptr_t sums, int connect, uintptr_t skip,
-                      uintptr_t grad_skip) {
+// The arguments of every pass with batch norm: the neuron's, where the channels lie, the norm's, and the passes'
+// tensors in the order of native_batch_norm.py.
+#define SNNFAST_NORM                                                                                               \
+  const Config &config, int pass, int dtype, int64_t T, int64_t N, uintptr_t x, uintptr_t v0, uintptr_t decay,     \
+      int64_t channels, int64_t inner, int64_t groups, bool batch_statistics, uintptr_t mean, uintptr_t var,       \
+      uintptr_t weight, int weight_dtype, uintptr_t bias, int bias_dtype, double eps, int connect, uintptr_t skip, \
+      uintptr_t s, uintptr_t v, uintptr_t grad_s, uintptr_t grad_v, uintptr_t grad_x, uintptr_t grad_weight,       \
+      uintptr_t grad_bias, uintptr_t grad_v0, uintptr_t grad_decay, uintptr_t grad_skip
+#define SNNFAST_NORM_NAMES                                                                                             \
+  config, pass, dtype, T, N, x, v0, decay, channels, inner, groups, batch_statistics, mean, var, weight, weight_dtype, \
+      bias, bias_dtype, eps, connect, skip, s, v, grad_s, grad_v, grad_x, grad_weight, grad_bias, grad_v0, grad_decay, \
+      grad_skip
+
+BatchNorm norm_of(SNNFAST_NORM) {
+  (void)pass;
+  BatchNorm b{};
+  b.norm.call = backward_call(config, dtype, T, N, x, v0, 0, decay, 0, 0, 0, 0, grad_s, grad_v, 0, 0, grad_x, grad_v0,
+                              0, 0, 0, 0);
+  b.norm.call.s = pointer(s);
+  b.norm.call.final_state[0] = pointer(v);
+  b.norm.channels = channels;
+  b.norm.inner = inner;
+  b.norm.groups = groups;
+  b.norm.batch_statistics = batch_statistics;
+  b.norm.connect = connect;
+  b.norm.skip = pointer(skip);
+  b.norm.grad_skip = pointer(grad_skip);
+  b.mean = static_cast<double*>(pointer(mean));
+  b.var = static_cast<double*>(pointer(var));
+  b.weight = pointer(weight);
+  b.bias = pointer(bias);
+  b.weight_dtype = weight_dtype;
+  b.bias_dtype = bias_dtype;
+  b.eps = eps;
+  b.grad_weight = pointer(grad_weight);
+  b.grad_bias = pointer(grad_bias);
+  b.grad_decay = pointer(grad_decay);
+  return b;
+}
+
+void cpu_batch_norm(int threads, SNNFAST_NORM) {
   py::gil_scoped_release release;
-  BatchNormCall b{};
-  b.call = backward_call(config, dtype, T, N, x, v0, 0, decay, 0, 0, 0, 0, grad_s, grad_v, 0, 0, grad_x, grad_v0, 0, 0,
-                         0, 0);
-  b.call.s = pointer(s);
-  b.call.final_state[0] = pointer(v);
-  prepare_cpu_output(b.call, threads, s ? b.call.s : b.call.grad_x);
-  b.channels = channels;
-  b.inner = inner;
-  b.groups = groups;
-  b.batch_statistics = batch_statistics;
-  b.first = pointer(first);
-  b.scale = pointer(scale);
-  b.shift = pointer(shift);
-  b.centre = pointer(centre);
-  b.slope = pointer(slope);
-  b.offset = pointer(offset);
-  b.sums = static_cast<double*>(pointer(sums));
-  b.connect = connect;
-  b.skip = pointer(skip);
-  b.grad_skip = pointer(grad_skip);
-  double partial[kMostChunks] = {};
-  b.call.grad_decay_partial = partial;
+  BatchNorm b = norm_of(SNNFAST_NORM_NAMES);
+  prepare_cpu_output(b.norm.call, threads, pass == kForward ? b.norm.call.s : b.norm.call.grad_x);
   if (!kernels->batch_norm(b, BatchNormPass(pass))) throw std::bad_alloc();
-  double sum = 0;
-  for (double part : partial) sum += part;
-  return sum;
 }
 
 // ---- tensors of two values as bits ----
@@ -281,52 +291,13 @@ void cuda_backward_(const Config& config, int device, uintptr_t stream, SNNFAST_
   throw_if(cuda_backward(call, device, pointer(stream)));
 }
 
-// The arguments of every pass with batch norm: the neuron's, where the channels lie, the norm's, and the passes'
-// tensors in the order of native_batch_norm.py.
-#define SNNFAST_NORM                                                                                               \
-  const Config &config, int pass, int dtype, int64_t T, int64_t N, uintptr_t x, uintptr_t v0, uintptr_t decay,     \
-      int64_t channels, int64_t inner, int64_t groups, bool batch_statistics, uintptr_t mean, uintptr_t var,       \
-      uintptr_t weight, int weight_dtype, uintptr_t bias, int bias_dtype, double eps, int connect, uintptr_t skip, \
-      uintptr_t s, uintptr_t v, uintptr_t grad_s, uintptr_t grad_v, uintptr_t grad_x, uintptr_t grad_weight,       \
-      uintptr_t grad_bias, uintptr_t grad_v0, uintptr_t grad_decay, uintptr_t grad_skip
-#define SNNFAST_NORM_NAMES                                                                                             \
-  config, pass, dtype, T, N, x, v0, decay, channels, inner, groups, batch_statistics, mean, var, weight, weight_dtype, \
-      bias, bias_dtype, eps, connect, skip, s, v, grad_s, grad_v, grad_x, grad_weight, grad_bias, grad_v0, grad_decay, \
-      grad_skip
-
-CudaBatchNorm cuda_norm(SNNFAST_NORM) {
-  (void)pass;
-  CudaBatchNorm b{};
-  b.norm.call = backward_call(config, dtype, T, N, x, v0, 0, decay, 0, 0, 0, 0, grad_s, grad_v, 0, 0, grad_x, grad_v0,
-                              0, 0, 0, 0);
-  b.norm.call.s = pointer(s);
-  b.norm.call.final_state[0] = pointer(v);
-  b.norm.channels = channels;
-  b.norm.inner = inner;
-  b.norm.groups = groups;
-  b.norm.batch_statistics = batch_statistics;
-  b.norm.connect = connect;
-  b.norm.skip = pointer(skip);
-  b.norm.grad_skip = pointer(grad_skip);
-  b.mean = static_cast<double*>(pointer(mean));
-  b.var = static_cast<double*>(pointer(var));
-  b.weight = pointer(weight);
-  b.bias = pointer(bias);
-  b.weight_dtype = weight_dtype;
-  b.bias_dtype = bias_dtype;
-  b.eps = eps;
-  b.grad_weight = pointer(grad_weight);
-  b.grad_bias = pointer(grad_bias);
-  b.grad_decay = pointer(grad_decay);
-  return b;
-}
 void cuda_batch_norm_(int device, uintptr_t stream, uintptr_t workspace, SNNFAST_NORM) {
-  CudaBatchNorm b = cuda_norm(SNNFAST_NORM_NAMES);
+  BatchNorm b = norm_of(SNNFAST_NORM_NAMES);
   b.workspace = pointer(workspace);
   throw_if(cuda_batch_norm(b, BatchNormPass(pass), device, pointer(stream)));
 }
 int64_t cuda_batch_norm_workspace_(SNNFAST_NORM) {
-  return cuda_batch_norm_workspace(cuda_norm(SNNFAST_NORM_NAMES), BatchNormPass(pass));
+  return cuda_batch_norm_workspace(norm_of(SNNFAST_NORM_NAMES), BatchNormPass(pass));
 }
 
 void cuda_pack_bits_(int device, uintptr_t stream, int element_bytes, int64_t n, uintptr_t elements, uintptr_t bits,
@@ -370,7 +341,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("set_cpu_set", &set_cpu_set, "For tests and benchmarks: use this instruction set from now on.");
   m.def("stream_stores_from", [] { return stream_stores_from; }, "Bytes of output from which stores stream.");
   m.def("set_stream_stores_from", [](int64_t bytes) { stream_stores_from = bytes; });
-  m.attr("calls") = 5;  // raise it with every change of a signature here; native.py refuses another build's
+  m.attr("calls") = 6;  // raise it with every change of a signature here; native.py refuses another build's
   m.attr("surrogates") = py::dict();
   m.attr("neurons") = py::dict();
 #define SNNFAST_NAME(id, name) m.attr("surrogates")[#name] = id;

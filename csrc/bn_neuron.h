@@ -321,7 +321,7 @@ bool batch_norm_backward_input(const BatchNormCall& b) {
 
 // ---- dispatch ----
 template <class T>
-bool run_batch_norm_dtype(const BatchNormCall& b, BatchNormPass pass) {
+bool run_rows_dtype(const BatchNormCall& b, BatchNormPass pass) {
   if (pass == kStatistics) return b.runs() ? statistics<true, T>(b) : statistics<false, T>(b);
   if (pass == kBackwardInput)
     return b.runs() ? batch_norm_backward_input<true, T>(b) : batch_norm_backward_input<false, T>(b);
@@ -340,16 +340,16 @@ bool run_batch_norm_dtype(const BatchNormCall& b, BatchNormPass pass) {
   return true;
 }
 
-bool run_batch_norm(const BatchNormCall& b, BatchNormPass pass) {
+bool run_rows(const BatchNormCall& b, BatchNormPass pass) {
   switch (b.call.dtype) {
     case kFloat32:
-      return run_batch_norm_dtype<float>(b, pass);
+      return run_rows_dtype<float>(b, pass);
     case kFloat64:
-      return run_batch_norm_dtype<double>(b, pass);
+      return run_rows_dtype<double>(b, pass);
     case kBFloat16:
-      return run_batch_norm_dtype<BFloat16>(b, pass);
+      return run_rows_dtype<BFloat16>(b, pass);
     case kFloat16:
-      return run_batch_norm_dtype<Float16>(b, pass);
+      return run_rows_dtype<Float16>(b, pass);
   }
   return true;
 }

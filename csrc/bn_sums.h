@@ -115,10 +115,21 @@ class Sums {
 };
 constexpr int64_t kDoubles = sizeof(Float64Vector) / sizeof(double);
 
+// The channels of neurons begin to end, as f(first, last) for the one or two runs of them.
+template <class F>
+void for_each_channel_run(const BatchNormCall& b, int64_t begin, int64_t end, F f) {
+  const int64_t first = begin / b.inner % b.channels, last = first + (end - 1) / b.inner - begin / b.inner + 1;
+  if (last - first >= b.channels) return f(0, b.channels);
+  f(first, smaller(last, b.channels));
+  if (last > b.channels) f(0, last - b.channels);
+}
+
 // The accumulators of one chunk: [2][groups][constants], folded to the channels of the chunk's partial sums at its end.
+// A chunk touches the channels of its neurons only.
 class Accumulators {
  public:
-  explicit Accumulators(const BatchNormCall& b) : plane_(b.groups * b.constants()) {
+  explicit Accumulators(const BatchNormCall& b)
+      : b_(b), each_(b.constants() / b.channels), plane_(b.groups * b.constants()) {
     memory_ = static_cast<double*>(malloc(2 * plane_ * sizeof(double)));
   }
   ~Accumulators() { free(memory_); }
@@ -126,22 +137,31 @@ class Accumulators {
   Accumulators& operator=(const Accumulators&) = delete;
 
   bool allocated() const { return memory_; }
-  void clear() { memset(memory_, 0, 2 * plane_ * sizeof(double)); }
   double* sum(int k) { return memory_ + k * plane_; }
+  void clear(int64_t begin, int64_t end) {
+    for_each_channel_run(b_, begin, end, [&](int64_t first, int64_t last) {
+      for (int k = 0; k < 2; ++k)
+        for (int64_t g = 0; g < b_.groups; ++g)
+          memset(sum(k) + (g * b_.channels + first) * each_, 0, (last - first) * each_ * sizeof(double));
+    });
+  }
   // partial is [groups][channels][2]
-  void fold(const BatchNormCall& b, double* partial) const {
-    const int64_t each = b.constants() / b.channels;
-    for (int64_t c = 0; c < b.groups * b.channels; ++c)
-      for (int k = 0; k < 2; ++k) {
-        double sum = 0;
-        for (int64_t i = 0; i < each; ++i) sum += memory_[k * plane_ + c * each + i];
-        partial[2 * c + k] = sum;
-      }
+  void fold(int64_t begin, int64_t end, double* partial) {
+    for_each_channel_run(b_, begin, end, [&](int64_t first, int64_t last) {
+      for (int64_t g = 0; g < b_.groups; ++g)
+        for (int64_t c = g * b_.channels + first; c < g * b_.channels + last; ++c)
+          for (int k = 0; k < 2; ++k) {
+            double total = 0;
+            for (int64_t i = 0; i < each_; ++i) total += sum(k)[c * each_ + i];
+            partial[2 * c + k] = total;
+          }
+    });
   }
 
  private:
+  const BatchNormCall& b_;
+  const int64_t each_, plane_;
   double* memory_;
-  int64_t plane_;
 };
 
 // Runs work(chunk, begin, end, accumulators, scratch) over all chunks and adds their partial sums up in order in
@@ -163,15 +183,22 @@ bool over_chunks(const BatchNormCall& b, int threads, MakeScratch make_scratch, 
 #pragma omp for schedule(static)
     for (int64_t chunk = 0; chunk < chunks.count; ++chunk) {
       if (!usable) continue;
-      accumulators.clear();
-      work(chunk, chunk * chunks.size, smaller((chunk + 1) * chunks.size, b.call.N), accumulators, scratch);
-      if (partial) accumulators.fold(b, partial + chunk * sums);
+      const int64_t begin = chunk * chunks.size, end = smaller(begin + chunks.size, b.call.N);
+      accumulators.clear(begin, end);
+      work(chunk, begin, end, accumulators, scratch);
+      if (partial) accumulators.fold(begin, end, partial + chunk * sums);
     }
   }
   if (partial) {
     memset(b.sums, 0, sums * sizeof(double));
-    for (int64_t chunk = 0; chunk < chunks.count; ++chunk)
-      for (int64_t i = 0; i < sums; ++i) b.sums[i] += partial[chunk * sums + i];
+    for (int64_t chunk = 0; chunk < chunks.count && allocated; ++chunk)
+      for_each_channel_run(b, chunk * chunks.size, smaller((chunk + 1) * chunks.size, b.call.N),
+                           [&](int64_t first, int64_t last) {
+                             const double* from = partial + chunk * sums;
+                             for (int64_t g = 0; g < b.groups; ++g)
+                               for (int64_t i = 2 * (g * b.channels + first); i < 2 * (g * b.channels + last); ++i)
+                                 b.sums[i] += from[i];
+                           });
     free(partial);
   }
   return allocated;

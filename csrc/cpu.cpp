@@ -5,7 +5,7 @@
 //
 // Compiled once per instruction set with SNNFAST_CPU_SET naming it. Everything has internal linkage but the one table
 // at the end, and nothing from the standard library is instantiated here (see portable.h).
-#include "bn_neuron.h"
+#include "bn_channels.h"
 #include "cpu_bits.h"
 
 namespace snnfast {

@@ -39,7 +39,7 @@ struct BatchNormGrid {
 };
 
 struct BatchNormJob {
-  CudaBatchNorm b;
+  BatchNorm b;
   BatchNormGrid grid;
   // In the workspace: per group and channel, in the state's type, and the partial sums.
   void *scale, *shift, *centre, *slope, *offset;
@@ -210,7 +210,7 @@ __device__ inline void finish_statistics(const BatchNormJob& job) {
 // rounding.
 template <class R>
 SNNFAST_DEVICE void make_constants(const BatchNormJob& job) {
-  const CudaBatchNorm& b = job.b;
+  const BatchNorm& b = job.b;
   const int64_t i = int64_t(blockIdx.x) * kThreads + threadIdx.x;
   if (i >= b.norm.groups * b.norm.channels) return;
   const int64_t channel = i % b.norm.channels;
@@ -227,7 +227,7 @@ SNNFAST_DEVICE void make_constants(const BatchNormJob& job) {
 // what grad_x takes of x - centre and of nothing.
 template <class R>
 __device__ inline void finish_backward(const BatchNormJob& job) {
-  const CudaBatchNorm& b = job.b;
+  const BatchNorm& b = job.b;
   const int64_t channel = blockIdx.x;
   if (channel == b.norm.channels) {
     double mine = 0;

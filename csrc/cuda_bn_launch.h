@@ -151,7 +151,7 @@ auto with_statistics_shape(const BatchNormCall& b, F f) {
 }  // namespace
 
 #if SNNFAST_CUDA_PART != 2
-std::string cuda_batch_norm_statistics(const CudaBatchNorm& b, int device, void* stream) {
+std::string cuda_batch_norm_statistics(const BatchNorm& b, int device, void* stream) {
   return on_device(device, [&] {
     return with_statistics_shape(b.norm, [&](auto kind, auto W) {
       using T = typename decltype(kind)::T;
@@ -165,7 +165,7 @@ std::string cuda_batch_norm_statistics(const CudaBatchNorm& b, int device, void*
   });
 }
 
-std::string cuda_batch_norm_forward(const CudaBatchNorm& b, int device, void* stream) {
+std::string cuda_batch_norm_forward(const BatchNorm& b, int device, void* stream) {
   return on_device(device, [&] {
     return with_simple_kind(b.norm.call, [&](auto kind) {
       using Neuron = typename decltype(kind)::Neuron;
@@ -186,7 +186,7 @@ std::string cuda_batch_norm_forward(const CudaBatchNorm& b, int device, void* st
 #endif
 
 #if SNNFAST_CUDA_PART != 1
-std::string cuda_batch_norm_backward(const CudaBatchNorm& b, int device, void* stream) {
+std::string cuda_batch_norm_backward(const BatchNorm& b, int device, void* stream) {
   return on_device(device, [&] {
     return with_simple_kind(b.norm.call, [&](auto kind) {
       using Neuron = typename decltype(kind)::Neuron;
@@ -215,8 +215,8 @@ std::string cuda_batch_norm_backward(const CudaBatchNorm& b, int device, void* s
   });
 }
 
-int64_t cuda_batch_norm_workspace(const CudaBatchNorm& b, BatchNormPass pass) {
-  CudaBatchNorm nowhere = b;
+int64_t cuda_batch_norm_workspace(const BatchNorm& b, BatchNormPass pass) {
+  BatchNorm nowhere = b;
   nowhere.workspace = nullptr;
   if (pass == kStatistics)
     return with_statistics_shape(b.norm, [&](auto kind, auto W) {

@@ -50,14 +50,15 @@ struct Call {
 // (SEW, Fang et al., NeurIPS 2021): s + skip, s * skip, (1 - s) * skip.
 enum Connect : int { kNoSkip = 0, kCharge = 1, kAdd = 2, kAnd = 3, kIand = 4 };
 
-// Batch norm in front of the neuron (see cuda_bn.h for what CUDA takes of it): x of the call is the norm's input.
-// Channel of neuron n: n / inner % channels. Constants are per channel or, where a channel's neighbours are few (see
-// runs), per element of [channels, inner]; there is one set of them, or one for each of the T time steps (groups).
+// Batch norm in front of the neuron, as a row loop needs it: x of the call is the norm's input. Channel of neuron n:
+// n / inner % channels.
 struct BatchNormCall {
   Call call;
-  int64_t channels, inner, groups;
-  bool batch_statistics;  // whether gradients go through mean and variance too
+  int64_t channels, inner, groups;  // groups: 1, or T for statistics of each step
+  bool batch_statistics;            // whether gradients go through mean and variance too
 
+  // CPU only. Constants are per channel or, where a channel's neighbours are few (see runs), per element of
+  // [channels, inner]; there is one set of them for each group.
   const void* first;  // statistics: any value near each channel's, [groups, constants] float64
   const void* scale;  // [groups, constants] in the state's type, as are the following
   const void* shift;
@@ -65,16 +66,30 @@ struct BatchNormCall {
   const void* slope;   // the backward's second pass: what grad_x takes of x - centre
   const void* offset;  // and of nothing
 
+  double* sums;  // output, [groups, channels, 2]: statistics x - first and its square; backward g and g * (x - centre)
+
   int connect;
   const void* skip;  // [T, N] of x's dtype; null for kNoSkip, and for kAdd in the backward, which does not need it
   void* grad_skip;   // likewise, of kCharge, kAnd and kIand
 
-  double* sums;  // output, [groups, channels, 2]: statistics x - first and its square; backward g and g * (x - centre)
-
   bool runs() const { return inner >= 32; }
   int64_t constants() const { return runs() ? channels : channels * inner; }
 };
-enum BatchNormPass { kStatistics, kForward, kBackward, kBackwardInput };
+enum BatchNormPass { kStatistics, kForward, kBackward, kBackwardInput };  // the last is part of the caller's kBackward
+
+// The same as Python gives it, with the norm's own tensors: what is computed per channel, the kernels compute.
+struct BatchNorm {
+  BatchNormCall norm;
+  double *mean, *var;         // [groups, channels]; outputs of the statistics
+  const void *weight, *bias;  // [channels] or null
+  int weight_dtype, bias_dtype;
+  double eps;
+
+  // outputs of the backward, in the state's type: [channels] each, and 0-d (null for a neuron without a decay)
+  void *grad_weight, *grad_bias, *grad_decay;
+
+  void* workspace;  // CUDA only: cuda_batch_norm_workspace() bytes
+};
 
 // n elements of two values, one of them 0, and their bits in whole 8-byte words; element i is bit i % 8 of byte i / 8.
 struct BitsCall {

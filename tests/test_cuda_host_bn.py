@@ -5,16 +5,16 @@ import ctypes
 import itertools
 import math
 import re
-from types import SimpleNamespace
 
 import pytest
 import torch
 from cuda_host import GXX, ROOT, Guarded, guarded_copy, point
 
 from snnfast import dynamics, surrogate
-from snnfast.backends import native
+from snnfast.backends import native, native_batch_norm, triton_batch_norm
+from snnfast.backends.native_batch_norm import NormCall
 from snnfast.dynamics import DECAY_INPUT, DETACH_RESET, SOFT_RESET, Constants
-from snnfast.fused import gpu, ops
+from snnfast.fused import kernels
 from snnfast.fused.ops import Connect
 
 pytestmark = [
@@ -58,7 +58,7 @@ def call(library, run, c, x, groups, given, outputs, *, batch_statistics=True, c
     dtype_of = {k: native._DTYPE[given[k].tensor.dtype] if k in given else 0 for k in ("weight", "bias")}
     flat = FlatBatchNorm(
         run, T, x.numel() // T, c.neuron, c.surrogate, c.flags, native._DTYPE[x.dtype], 0, x.shape[2],
-        native._inner(x), groups, batch_statistics, dtype_of["weight"], dtype_of["bias"], connect,
+        native_batch_norm._inner(x), groups, batch_statistics, dtype_of["weight"], dtype_of["bias"], connect,
         c.threshold, c.v_reset, c.tau, c.alpha, c.gain, c.v_init, EPS,
     )  # fmt: skip
     flat_x = Guarded(T, x.numel() // T, dtype=x.dtype, shift=shift)
@@ -265,10 +265,11 @@ def test_an_outlier_as_first_element(cuda_host_kernels):
 
 
 def test_the_scale_is_that_of_the_cpu():
-    """The kernels' constants per channel are those of the ops: x * scale + shift of the same rounding."""
+    """The kernels' constants per channel are Triton's too: x * scale + shift of the same rounding."""
     x = torch.randn(2, 3, 4)
     mean, var = torch.randn(1, 4).double(), torch.rand(1, 4).double() + 0.1
-    scale, shift = ops._scale_and_shift(x, mean, var, None, None, EPS)
+    call = NormCall(x, mean, var, *(None,) * 5, Connect.NONE, EPS, constants(NEURONS[0]))
+    scale, shift = triton_batch_norm._scale_and_shift(call)
     assert torch.equal(scale, (1 / (var + EPS).sqrt()).float().double())
     assert torch.equal(shift, -(mean * scale))
 
@@ -280,7 +281,7 @@ class HostKernels:
     def __init__(self, library):
         self.library = library
         text = (ROOT / "csrc" / "bindings.cpp").read_text()
-        names = text[text.index("#define SNNFAST_NORM_NAMES") :].split("CudaBatchNorm")[0]
+        names = text[text.index("#define SNNFAST_NORM_NAMES") :].split("BatchNorm norm_of")[0]
         self.names = re.findall(r"\b(\w+)\b(?=,|\s*$)", names)
 
     def flat(self, workspace, arguments):
@@ -291,18 +292,14 @@ class HostKernels:
         given |= {name: getattr(c, name) for name in ("alpha", "gain", "v_init")}
         return ctypes.byref(FlatBatchNorm(**given))
 
-    def cuda_batch_norm_workspace(self, *arguments):
-        return self.library.shim_batch_norm_workspace(self.flat(0, arguments))
-
-    def cuda_batch_norm(self, device, stream, workspace, *arguments):
-        assert self.library.shim_batch_norm(self.flat(workspace, arguments)) == b""
+    def cpu_batch_norm(self, threads, *arguments):  # the tensors lie on the CPU
+        workspace = torch.empty(self.library.shim_batch_norm_workspace(self.flat(0, arguments)), dtype=torch.uint8)
+        assert self.library.shim_batch_norm(self.flat(workspace.data_ptr(), arguments)) == b""
 
 
 @pytest.mark.parametrize("connect", Connect, ids=lambda c: c.name)
 def test_the_ops_of_the_gpu(cuda_host_kernels, connect, monkeypatch):
-    """gpu.py and native_batch_norm.py, up to the extension, on gradients and states of other layouts and dtypes."""
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=0))
-    monkeypatch.setattr(gpu, "_has_cuda_kernels", lambda x: True)
+    """kernels.py and native_batch_norm.py, up to the extension, on gradients and states of other layouts and dtypes."""
     for index, dtype in enumerate((torch.float32, torch.bfloat16)):
         c = constants(dynamics.PARAMETRIC_LIF)
         x = random((4, 2, 8, 6, 6), "last").to(dtype)
@@ -316,15 +313,12 @@ def test_the_ops_of_the_gpu(cuda_host_kernels, connect, monkeypatch):
                 if ours:
                     patch.setattr(native, "_C", HostKernels(cuda_host_kernels))
                     patch.setattr(native, "_config", lambda constants: constants)
-                names = (gpu, "") if ours else (ops, "_")
-                statistics, forward, backward = (
-                    getattr(names[0], names[1] + name) for name in ("statistics", "multi_step", "multi_step_backward")
-                )
-                mean, var = statistics(x, bool(index))
+                mean, var = kernels.statistics(x, bool(index))
                 rest = x, mean, var, weight, bias, v0, torch.tensor(0.375)
-                s, v = forward(*rest, skip, connect, EPS, *c)
+                s, v = kernels.multi_step(*rest, skip, connect, EPS, *c)
                 kept = None if connect == Connect.ADD else skip
-                found.append([mean, var, s, v, *backward(*grads, *rest, kept, connect, EPS, *c, True)])
+                grads_found = kernels.multi_step_backward(*grads, *rest, kept, connect, EPS, *c, True)
+                found.append([mean, var, s, v, *grads_found])
         for k, (got, want) in enumerate(zip(*found, strict=True)):
             assert got.shape == want.shape
             assert got.dtype == want.dtype

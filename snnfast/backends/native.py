@@ -20,7 +20,7 @@ from torch import Tensor
 from ..dynamics import NEURONS, Constants, Inputs
 from ..surrogate import SURROGATES
 
-_CALLS = 5  # csrc/bindings.cpp: what this module calls
+_CALLS = 6  # csrc/bindings.cpp: what this module calls
 try:
     _C: Any = importlib.import_module("snnfast._C")
 except ImportError as error:
@@ -191,115 +191,6 @@ def launch_backward(
     _C.cuda_backward(config, x.device.index, stream, *rest, partial.data_ptr(), workspace.data_ptr())
     if grad_decay is not None:
         grad_decay.copy_(partial.sum())
-
-
-# ---- batch norm and neuron in one, on the CPU ----
-_STATISTICS, _FORWARD, _BACKWARD, _BACKWARD_INPUT = range(4)  # BatchNormPass in csrc/dispatch.h
-_LEAST_RUN = 32  # BatchNormCall::runs
-_BATCH_NORM_TENSORS = (
-    *("first", "scale", "shift", "centre", "slope", "offset"),
-    *("s", "v", "grad_s", "grad_v", "grad_x", "grad_v0", "sums"),
-)  # before connect, which skip and grad_skip follow
-_NO_NEURON = Constants(0, 0, 0, 1.0, 0.0, 2.0, 1.0, 1.0, 0.0, 0.0)
-
-
-def _inner(x: Tensor) -> int:
-    """How many neighbours in memory share a channel of ``x`` ``[T, B, C, *]``, which is dense and time-major."""
-    return x.stride(2) if x.shape[2] > 1 else x.numel() // x.shape[0]
-
-
-def batch_norm_constants(x: Tensor) -> int:
-    """How often the kernels want each channel's constants repeated."""
-    inner = _inner(x)
-    return 1 if inner >= _LEAST_RUN else inner
-
-
-def _batch_norm(run: int, constants: Constants, x: Tensor, groups: int, **given: Any) -> float:
-    T = x.shape[0]
-    return _C.cpu_batch_norm(
-        _config(constants),
-        run,
-        torch.get_num_threads(),
-        _DTYPE[x.dtype],
-        T,
-        x.numel() // T,
-        x.data_ptr(),
-        _address(given.get("v0")),
-        _address(given.get("decay")),
-        x.shape[2],
-        _inner(x),
-        groups,
-        given.get("batch_statistics", False),
-        *(_address(given.get(name)) for name in _BATCH_NORM_TENSORS),
-        given.get("connect", 0),
-        _address(given.get("skip")),
-        _address(given.get("grad_skip")),
-    )
-
-
-def batch_norm_statistics(x: Tensor, first: Tensor, sums: Tensor) -> None:
-    """``sums`` ``[G, C, 2]`` of ``x - first`` and its square over each channel, ``G`` being 1 or ``T``."""
-    _batch_norm(_STATISTICS, _NO_NEURON, x, first.shape[0], first=first, sums=sums)
-
-
-def batch_norm_forward(
-    constants: Constants,
-    x: Tensor,
-    v0: Tensor | None,
-    decay: Tensor | None,
-    scale: Tensor,
-    shift: Tensor,
-    skip: Tensor | None,
-    connect: int,
-    # outputs
-    s: Tensor,
-    v: Tensor,
-) -> None:
-    """Spikes ``s`` and final potentials of the normalised ``x * scale + shift``, and of ``skip`` (Connect)."""
-    given = {
-        "v0": v0, "decay": decay, "scale": scale, "shift": shift, "skip": skip, "connect": connect, "s": s, "v": v,
-    }  # fmt: skip
-    _batch_norm(_FORWARD, constants, x, scale.shape[0], **given)
-
-
-def batch_norm_backward(
-    constants: Constants,
-    grad_s: Tensor | None,
-    grad_v: Tensor | None,
-    x: Tensor,
-    v0: Tensor | None,
-    decay: Tensor | None,
-    scale: Tensor,
-    shift: Tensor,
-    centre: Tensor,
-    batch_statistics: bool,
-    skip: Tensor | None,
-    connect: int,
-    # outputs
-    grad_x: Tensor,
-    grad_v0: Tensor | None,
-    sums: Tensor,
-    grad_skip: Tensor | None,
-) -> float:
-    """The gradient ``g`` of the normalised input and its ``sums`` ``[G, C, 2]``, of ``g`` and of ``g * (x - centre)``.
-
-    ``grad_x`` becomes ``g`` for :func:`batch_norm_backward_input`, or without batch statistics the gradient of ``x``.
-    Returns the gradient of ``decay``.
-    """
-    given = {
-        "v0": v0, "decay": decay, "scale": scale, "shift": shift, "centre": centre, "grad_s": grad_s, "grad_v": grad_v,
-        "batch_statistics": batch_statistics, "skip": skip, "connect": connect, "grad_x": grad_x, "grad_v0": grad_v0,
-        "sums": sums, "grad_skip": grad_skip,
-    }  # fmt: skip
-    return _batch_norm(_BACKWARD, constants, x, scale.shape[0], **given)
-
-
-def batch_norm_backward_input(
-    x: Tensor, scale: Tensor, centre: Tensor, slope: Tensor, offset: Tensor, grad_x: Tensor
-) -> None:
-    """Turn ``g`` in ``grad_x`` into ``g * scale + (x - centre) * slope + offset``."""
-    given = {"scale": scale, "centre": centre, "slope": slope, "offset": offset, "grad_x": grad_x}
-    _batch_norm(_BACKWARD_INPUT, _NO_NEURON, x, scale.shape[0], **given)
 
 
 # ---- tensors of two values as bits ----

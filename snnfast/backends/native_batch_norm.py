@@ -1,10 +1,9 @@
-"""Batch norm and neuron in one by the CUDA kernels (csrc/cuda_bn_launch.h).
+"""Batch norm and neuron in one by the compiled kernels (csrc/bn_channels.h, csrc/cuda_bn_launch.h).
 
-:mod:`snnfast.backends.native` has the CPU's. Here everything of a pass happens on the device, vectors per channel
-included, in one call: the host launches two to four kernels and waits for none. Tensors are laid out as
-:mod:`snnfast.fused.gpu` makes them: ``x`` ``[T, B, C, *]`` dense and time-major, everything of its shape like it,
-states like one step of it; outputs are allocated by the caller and fully written, and ``None`` where they are not
-wanted.
+Everything of a pass happens in one call, vectors per channel included; on a GPU the host launches two to four kernels
+and waits for none. Tensors are laid out as :mod:`snnfast.fused.kernels` makes them: ``x`` ``[T, B, C, *]`` dense and
+time-major, everything of its shape like it, states like one step of it; outputs are allocated by the caller and fully
+written, and ``None`` where they are not wanted. :mod:`snnfast.backends.triton_batch_norm` has the same functions.
 """
 
 from __future__ import annotations
@@ -22,11 +21,12 @@ _OUTPUTS = (
     *("s", "v", "grad_s", "grad_v"),
     *("grad_x", "grad_weight", "grad_bias", "grad_v0", "grad_decay", "grad_skip"),
 )
+_NO_NEURON = Constants(0, 0, 0, 1.0, 0.0, 2.0, 1.0, 1.0, 0.0, 0.0)
 
 
 class NormCall(NamedTuple):
     """What forward and backward read: ``mean`` and ``var`` are ``[G, C]`` in float64, ``G`` 1 or ``T``; ``weight`` and
-    ``bias`` ``[C]``; ``connect`` is a number of :class:`snnfast.fused.ops.Connect`."""
+    ``bias`` ``[C]``; ``connect`` is a number of :class:`snnfast.fused.kernels.Connect`."""
 
     x: Tensor
     mean: Tensor
@@ -39,6 +39,11 @@ class NormCall(NamedTuple):
     connect: int
     eps: float
     constants: Constants
+
+
+def _inner(x: Tensor) -> int:
+    """How many neighbours in memory share a channel of ``x``."""
+    return x.stride(2) if x.shape[2] > 1 else x.numel() // x.shape[0]
 
 
 def _dtype(t: Tensor | None) -> int:
@@ -59,7 +64,7 @@ def _run(run: int, c: NormCall, batch_statistics: bool = True, **given: Tensor |
         address(c.v0),
         address(c.decay),
         x.shape[2],
-        native._inner(x),
+        _inner(x),
         c.mean.shape[0],
         batch_statistics,
         c.mean.data_ptr(),
@@ -74,6 +79,9 @@ def _run(run: int, c: NormCall, batch_statistics: bool = True, **given: Tensor |
         *(address(given.get(name)) for name in _OUTPUTS),
     )
     C: Any = native._C
+    if x.device.type == "cpu":
+        C.cpu_batch_norm(torch.get_num_threads(), *arguments)
+        return
     workspace = torch.empty(C.cuda_batch_norm_workspace(*arguments), dtype=torch.uint8, device=x.device)
     stream = torch.cuda.current_stream(x.device).cuda_stream
     C.cuda_batch_norm(x.device.index, stream, workspace.data_ptr(), *arguments)
@@ -86,7 +94,7 @@ def statistics(
     var: Tensor,
 ) -> None:
     """``mean`` and biased ``var`` ``[G, C]`` in float64 of the channels of ``x``, ``G`` being 1 or ``T``."""
-    _run(_STATISTICS, NormCall(x, mean, var, *(None,) * 5, 0, 0.0, native._NO_NEURON))
+    _run(_STATISTICS, NormCall(x, mean, var, *(None,) * 5, 0, 0.0, _NO_NEURON))
 
 
 def forward(

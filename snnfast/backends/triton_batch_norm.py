@@ -1,8 +1,8 @@
 """Batch norm and neuron in one by Triton: for GPUs that have no native build.
 
-The module is the twin of the batch norm part of :mod:`snnfast.backends.native`, which describes the signatures; the
-kernels are in ``triton_batch_norm_kernels.py``. Sums are made of one float64 partial sum per chunk of rows, added by
-torch in an order that the shape decides.
+``statistics``, ``forward`` and ``backward`` are those of :mod:`snnfast.backends.native_batch_norm`. What is computed
+per channel is computed by torch, between the launches of the kernels in ``triton_batch_norm_kernels.py``. Sums are made
+of one float64 partial sum per chunk of rows, added by torch in an order that the shape decides.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..dynamics import Constants, state_dtype
 from . import triton as backend
+from .native_batch_norm import NormCall
 
 if backend._why_missing is None:
     from . import triton_batch_norm_kernels as kernels
@@ -23,11 +24,6 @@ if backend._why_missing is None:
 _MOST_CHUNKS = 1024
 _LONGEST_UNROLLED, _CHUNK = 16, 8  # steps; shorter than the neuron's alone, for there is more to hold
 _LARGEST = 2**31 - 1
-
-
-def batch_norm_constants(x: Tensor) -> int:
-    """How often the kernels want each channel's constants repeated."""
-    return 1
 
 
 class _Shape(NamedTuple):
@@ -91,6 +87,87 @@ def _block_size(T: int, dtype: torch.dtype) -> int:
     return block // 2 if state_dtype(dtype) == torch.float64 else block
 
 
+# ---- vectors per channel ----
+def statistics(
+    x: Tensor,
+    # outputs
+    mean: Tensor,
+    var: Tensor,
+) -> None:
+    """``mean`` and biased ``var`` ``[G, C]`` in float64."""
+    first = x[: mean.shape[0], 0]
+    while first.dim() > 2:
+        first = first[..., 0]
+    first = first.double().contiguous()
+    sums = torch.empty((*mean.shape, 2), dtype=torch.float64, device=x.device)
+    batch_norm_statistics(x, first, sums)
+    away, square = (sums / (x.numel() // max(mean.numel(), 1))).unbind(-1)
+    mean.copy_(first + away)
+    var.copy_((square - away * away).clamp_(min=0))
+
+
+def _scale_and_shift(call: NormCall) -> tuple[Tensor, Tensor]:
+    """``[G, C]`` each in float64, ``scale`` with a value of the state's dtype.
+
+    ``shift`` is made from the rounded scale, so that a large mean does not magnify that rounding.
+    """
+    scale = (call.var + call.eps).rsqrt()
+    if call.weight is not None:
+        scale = scale * call.weight
+    scale = scale.to(state_dtype(call.x.dtype)).double()
+    shift = call.mean * scale
+    return scale, shift.neg() if call.bias is None else call.bias - shift
+
+
+def forward(
+    call: NormCall,
+    # outputs
+    s: Tensor,
+    v: Tensor,
+) -> None:
+    """What comes out, ``s``, and the final potentials."""
+    scale, shift = (t.to(v.dtype) for t in _scale_and_shift(call))
+    batch_norm_forward(call.constants, call.x, call.v0, call.decay, scale, shift, call.skip, call.connect, s, v)
+
+
+def backward(
+    call: NormCall,
+    batch_statistics: bool,
+    grad_s: Tensor | None,
+    grad_v: Tensor | None,
+    # outputs
+    grad_x: Tensor,
+    grad_weight: Tensor,
+    grad_bias: Tensor,
+    grad_v0: Tensor | None,
+    grad_decay: Tensor | None,
+    grad_skip: Tensor | None,
+) -> None:
+    """All gradients; ``batch_statistics`` tells whether they go through mean and variance too."""
+    x, mean, dtype = call.x, call.mean, state_dtype(call.x.dtype)
+    scale, shift = _scale_and_shift(call)
+    scales, shifts, centres = (t.to(dtype) for t in (scale, shift, mean))
+    sums = torch.empty((*mean.shape, 2), dtype=torch.float64, device=x.device)
+    found = batch_norm_backward(
+        call.constants, grad_s, grad_v, x, call.v0, call.decay, scales, shifts, centres, batch_statistics, call.skip,
+        call.connect, grad_x, grad_v0, sums, grad_skip,
+    )  # fmt: skip
+    if grad_decay is not None:
+        grad_decay.copy_(torch.as_tensor(found))
+    rstd = (call.var + call.eps).rsqrt()
+    sum_g, sum_gx = sums.unbind(-1)
+    offcentre = mean - centres  # what rounding the mean left
+    sum_gx = sum_gx - offcentre * sum_g
+    grad_weight.copy_((sum_gx * rstd).sum(0))
+    grad_bias.copy_(sum_g.sum(0))
+    if batch_statistics:
+        count = x.numel() // max(mean.numel(), 1)
+        slope = scale * rstd * rstd * sum_gx / -count
+        offset = scale * sum_g / -count - slope * offcentre
+        batch_norm_backward_input(x, scales, centres, slope.to(dtype), offset.to(dtype), grad_x)
+
+
+# ---- passes ----
 def batch_norm_statistics(x: Tensor, first: Tensor, sums: Tensor) -> None:
     """``sums`` ``[G, C, 2]`` of ``x - first`` and its square over each channel, ``G`` being 1 or ``T``."""
     shape, groups = _shape(x, 1024), first.shape[0]

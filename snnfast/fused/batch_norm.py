@@ -12,7 +12,7 @@ from ..dynamics import Constants
 from ..neuron import BaseNode, IFNode, LIFNode, ParametricLIFNode
 from ..ops import _is_plain
 from ..surrogate import is_fused, recognise
-from . import gpu
+from . import kernels
 from .ops import Connect, batch_norm_multi_step, connected
 
 __all__ = ["BatchNormNode"]
@@ -73,13 +73,13 @@ def _layout(norm: Any, neuron: Any) -> str | None:
 
 def _sequence(norm: Any, neuron: Any, x: Any, per_step: bool) -> Tensor | None:
     """``x`` as ``[T, B, C, *]`` where the kernels can take it; ``None``: the modules run one after the other."""
-    if not isinstance(x, Tensor) or x.device.type not in gpu.DEVICES or x.dtype not in _DTYPES or not x.numel():
+    if not isinstance(x, Tensor) or x.device.type not in kernels.DEVICES or x.dtype not in _DTYPES or not x.numel():
         return None
     if misfit(norm, neuron) is not None or torch._C._are_functorch_transforms_active():
         return None
     if not (torch.compiler.is_compiling() or _is_plain(x)):
         return None
-    if x.layout is not torch.strided or not gpu.serves(neuron.backend, x.device):
+    if x.layout is not torch.strided or not kernels.serves(neuron.backend, x.device):
         return None
     layout = _layout(norm, neuron)
     if layout == "sequence":

@@ -207,13 +207,19 @@ def run(config: Config) -> dict[str, Any]:
     config.check()
     if config.threads is not None:
         torch.set_num_threads(config.threads)
+    joined_before = torch.distributed.is_available() and torch.distributed.is_initialized()
     fabric = _fabric(config)
     display = Display(quiet=not fabric.is_global_zero)
     with _only_run_in(config.out) if fabric.is_global_zero else contextlib.nullcontext():
         if not config.resume and any(config.out.glob("*/checkpoints/step-*")):
             raise InputError(f"--out {config.out} holds checkpoints: add --resume to go on, or give another folder")
         fabric.barrier()
-        return _run(config, fabric, display)
+        report = _run(config, fabric, display)
+        if fabric.world_size > 1 and not joined_before:
+            # A process that ends while it belongs to a group is at times aborted by the group's threads.
+            fabric.barrier()
+            torch.distributed.destroy_process_group()
+        return report
 
 
 def _run(config: Config, fabric: Any, display: Display) -> dict[str, Any]:

@@ -11,8 +11,8 @@ struct FlatBatchNorm {
       *grad_bias, *grad_decay, *workspace, *skip, *grad_skip;
 };
 
-static snnfast::CudaBatchNorm norm_of(const FlatBatchNorm& f) {
-  snnfast::CudaBatchNorm b{};
+static snnfast::BatchNorm norm_of(const FlatBatchNorm& f) {
+  snnfast::BatchNorm b{};
   snnfast::Call& c = b.norm.call;
   c.T = f.T, c.N = f.N, c.neuron = f.neuron, c.surrogate = f.surrogate, c.flags = f.flags, c.dtype = f.dtype;
   c.division = f.division, c.threshold = f.threshold, c.v_reset = f.v_reset, c.tau = f.tau, c.alpha = f.alpha;
