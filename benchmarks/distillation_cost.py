@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import snnfast
-from snnfast import analysis, functional
+from snnfast import analysis, functional, models
 from snnfast.analysis.synops import PICOJOULE_PER_AC, PICOJOULE_PER_MAC
 from snnfast.distill import Distiller, FeatureKD, LogitKD, PerStepKD, SpatialSelfKD, TemporalSelfKD
 from snnfast.train.progress import peak_memory, reset_peak_memory
@@ -44,13 +44,21 @@ LEARNING_RATE, WEIGHT_DECAY = 5e-3, 1e-2
 SMALL, DEEP, TEACHER = (16, 32, 32), (16, 16, 32, 32, 32, 32), (32, 64, 64)
 PAIRS = {"spike2": "spike2", "spike3": "spike3"}
 STEP_BATCH, MEMORY_BATCH = 64, 500  # the latter so large that the batch decides, and not the libraries' own buffers
-STEP_LOSSES: dict[str, tuple[float, list[Any]]] = {
-    "plain": (1.0, []),
-    "response": (0.3, [LogitKD(4.0, 0.7)]),
-    "per step": (0.0, [PerStepKD()]),
-    "features, one pair": (1.0, [FeatureKD({"spike3": "spike3"})]),
-    "features, two pairs": (1.0, [FeatureKD(PAIRS)]),
-}
+WRN = "WRN-16-2 of ResNet-18, 3 x 32 x 32, batch 16"  # random images: a step takes as long
+WRN_PAIRS = {"layers.1": "layers.2", "layers.2": "layers.3"}
+
+
+def step_losses(pairs: dict[str, str]) -> dict[str, tuple[float, list[Any]]]:
+    """The weight of the task and the losses of the steps that are timed."""
+    return {
+        "plain": (1.0, []),
+        "response": (0.3, [LogitKD(4.0, 0.7)]),
+        "per step": (0.0, [PerStepKD()]),
+        "features, one pair": (1.0, [FeatureKD(dict([list(pairs.items())[-1]]))]),
+        "features, two pairs": (1.0, [FeatureKD(pairs)]),
+    }
+
+
 DEEP_PAIRS = {"spike4": "spike2", "spike6": "spike3"}
 
 
@@ -262,30 +270,42 @@ def overhead(seed: int, args: argparse.Namespace) -> dict[str, Any]:
 
 
 def losses(seed: int, args: argparse.Namespace) -> dict[str, Any]:
-    """Seconds of the processor that a training step takes with each loss, in turns, for two sizes of the student."""
+    """Seconds of the processor that a training step takes with each loss, in turns, for three students."""
     _, (images, digits) = data(seed, args)
     x, y = images[:STEP_BATCH], digits[:STEP_BATCH]
-    found: dict[str, Any] = {}
-    for title, student, teacher in (("small", SMALL, TEACHER), ("wide", TEACHER, (64, 128, 128))):
-        ann = network(teacher, nn.ReLU, None)
-        steps = {}
-        for name, (task_weight, kinds) in STEP_LOSSES.items():
-            steps[name] = _step(network(student, NEURONS["if"], T), ann, task_weight, kinds, x, y)
 
-        def ahead() -> None:
+    def digits_of(channels: Sequence[int]) -> Callable[[], nn.Module]:
+        return lambda: network(channels, NEURONS["if"], T)
+
+    def wrn() -> nn.Module:
+        return models.wrn16_2(timesteps=T, neuron=snnfast.IFNode)
+
+    larger = torch.rand(2 if args.quick else 16, 3, 32, 32)
+    sizes: list[Any] = [
+        ("small", digits_of(SMALL), network(TEACHER, nn.ReLU, None), PAIRS, x, 40),
+        ("wide", digits_of(TEACHER), network((64, 128, 128), nn.ReLU, None), PAIRS, x, 40),
+        (WRN, wrn, models.resnet18(width=8 if args.quick else 64), WRN_PAIRS, larger, 10),
+    ]
+    found: dict[str, Any] = {}
+    for title, student, ann, pairs, x, turns in sizes:
+        y, steps = y[: len(x)], {}
+        for name, (task_weight, kinds) in step_losses(pairs).items():
+            steps[name] = _step(student(), ann, task_weight, kinds, x, y)
+
+        def ahead(ann: nn.Module = ann, x: Tensor = x) -> None:
             with torch.no_grad():
                 ann(x)
 
         steps["teacher"] = ahead
         times: dict[str, list[float]] = {name: [] for name in steps}
-        for i in range(4 if args.quick else 40):
+        for i in range(4 if args.quick else turns):
             for name, step in steps.items():
                 clock = paired.Clock()
                 step()
                 if i:  # the first warms up
                     times[name].append(clock.read()["processor seconds"])
         found[title] = {name: statistics.median(values) for name, values in times.items()}
-    return {"run": "losses", "seed": seed, "step": found, "batch": len(x)}
+    return {"run": "losses", "seed": seed, "step": found, "batch": STEP_BATCH}
 
 
 def _step(net: nn.Module, teacher: nn.Module, task_weight: float, kinds: list[Any], x: Tensor, y: Tensor) -> Any:
@@ -300,7 +320,8 @@ def _step(net: nn.Module, teacher: nn.Module, task_weight: float, kinds: list[An
             loss = module(x, y).loss
         else:
             functional.reset_net(net)
-            loss = F.cross_entropy(net(x).unflatten(0, (T, -1)).mean(0), y)
+            logits = net(x)
+            loss = F.cross_entropy(logits.flatten(0, -2).unflatten(0, (T, -1)).mean(0), y)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

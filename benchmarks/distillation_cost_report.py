@@ -102,7 +102,7 @@ def report(
     free = results["overhead"]
     ratios = [r["latency ratio"] for r in free]
     extra = []
-    for title in ("small", "wide"):
+    for title in results["losses"][0]["step"]:
         steps = [r["step"][title] for r in results["losses"]]
         own = {name: [s[name] / (s["plain"] + s["teacher"]) - 1 for s in steps] for name in steps[0]}
         plain, ahead = (1e3 * statistics.median(s[name] for s in steps) for name in ("plain", "teacher"))

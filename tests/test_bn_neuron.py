@@ -135,7 +135,12 @@ def test_spikes_against_float64(kind, mean, tolerance):
 
 
 @pytest.mark.parametrize("per_step", [False, True])
-@pytest.mark.parametrize("shape", [(T, 16, 6, 12, 12), (T, 64, 20, 3, 3), (T, 300, 7)], ids=str)
+@pytest.mark.parametrize(
+    "shape",
+    # The last two: chunks of some of the channels, ending within one and going round from the last to the first.
+    [(T, 16, 6, 12, 12), (T, 64, 20, 3, 3), (T, 300, 7), (T, 5, 700, 5, 1), (T, 3, 90, 7, 7)],
+    ids=str,
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 @pytest.mark.parametrize("offset", [0.0, 100.0, -1e4])
 def test_statistics_are_those_of_float64(shape, dtype, per_step, offset):
