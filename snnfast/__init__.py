@@ -11,7 +11,7 @@ from ._version import __version__
 from .convert import accelerate, from_nir, restore, to_nir, to_spiking, unroll, verify
 from .fused import fuse, unfuse
 from .inference import capture, optimize_for_inference
-from .memory import chunked, packed_spikes
+from .memory import chunked, keep_freed_memory, packed_spikes
 from .neuron import IFNode, LIFNode, ParametricLIFNode
 
 __all__ = [
@@ -29,6 +29,7 @@ __all__ = [
     "functional",
     "fuse",
     "fused",
+    "keep_freed_memory",
     "layer",
     "losses",
     "models",

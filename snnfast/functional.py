@@ -203,8 +203,10 @@ def multi_step(
     (a number other than 0 can start potentials only); it comes back in the same form. ``own`` are the tensors that the
     registry's entry names, each of one element or broadcastable to one time step.
     """
-    if not is_fused(surrogate_function):
+    fused_surrogate = is_fused(surrogate_function)
+    if not fused_surrogate:
         surrogate_function = recognise(surrogate_function)
+        fused_surrogate = is_fused(surrogate_function)
     strict = strict or neuron.strict
     dtype = dynamics.state_dtype(x_seq.dtype)
     if decay is not None and decay.dtype != dtype:
@@ -219,7 +221,7 @@ def multi_step(
             raise ValueError(f"backend={backend!r} has no kernel for the neuron {neuron.name}; use backend='auto'")
         chosen = backends.REFERENCE
     if chosen != backends.REFERENCE:
-        if is_fused(surrogate_function):
+        if fused_surrogate:
             v, i = state if isinstance(state, tuple) else (state, None)
             v0, v_init = (v, 0.0) if isinstance(v, Tensor) else (None, v)
             constants = constants_of(

@@ -93,11 +93,19 @@ def _address(t: Tensor | None) -> int:
 
 def _addresses(inputs: Sequence[Any]) -> tuple[int, ...]:
     """Where the inputs lie, and which of the neurons' own parameters have one value for each neuron, as bits."""
-    x, v0, i0, decay, *own = inputs
-    if decay is None and own[0] is None:
-        return x.data_ptr(), 0 if v0 is None else v0.data_ptr(), 0, 0, 0, 0, 0, 0
-    each = sum(1 << k for k, t in enumerate(own) if t is not None and t.numel() > 1)
-    return x.data_ptr(), _address(v0), _address(i0), _address(decay), *map(_address, own), each
+    x, v0, i0, decay, threshold, beta, current_decay = inputs
+    v0_address = 0 if v0 is None else v0.data_ptr()
+    if decay is None and threshold is None:
+        return x.data_ptr(), v0_address, 0, 0, 0, 0, 0, 0
+    each, addresses = 0, [x.data_ptr(), v0_address, _address(i0), _address(decay)]
+    for bit, t in ((1, threshold), (2, beta), (4, current_decay)):  # spelled out: a small call costs what this costs
+        if t is None:
+            addresses.append(0)
+        else:
+            addresses.append(t.data_ptr())
+            if t.numel() > 1:
+                each |= bit
+    return *addresses, each
 
 
 def forward(

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from .. import functional
 from ..analysis._modules import evaluating
+from ..memory import keep_freed_memory
 from . import data, models
 from .augment import Augment
 from .checkpoint import seed_everything, write_atomically
@@ -210,6 +211,8 @@ def run(config: Config) -> dict[str, Any]:
     joined_before = torch.distributed.is_available() and torch.distributed.is_initialized()
     fabric = _fabric(config)
     display = Display(quiet=not fabric.is_global_zero)
+    if fabric.device.type == "cpu":
+        keep_freed_memory()
     with _only_run_in(config.out) if fabric.is_global_zero else contextlib.nullcontext():
         if not config.resume and any(config.out.glob("*/checkpoints/step-*")):
             raise InputError(f"--out {config.out} holds checkpoints: add --resume to go on, or give another folder")

@@ -92,28 +92,30 @@ class Plan:
         """``names`` are those of ``watched`` in the module, where it holds them itself."""
         self.neuron = neuron
         self.keywords = keywords
-        self.watched = tuple((t, t._version) for t in watched)
-        self.names = names
+        self.watched = [(t, t._version) for t in watched]
+        self.names = list(names)
         self.calls: dict[float, Any] = {}  # onestep's, and the next one
         self.prepared: tuple[Any, Any, Any] | None = None
         self.own: tuple[Any, tuple[Tensor, ...]] | None = None  # parameters that are not learnt, and their source
+
+    def watch(self, names: tuple[str, ...], tensors: Iterable[Tensor]) -> None:
+        """More tensors whose values are read, by their names in the module."""
+        self.names += names
+        self.watched += [(t, t._version) for t in tensors]
 
     def stale(self, module: Any) -> bool:
         """Whether a tensor whose value was read has been written or exchanged since."""
         for t, version in self.watched:  # on every call: any() takes three times as long
             if t._version != version:
                 return True
-        return bool(self.names) and not holds(module, self.names, self.watched)
-
-
-def holds(module: Any, names: tuple[str, ...], watched: Iterable[tuple[Tensor, int]]) -> bool:
-    """Whether the module still has these tensors under these names: ``torch.func.functional_call`` exchanges them
-    without setting an attribute."""
-    for name, (t, _) in zip(names, watched):  # noqa: B905 (no names at all where the module does not hold them)
-        found = module._buffers.get(name)
-        if (module._parameters.get(name) if found is None else found) is not t:
-            return False
-    return True
+        if self.names:
+            # torch.func.functional_call exchanges them without setting an attribute.
+            buffers, parameters = module._buffers, module._parameters
+            for name, (t, _) in zip(self.names, self.watched):  # noqa: B905 (no names where the module holds none)
+                found = buffers.get(name)
+                if (parameters.get(name) if found is None else found) is not t:
+                    return True
+        return False
 
 
 def _mixin_of(cls: type) -> type[Fused]:

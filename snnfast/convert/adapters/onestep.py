@@ -42,9 +42,9 @@ def _forward(call: _Call, tensors: tuple[Any, ...]) -> tuple[Any, ...]:
 
 class _Step(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, call: _Call, *tensors: Tensor | None) -> tuple[Any, ...]:
+    def forward(ctx: Any, call: _Call, own_gradients: bool, *tensors: Tensor | None) -> tuple[Any, ...]:
         ctx.save_for_backward(*tensors)
-        ctx.call = call
+        ctx.call = call, own_gradients
         ctx.set_materialize_grads(False)
         return _forward(call, tensors)
 
@@ -52,10 +52,10 @@ class _Step(torch.autograd.Function):
     def backward(ctx: Any, grad_s: Any, grad_v: Any, grad_i: Any = None) -> tuple[Tensor | None, ...]:
         saved = ctx.saved_tensors
         if grad_s is None and grad_v is None and grad_i is None:
-            return (None,) * 8
-        own_gradients = saved[4] is not None and any(ctx.needs_input_grad[5:])
+            return (None,) * 9
+        call, own_gradients = ctx.call
         if torch.is_grad_enabled():  # create_graph: a backward that can be differentiated again
-            return None, *_differentiable_backward(ctx.call, saved, (grad_s, grad_v, grad_i), own_gradients)
+            return None, None, *_differentiable_backward(call, saved, (grad_s, grad_v, grad_i), own_gradients)
         x, v, i, decay = saved[:4]
         if grad_s is not None and not grad_s.is_contiguous():
             grad_s = grad_s.contiguous()
@@ -71,10 +71,10 @@ class _Step(torch.autograd.Function):
             own = tuple(None if t is None else torch.empty_like(x) for t in saved[4:])
         grad_decay = None if decay is None else torch.empty_like(decay)
         grads = (grad_s, grad_v, grad_i, None)
-        native.launch_backward(ctx.call.config, 1, grads, saved, grad_x, grad_v0, grad_i0, grad_decay, *own)
+        native.launch_backward(call.config, 1, grads, saved, grad_x, grad_v0, grad_i0, grad_decay, *own)
         if own_gradients:
             own = (None if g is None else ops.summed(g, t.shape) for g, t in zip(own, saved[4:], strict=True))
-        return None, grad_x, grad_v0, grad_i0, grad_decay, *own
+        return None, None, grad_x, grad_v0, grad_i0, grad_decay, *own
 
 
 def _differentiable_backward(call: _Call, saved: Any, grads: Any, own_gradients: bool) -> tuple[Any, ...]:
@@ -120,11 +120,19 @@ def one_step(
     call = plan.calls.get(v_init)
     if call is None:
         call = plan.calls[v_init] = _Call(plan, v_init)
-    tensors = (x, v, i if isinstance(i, Tensor) else None, decay, *prepared[2])
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
-        found = _Step.apply(call, *ops.saveable(tensors))
-    else:
+    threshold, beta, current_decay = prepared[2]
+    tensors = x, v, i if isinstance(i, Tensor) else None, decay, threshold, beta, current_decay
+    if not torch.is_grad_enabled():
         found = _forward(call, tensors)
+    else:
+        own_gradients = False
+        for t in prepared[2]:
+            if t is not None and t.requires_grad:
+                own_gradients = True
+        if own_gradients or any(t is not None and t.requires_grad for t in tensors[:4]):
+            found = _Step.apply(call, own_gradients, *ops.saveable(tensors))
+        else:
+            found = _forward(call, tensors)
     return found[0], found[1:] if call.has_current else found[1]
 
 

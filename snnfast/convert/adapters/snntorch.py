@@ -16,7 +16,7 @@ from snntorch import surrogate as their_surrogate
 from torch import Tensor, nn
 
 from ... import dynamics, functional, surrogate
-from .base import Fused, Plan, broadcasts, holds, is_version, of_this_step, served
+from .base import Fused, Plan, broadcasts, of_this_step, served
 from .onestep import one_step
 
 # The function that made a surrogate: how the numbers in its closure give a fused one.
@@ -111,15 +111,20 @@ class FusedLeaky(Fused):
         )
 
     def _own(self: Any, plan: LeakyPlan) -> tuple[Tensor, ...]:
-        """Threshold and clamped decays; the same tuple again while none of them is learnt or written."""
+        """Threshold and clamped decays; the same tuple again while none is learnt (the plan sees changes)."""
         if plan.own is not None:
-            versions, own = plan.own
-            if all(map(is_version, versions)) and holds(self, self.own_names, versions):
+            given, own = plan.own
+            for t in given:
+                if t.requires_grad:
+                    break
+            else:
                 return own
         given = [getattr(self, name) for name in self.own_names]
         own = (given[0], *(t.clamp(0, 1) for t in given[1:]))
         if not torch.is_inference_mode_enabled() and not any(t.requires_grad for t in given):
-            plan.own = [(t, t._version) for t in given], own
+            if plan.own is None:
+                plan.watch(self.own_names, given)
+            plan.own = given, own
         return own
 
     def _over_time(self: Any, x_seq: Tensor, state: Any, plan: LeakyPlan, store_v_seq: bool = False) -> Any:
