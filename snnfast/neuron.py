@@ -195,6 +195,8 @@ class BaseNode(MemoryModule):
                     "use backend='auto'"
                 )
             return self._own_steps(x_seq)
+        # Past nn.Module's search for it, where it is a module.
+        surrogate_function = self._modules.get("surrogate_function") or self.surrogate_function
         s, self.v, v_seq = functional.multi_step(
             neuron,
             x_seq,
@@ -204,7 +206,7 @@ class BaseNode(MemoryModule):
             decay_input=self.decay_input,
             v_threshold=self.v_threshold,
             v_reset=self.v_reset,
-            surrogate_function=self.surrogate_function,
+            surrogate_function=surrogate_function,
             detach_reset=self.detach_reset,
             store_v_seq=self._store_v_seq,
             backend=self._backend,

@@ -396,15 +396,18 @@ def _reference(inputs: Inputs, c: Constants) -> Outputs:
     return (s, *state, v_seq) if isinstance(state, tuple) else (s, state, None, v_seq)
 
 
-def _is_plain(x: Tensor) -> bool:
-    """Whether nobody looks at this call: no compilation, no torch.func transform, no dispatch mode, no subclass."""
+def is_unwatched() -> bool:
+    """Whether nobody looks at calls now: no compilation, no torch.func transform, no dispatch mode."""
     return (
-        type(x) is Tensor
-        and not torch.compiler.is_compiling()
+        not torch.compiler.is_compiling()
         and not torch._C._are_functorch_transforms_active()
         and not torch._C._len_torch_dispatch_stack()
-        and x.device.type != "meta"
     )
+
+
+def _is_plain(x: Tensor) -> bool:
+    """Whether nobody looks at a call with this tensor, which is no subclass either."""
+    return type(x) is Tensor and is_unwatched() and (x.is_cpu or x.device.type != "meta")
 
 
 def saveable(tensors: Sequence[Tensor | None]) -> Sequence[Tensor | None]:

@@ -91,21 +91,12 @@ def _address(t: Tensor | None) -> int:
     return 0 if t is None else t.data_ptr()
 
 
-def _addresses(inputs: Sequence[Any]) -> tuple[int, ...]:
-    """Where the inputs lie, and which of the neurons' own parameters have one value for each neuron, as bits."""
-    x, v0, i0, decay, threshold, beta, current_decay = inputs
-    v0_address = 0 if v0 is None else v0.data_ptr()
-    if decay is None and threshold is None:
-        return x.data_ptr(), v0_address, 0, 0, 0, 0, 0, 0
-    each, addresses = 0, [x.data_ptr(), v0_address, _address(i0), _address(decay)]
-    for bit, t in ((1, threshold), (2, beta), (4, current_decay)):  # spelled out: a small call costs what this costs
-        if t is None:
-            addresses.append(0)
-        else:
-            addresses.append(t.data_ptr())
-            if t.numel() > 1:
-                each |= bit
-    return *addresses, each
+def _each(threshold: Tensor, beta: Tensor | None, current_decay: Tensor | None) -> int:
+    """Which of the neurons' own parameters have one value for each neuron, as bits."""
+    each = 1 if threshold.numel() > 1 else 0
+    if beta is not None and beta.numel() > 1:
+        each |= 2
+    return each | 4 if current_decay is not None and current_decay.numel() > 1 else each
 
 
 def forward(
@@ -126,12 +117,20 @@ def launch_forward(
 ) -> None:
     """The same for a caller that keeps the constants as :func:`_config` makes them, and whose tensors may lack the
     dimension of time where ``T`` is 1."""
-    x = inputs[0]
+    # Spelled out, as below: a small call costs what this costs.
+    x, v0, i0, decay, threshold, beta, current_decay = inputs
     rest = (
         _DTYPE[x.dtype],
         T,
         x.numel() // T,
-        *_addresses(inputs),
+        x.data_ptr(),
+        0 if v0 is None else v0.data_ptr(),
+        0 if i0 is None else i0.data_ptr(),
+        0 if decay is None else decay.data_ptr(),
+        0 if threshold is None else threshold.data_ptr(),
+        0 if beta is None else beta.data_ptr(),
+        0 if current_decay is None else current_decay.data_ptr(),
+        0 if threshold is None else _each(threshold, beta, current_decay),
         s.data_ptr(),
         v.data_ptr(),
         0 if i is None else i.data_ptr(),
@@ -175,17 +174,31 @@ def launch_backward(
     *grad_own: Tensor | None,
 ) -> None:
     """To :func:`backward` what :func:`launch_forward` is to :func:`forward`."""
-    x = inputs[0]
+    x, v0, i0, decay, threshold, beta, current_decay = inputs
+    grad_s, grad_v, grad_i, grad_v_seq = grads
+    grad_threshold, grad_beta, grad_current_decay = grad_own
     rest = (
         _DTYPE[x.dtype],
         T,
         x.numel() // T,
-        *_addresses(inputs),
-        *map(_address, grads),
+        x.data_ptr(),
+        0 if v0 is None else v0.data_ptr(),
+        0 if i0 is None else i0.data_ptr(),
+        0 if decay is None else decay.data_ptr(),
+        0 if threshold is None else threshold.data_ptr(),
+        0 if beta is None else beta.data_ptr(),
+        0 if current_decay is None else current_decay.data_ptr(),
+        0 if threshold is None else _each(threshold, beta, current_decay),
+        0 if grad_s is None else grad_s.data_ptr(),
+        0 if grad_v is None else grad_v.data_ptr(),
+        0 if grad_i is None else grad_i.data_ptr(),
+        0 if grad_v_seq is None else grad_v_seq.data_ptr(),
         grad_x.data_ptr(),
-        _address(grad_v0),
-        _address(grad_i0),
-        *map(_address, grad_own),
+        0 if grad_v0 is None else grad_v0.data_ptr(),
+        0 if grad_i0 is None else grad_i0.data_ptr(),
+        0 if grad_threshold is None else grad_threshold.data_ptr(),
+        0 if grad_beta is None else grad_beta.data_ptr(),
+        0 if grad_current_decay is None else grad_current_decay.data_ptr(),
     )
     if not x.is_cuda:
         sum_decay = _C.cpu_backward(config, torch.get_num_threads(), *rest)

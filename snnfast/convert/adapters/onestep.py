@@ -104,9 +104,10 @@ def one_step(
         or not _dense(i, x)
         or (decay is not None and decay.dtype is not x.dtype)
         or not x.numel()
-        or x.is_cuda
+        or not x.is_cpu
         or backends.choose("auto", x.device) != backends.NATIVE
-        or not ops._is_plain(x)
+        or type(x) is not Tensor
+        or not ops.is_unwatched()
     ):
         return _general(plan, x, state, own, decay)
     prepared = plan.prepared  # of the last call: own tensors that cannot change come as the same tuple
@@ -121,16 +122,27 @@ def one_step(
     if call is None:
         call = plan.calls[v_init] = _Call(plan, v_init)
     threshold, beta, current_decay = prepared[2]
-    tensors = x, v, i if isinstance(i, Tensor) else None, decay, threshold, beta, current_decay
+    i = i if isinstance(i, Tensor) else None
+    tensors: Any = x, v, i, decay, threshold, beta, current_decay
     if not torch.is_grad_enabled():
         found = _forward(call, tensors)
     else:
-        own_gradients = False
-        for t in prepared[2]:
-            if t is not None and t.requires_grad:
-                own_gradients = True
-        if own_gradients or any(t is not None and t.requires_grad for t in tensors[:4]):
-            found = _Step.apply(call, own_gradients, *ops.saveable(tensors))
+        # Spelled out: any() over a generator costs as much as a kernel on a small tensor.
+        own_gradients = (
+            (threshold is not None and threshold.requires_grad)
+            or (beta is not None and beta.requires_grad)
+            or (current_decay is not None and current_decay.requires_grad)
+        )
+        if (
+            own_gradients
+            or x.requires_grad
+            or (v is not None and v.requires_grad)
+            or (i is not None and i.requires_grad)
+            or (decay is not None and decay.requires_grad)
+        ):
+            if x.is_inference() or (v is not None and v.is_inference()) or (i is not None and i.is_inference()):
+                tensors = ops.saveable(tensors)
+            found = _Step.apply(call, own_gradients, *tensors)
         else:
             found = _forward(call, tensors)
     return found[0], found[1:] if call.has_current else found[1]
