@@ -7,6 +7,7 @@
 // at the end, and nothing from the standard library is instantiated here (see portable.h).
 #include "bn_channels.h"
 #include "cpu_bits.h"
+#include "cpu_one_step.h"
 
 namespace snnfast {
 namespace {
@@ -48,6 +49,8 @@ void forward_block(const Call& c, int64_t begin, int64_t end) {
   if constexpr (stream && kFitsRegisters<Neuron, R>)
     if (c.T == 4 && !c.v_seq && (c.N * sizeof(T)) % kVectorBytes == 0)
       return stream_four_steps<Neuron, T>(c, begin, end);
+  if constexpr (kServesOneStep<T> && !stream)
+    if (c.T == 1 && !c.v_seq) return forward_one_step<Neuron>(c, begin, end);
   const Params<R> p = params_of<R>(c);
   const T* x = static_cast<const T*>(c.x);
   ForwardRow<Neuron, T, R> row{};
@@ -104,6 +107,16 @@ bool backward_all(const Call& c) {
   using R = typename StateOf<T>::type;
   const int64_t block = backward_block_size(c.T), blocks = backward_blocks(c.T, c.N);
   [[maybe_unused]] const int threads = threads_for(c, blocks);
+  if constexpr (kServesOneStep<T> && !stream)
+    if (c.T == 1 && !c.grad_v_seq) {
+#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
+      for (int64_t b = 0; b < blocks; ++b) {
+        const FlushDenormals flush;
+        const double sum = backward_one_step<Neuron>(c, b * block, smaller((b + 1) * block, c.N));
+        if (Neuron::kLearnable) static_cast<double*>(c.grad_decay_partial)[b] = sum;
+      }
+      return true;
+    }
   int allocated = 1;
 #pragma omp parallel num_threads(threads) if (threads > 1) reduction(min : allocated)
   {

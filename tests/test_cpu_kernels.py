@@ -75,6 +75,54 @@ def test_every_set_and_store_has_the_loops_bits_and_gradients(cpu_set, stores, d
                 assert (g - w).abs().max() <= tolerance * w.abs().max().clamp(min=1.0), neuron.name
 
 
+@pytest.mark.parametrize("neuron", NEURONS, ids=lambda n: n.name)
+def test_one_step_is_what_the_rows_compute(cpu_set, neuron):
+    """Float32 calls of one step have loops of their own; with potentials wanted, they take those of any T."""
+    rates = []
+    tau = {"tau": 3.0} if neuron is dynamics.LIF else {}
+    cases = itertools.product(surrogate.SURROGATES, (7, 1003, 40_007), ("each", "one"))
+    for index, (kind, N, own_kind) in enumerate(cases):
+        kwargs = {**variants(neuron)[index % len(variants(neuron))], **tau, "v_reset": (None, 0.0, 0.125)[index % 3]}
+        kwargs |= {"v_threshold": 0.75, "detach_reset": bool(index % 2), "surrogate_function": kind()}
+        given_states = index % 5 > 0
+        found = []
+        for store_v_seq in (False, True):
+            torch.manual_seed(index)
+            x, states = (
+                torch.randn(1, N).requires_grad_(),
+                tuple(torch.randn(N).requires_grad_() for _ in neuron.states),
+            )
+            own = own_parameters(neuron, (N,), torch.float32, own_kind)
+            own = tuple(t.clone().requires_grad_() for t in flat(own))
+            k = learnable(neuron, "cpu", torch.float32)
+            k = k if k is None else k.requires_grad_()
+            start = states if given_states else (0.25, 0.0)[: len(states)]
+            state = start if len(states) > 1 else start[0]
+            s, after, v_seq = functional.multi_step(neuron, x, state, k, own, store_v_seq=store_v_seq, **kwargs)
+            outputs = flat(s, after)
+            weights = [torch.randn_like(o) for o in outputs]
+            if index % 3 == 1:  # the spikes have no gradient
+                weights[0] = None
+            elif index % 3 == 2:  # only they have
+                weights[1:] = [None] * (len(weights) - 1)
+            pairs = [(o, w) for o, w in zip(outputs, weights, strict=True) if w is not None]
+            if store_v_seq:
+                pairs.append((v_seq, torch.zeros_like(v_seq)))
+            inputs = flat(x, states if given_states else (), k, own)
+            outputs, weights = zip(*pairs, strict=True)
+            found.append((s, *flat(after), *torch.autograd.grad(outputs, inputs, weights, allow_unused=True)))
+        rates.append(found[0][0].mean().item())
+        for got, want in zip(*found, strict=True):
+            if got is None or want is None:
+                assert got is None or not got.any()
+                assert want is None or not want.any()
+            elif got.numel() > 1:
+                assert torch.equal(got, want)
+            else:  # sums over all neurons
+                assert torch.allclose(got, want, rtol=1e-4, atol=1e-3)
+    assert 0.01 < sum(rates) / len(rates) < 0.9
+
+
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(
     T=st.integers(1, 70),
