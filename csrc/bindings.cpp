@@ -168,7 +168,8 @@ Call backward_call(const Config& config, SNNFAST_INPUTS, SNNFAST_GRADIENTS) {
 }
 
 void prepare_cpu_output(Call& call, int threads, void* output) {
-  const int64_t bytes = call.T * call.N * element_size(call.dtype);
+  const bool one_step = call.flags & kConstantInput && output == call.grad_x;
+  const int64_t bytes = (one_step ? 1 : call.T) * call.N * element_size(call.dtype);
   call.threads = threads;
   call.stream_stores = bytes >= stream_stores_from;
   if (output && bytes >= int64_t(4) << 20) advise_huge_pages(output, bytes);

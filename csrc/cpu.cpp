@@ -7,7 +7,7 @@
 // at the end, and nothing from the standard library is instantiated here (see portable.h).
 #include "bn_channels.h"
 #include "cpu_bits.h"
-#include "cpu_one_step.h"
+#include "cpu_constant_input.h"
 
 namespace snnfast {
 namespace {
@@ -46,6 +46,11 @@ void stream_four_steps(const Call& c, int64_t begin, int64_t end) {
 template <class Neuron, class T, bool stream>
 void forward_block(const Call& c, int64_t begin, int64_t end) {
   using R = typename StateOf<T>::type;
+  if constexpr (kServesOneStep<T> && kTakesConstantInput<Neuron>)
+    if (c.flags & kConstantInput) {
+      if (stream && (c.N * sizeof(T)) % kVectorBytes == 0) return forward_constant_input<Neuron, true>(c, begin, end);
+      return forward_constant_input<Neuron, false>(c, begin, end);
+    }
   if constexpr (stream && kFitsRegisters<Neuron, R>)
     if (c.T == 4 && !c.v_seq && (c.N * sizeof(T)) % kVectorBytes == 0)
       return stream_four_steps<Neuron, T>(c, begin, end);
@@ -107,12 +112,18 @@ bool backward_all(const Call& c) {
   using R = typename StateOf<T>::type;
   const int64_t block = backward_block_size(c.T), blocks = backward_blocks(c.T, c.N);
   [[maybe_unused]] const int threads = threads_for(c, blocks);
+  const bool constant = c.flags & kConstantInput;
   if constexpr (kServesOneStep<T> && !stream)
-    if (c.T == 1 && !c.grad_v_seq) {
+    if (constant || (c.T == 1 && !c.grad_v_seq)) {
 #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
       for (int64_t b = 0; b < blocks; ++b) {
         const FlushDenormals flush;
-        const double sum = backward_one_step<Neuron>(c, b * block, smaller((b + 1) * block, c.N));
+        const int64_t begin = b * block, end = smaller(begin + block, c.N);
+        double sum = 0;
+        if (!constant)
+          sum = backward_one_step<Neuron>(c, begin, end);
+        else if constexpr (kTakesConstantInput<Neuron>)
+          sum = backward_constant_input<Neuron>(c, begin, end);
         if (Neuron::kLearnable) static_cast<double*>(c.grad_decay_partial)[b] = sum;
       }
       return true;
@@ -138,8 +149,9 @@ bool run(const Call& c, bool backward) {
     forward_all<Neuron, T, false>(c);
     return true;
   }
-  if (backward) return c.stream_stores ? backward_all<Neuron, T, true>(c) : backward_all<Neuron, T, false>(c);
-  c.stream_stores ? forward_all<Neuron, T, true>(c) : forward_all<Neuron, T, false>(c);
+  const bool stream = c.stream_stores && !(backward && c.flags & kConstantInput);  // whose grad_x is a step of T
+  if (backward) return stream ? backward_all<Neuron, T, true>(c) : backward_all<Neuron, T, false>(c);
+  stream ? forward_all<Neuron, T, true>(c) : forward_all<Neuron, T, false>(c);
   return true;
 }
 

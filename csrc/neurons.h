@@ -28,7 +28,8 @@ enum Flag : int {
   kStoreVSeq = 8,
   kStrict = 16,
   kMultiSpike = 32,
-  kNoReset = 64
+  kNoReset = 64,
+  kConstantInput = 128  // CPU only: x and grad_x have one step, which stands for all
 };
 
 // The parameters that may differ from neuron to neuron, and have gradients.

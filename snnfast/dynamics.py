@@ -21,6 +21,7 @@ from .surrogate import SurrogateLike
 
 DECAY_INPUT, SOFT_RESET, DETACH_RESET, STORE_V_SEQ = 1, 2, 4, 8
 STRICT, MULTI_SPIKE, NO_RESET = 16, 32, 64
+CONSTANT_INPUT = 128  # of the CPU kernels alone
 
 
 class Constants(NamedTuple):

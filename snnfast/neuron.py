@@ -16,7 +16,7 @@ from . import backends, dynamics, functional, ops
 from .base import MemoryModule
 from .dynamics import Neuron, Parameters
 from .readout import LI
-from .surrogate import Sigmoid, SurrogateLike
+from .surrogate import Sigmoid, SurrogateLike, is_fused, recognise
 
 __all__ = ["LI", "BaseNode", "IFNode", "LIFNode", "ParametricLIFNode"]
 
@@ -213,6 +213,42 @@ class BaseNode(MemoryModule):
         )
         return s, v_seq
 
+    def constant_for_next_call(self, x: Tensor) -> bool:
+        """Let the next call take ``x`` ``[B, *]`` as the input of each of its ``timesteps``, where kernels can; whether
+        they can. (Where they cannot, repeat ``x``.)"""
+        T, watched = self.timesteps, self._forward_hooks or self._backward_hooks or self._backward_pre_hooks
+        fits = (
+            type(self) in (IFNode, LIFNode, ParametricLIFNode)
+            and "forward" not in self.__dict__
+            and T is not None
+            and not watched
+            and not self._store_v_seq
+            and self._backend in ("auto", "native")
+            and ops.takes_constant_input(x, T)
+            and is_fused(recognise(self.surrogate_function))
+        )
+        if fits:
+            self.__dict__["_constant_input"] = True
+        return fits
+
+    def _run_constant(self, x: Tensor) -> Tensor:
+        """``[B, *]``, the same at every step -> spikes ``[T * B, *]``."""
+        v = self._state_for(x.unsqueeze(0))
+        v0, v_init = (v, 0.0) if isinstance(v, Tensor) else (None, v)
+        constants = functional.constants_of(
+            self.dynamics,  # type: ignore[arg-type]
+            recognise(self.surrogate_function),
+            v_init,
+            tau=self.tau,
+            decay_input=self.decay_input,
+            v_threshold=self.v_threshold,
+            v_reset=self.v_reset,
+            detach_reset=self.detach_reset,
+        )
+        s, self.v = ops.constant_input(x, self.timesteps, v0, self._decay(x), constants)  # type: ignore[arg-type]
+        self.v_seq = None
+        return s.flatten(0, 1)
+
     def single_step_forward(self, x: Tensor) -> Tensor:
         """One time step: ``[*]`` -> spikes ``[*]``."""
         functional.check_input("x", x, 0)
@@ -224,6 +260,8 @@ class BaseNode(MemoryModule):
 
     def multi_step_forward(self, x_seq: Tensor) -> Tensor:
         """All time steps: ``[T, *]`` -> spikes ``[T, *]``; with ``timesteps`` ``[T * B, *]`` -> ``[T * B, *]``."""
+        if self.__dict__.pop("_constant_input", False):
+            return self._run_constant(x_seq)
         T = self.timesteps
         functional.check_input("x_seq", x_seq, 1, folded=T is not None)
         if T is None:

@@ -435,6 +435,78 @@ def multi_step(inputs: Inputs, constants: Constants, backend: int) -> Outputs:
     return s, v, i if has_i else None, v_seq if constants.flags & STORE_V_SEQ else None
 
 
+# ---- an input that is the same at every step ----
+CONSTANT_STEPS = 16  # the most that the kernels take
+
+
+class _ConstantInput(torch.autograd.Function):
+    """``x`` ``[*]`` stands for ``T`` steps of itself: it is kept, and its gradient made, once."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, constants: Constants, T: int, x: Tensor, v0: Tensor | None, decay: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(x, v0, decay)
+        ctx.call = constants, T
+        ctx.set_materialize_grads(False)
+        s, v = x.new_empty_strided((T, *x.shape), (x.numel(), *x.stride())), torch.empty_like(x)
+        inputs = Inputs(x.expand(T, *x.shape), _laid_out_as(v0, x, x.dtype), None, decay)
+        flags = constants.flags | dynamics.CONSTANT_INPUT
+        backends.KERNELS[backends.NATIVE].forward(constants._replace(flags=flags), inputs, s, v, None, None)
+        return s, v
+
+    @staticmethod
+    def backward(ctx: Any, grad_s: Tensor | None, grad_v: Tensor | None) -> tuple[Any, ...]:
+        x, v0, decay = _saved(ctx)
+        constants, T = ctx.call
+        if grad_s is None and grad_v is None:
+            return (None,) * 5
+        if torch.is_grad_enabled():  # create_graph: by the ordinary function, on a repeated input
+            given = Inputs(x.expand(T, *x.shape).contiguous(), v0, None, decay)
+            found = _MultiStepBackward.apply(grad_s, grad_v, None, None, *given, *constants, backends.NATIVE, False)
+            grad_x, grad_v0, _, grad_decay, *_ = _wanted(found, given, False)
+            return None, None, grad_x.sum(0), grad_v0, grad_decay
+        inputs = Inputs(x.expand(T, *x.shape), _laid_out_as(v0, x, x.dtype), None, decay)
+        grad_x, grad_v0 = torch.empty_like(x), None if v0 is None else torch.empty_like(x)
+        grad_decay = None if decay is None else torch.zeros_like(decay)
+        if grad_s is not None and grad_s.stride() != (x.numel(), *x.stride()):
+            grad_s = x.new_empty_strided((T, *x.shape), (x.numel(), *x.stride())).copy_(grad_s)
+        grads = grad_s, _laid_out_as(grad_v, x, x.dtype), None, None
+        flags = constants.flags | dynamics.CONSTANT_INPUT
+        backends.KERNELS[backends.NATIVE].backward(
+            constants._replace(flags=flags), grads, inputs, grad_x, grad_v0, None, grad_decay, None, None, None
+        )
+        return None, None, grad_x, grad_v0, grad_decay
+
+
+def takes_constant_input(x: Tensor, T: int) -> bool:
+    """Whether :func:`constant_input` serves ``x``; else it is to be repeated."""
+    dense = x.is_contiguous() or (x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last))
+    return (
+        x.is_cpu
+        and x.dtype is torch.float32
+        and 1 < T <= CONSTANT_STEPS
+        and x.numel() > 0
+        and dense
+        and _is_plain(x)
+        and backends.choose("auto", x.device) == backends.NATIVE
+    )
+
+
+def constant_input(
+    x: Tensor, T: int, v0: Tensor | None, decay: Tensor | None, constants: Constants
+) -> tuple[Tensor, Tensor]:
+    """Spikes ``[T, *]`` and final potential of a neuron with one state that gets ``x`` ``[*]`` at each of ``T`` steps.
+
+    For inputs that :func:`takes_constant_input`, and neurons without parameters of their own.
+    """
+    tensors = x, v0, decay
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
+        return _ConstantInput.apply(constants, T, *saveable(tensors))
+    with torch.no_grad():
+        return _ConstantInput.apply(constants, T, *tensors)
+
+
 class _Guard(torch.autograd.Function):
     """Passes a reference path's outputs through as one node of the graph, which notices when the graph is gone.
 

@@ -18,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_parity import gradients
 
-from snnfast import backends, dynamics, functional, surrogate
+from snnfast import backends, dynamics, functional, ops, surrogate
 from snnfast.dynamics import NEURONS
 
 _C = pytest.importorskip("snnfast._C", reason="the compiled extension is not built here")
@@ -121,6 +121,52 @@ def test_one_step_is_what_the_rows_compute(cpu_set, neuron):
             else:  # sums over all neurons
                 assert torch.allclose(got, want, rtol=1e-4, atol=1e-3)
     assert 0.01 < sum(rates) / len(rates) < 0.9
+
+
+@pytest.mark.parametrize("T", [2, 4, 7, 16])
+def test_constant_input_is_a_repeated_one(cpu_set, stores, T):
+    kinds = itertools.product((dynamics.IF, dynamics.LIF, dynamics.PARAMETRIC_LIF), surrogate.SURROGATES)
+    for index, (neuron, kind) in enumerate(kinds):
+        torch.manual_seed(index)
+        shape = [(3, 5, 6, 7), (1003,), (16, 64, 8, 8)][index % 3]
+        x = torch.randn(shape)
+        if len(shape) == 4 and index % 2:
+            x = x.contiguous(memory_format=torch.channels_last)
+        options = {"v_reset": (None, 0.0, 0.125)[index % 3], "v_threshold": 0.5, "detach_reset": bool(index % 2)}
+        options |= {"tau": 3.0 if index % 4 else 2.0}
+        v0, decay = torch.randn(shape), torch.tensor(0.375)
+        v0 = v0 if index % 4 else None
+        constants = functional.constants_of(neuron, kind(), 0.25, **options)
+        weights = torch.randn(T, *shape), torch.randn(shape)
+        results = []
+        for constant in (True, False):
+            given = [t.clone().requires_grad_() for t in (x, v0, decay) if t is not None]
+            a, b, k = given[0], given[1] if v0 is not None else None, given[-1]
+            k = k if neuron.learnable else None
+            if constant:
+                assert ops.takes_constant_input(a, T)
+                s, v = ops.constant_input(a, T, b, k, constants)
+            else:
+                state = 0.25 if b is None else b
+                s, v, _ = functional.multi_step(
+                    neuron, a.expand(T, *shape), state, k, surrogate_function=kind(), **options
+                )
+            outputs = [((s, v), weights), ((s,), weights[:1]), ((v,), weights[1:])][index % 3]
+            inputs = [t for t in (a, b, k) if t is not None]
+            grads = torch.autograd.grad(outputs[0], inputs, outputs[1], create_graph=index % 5 == 4)
+            again = torch.autograd.grad(grads[0].square().sum(), inputs, allow_unused=True) if index % 5 == 4 else ()
+            results.append((s, v, *grads, *again))
+        assert 0.01 < results[0][0].mean() < 0.99
+        assert results[0][0].stride()[1:] == x.stride()
+        for k, (got, want) in enumerate(zip(*results, strict=True)):
+            if k < 2:
+                assert torch.equal(got, want)
+            elif got is not None or want is not None:
+                scale = want.abs().max().clamp(min=1.0)
+                assert (got - want).abs().max() <= (1e-6 if want.numel() > 1 else 1e-4) * scale
+    assert not ops.takes_constant_input(x, 17)
+    assert not ops.takes_constant_input(x.bfloat16(), 4)
+    assert not ops.takes_constant_input(torch.randn(4, 6)[:, ::2], 4)
 
 
 @settings(max_examples=60, deadline=None, derandomize=True)

@@ -238,10 +238,20 @@ def test_the_first_neuron_of_a_converted_network_keeps_its_input_once():
     net = snnfast.to_spiking(nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3)), T)
     x = torch.randn(2, 3, 16, 16) * 2
     packed = packed_spikes()
+    net[1].register_forward_hook(lambda *_: None)  # otherwise the kernels repeat it themselves
     assert_equal(gradients(net, x, packed), gradients(net, x, torch.enable_grad()))
     assert packed.tensors == 2
     neurons = T * 2 * 8 * 14 * 14
     assert packed.bytes_after == neurons // T * 4 + neurons // 8
+
+
+@needs_kernels
+def test_the_first_neuron_keeps_its_constant_input_once_without_packing():
+    net = snnfast.to_spiking(nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten()), T)
+    x = torch.randn(2, 3, 16, 16)
+    kept = saved_bytes(net, x)
+    net[1].register_forward_hook(lambda *_: None)
+    assert saved_bytes(net, x) - kept == (T - 1) * 2 * 8 * 14 * 14 * 4
 
 
 # ---- what is kept as it is ----

@@ -295,6 +295,42 @@ def test_a_shortcut_around_the_first_neuron():
     assert seen == [B]
 
 
+def test_the_kernels_repeat_the_input_unless_someone_looks(monkeypatch):
+    if snnfast.backends.native.missing(torch.device("cpu")) is not None:
+        pytest.skip("the CPU kernels are not built")
+    calls = []
+    run = snnfast.ops.constant_input
+    monkeypatch.setattr(snnfast.ops, "constant_input", lambda *args: calls.append(len(args[0])) or run(*args))
+    ann = nn.Sequential(nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.ReLU(), nn.Flatten())
+    x = torch.randn(B, 2, 9, 9)
+    results = []
+
+    def result(prepare):
+        torch.manual_seed(0)
+        net = snnfast.to_spiking(ann, T, snnfast.ParametricLIFNode, surrogate_function=snnfast.surrogate.ATan())
+        prepare(net[2])
+        given = x.clone().requires_grad_()
+        y = net(given)
+        assert y.shape == (T, B, 4 * 25)
+        results.append((y, net[2].v, *torch.autograd.grad((y.sin()).sum(), [given, *net.parameters()])))
+        return net
+
+    seen = []
+    result(lambda neuron: None)
+    assert calls == [B]
+    # Whoever looks at the neuron's input or calls sees the repeated input.
+    result(lambda neuron: neuron.register_forward_hook(lambda m, i, o: seen.append(len(i[0]))))
+    result(lambda neuron: neuron.register_forward_pre_hook(lambda m, i: seen.append(len(i[0]))))
+    assert seen == [T * B] * 2
+    kept = result(lambda neuron: setattr(neuron, "store_v_seq", True))
+    assert kept[2].v_seq.shape[:2] == (T, B)
+    result(lambda neuron: snnfast.functional.set_backend(neuron, "reference"))
+    assert calls == [B]
+    for other in results[1:]:
+        for k, (got, want) in enumerate(zip(results[0], other, strict=True)):
+            assert torch.equal(got, want) if k < 2 else torch.allclose(got, want, rtol=1e-4, atol=1e-5)
+
+
 class InPlace(nn.Module):
     """An in-place ReLU whose input is used again: that sees the activation."""
 

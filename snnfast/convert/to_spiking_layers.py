@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..neuron import BaseNode
+
 __all__ = ["DropPath", "Dropout", "MaxPoolOfRates", "Repeat", "ScaledNeuron", "prepare_neuron", "repeat"]
 
 
@@ -54,7 +56,12 @@ def _start_afresh(neuron: Any, args: Any) -> None:
 
 def _repeat_input(neuron: Any, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     """Forward pre-hook of the first neurons: their input is constant and was computed once."""
-    return (repeat(args[0], neuron.timesteps), *args[1:])
+    x, *rest = args
+    # The kernels repeat it themselves, if nobody looks at the input between here and them.
+    hidden = next(reversed(neuron._forward_pre_hooks.values())) is _repeat_input and not rest
+    if hidden and isinstance(x, Tensor) and isinstance(neuron, BaseNode) and neuron.constant_for_next_call(x):
+        return args
+    return (repeat(x, neuron.timesteps), *rest)
 
 
 def prepare_neuron(neuron: nn.Module, repeats: bool) -> nn.Module:
