@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import datetime
 import importlib.metadata
+import json
+import os
 import platform
 import statistics
 import subprocess
@@ -153,3 +155,31 @@ def refuse_unless_idle(force: bool) -> None:
     busy = busy_share()
     if busy is not None and busy > 0.1 and not force:
         sys.exit(f"the machine is not idle ({busy:.0%} of the cores busy): nothing recorded. Wait, or pass --force.")
+
+
+def where_memory_is_kept(module: str, *arguments: str) -> Any:
+    """What ``python -m benchmarks.MODULE --kept`` prints as JSON in its last line: a process of its own, which keeps
+    the memory it has freed (``snnfast.keep_freed_memory``), as no process can unlearn that.
+
+    Raises:
+        RuntimeError: it did not end well; the message is its last line.
+    """
+    root = str(Path(__file__).parents[1])
+    path = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
+    done = subprocess.run(
+        [sys.executable, "-m", f"benchmarks.{module}", *arguments, "--kept"],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "PYTHONPATH": path},
+        cwd=root,
+    )
+    if done.returncode:
+        raise RuntimeError((done.stderr.strip().splitlines() or ["no message"])[-1])
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def keep_memory() -> None:
+    """In such a process; SystemExit where it cannot."""
+    if not snnfast.keep_freed_memory():
+        raise SystemExit("keep_freed_memory() does nothing here: malloc is not glibc's")

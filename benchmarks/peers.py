@@ -23,7 +23,7 @@ from torch import Tensor, nn
 import snnfast
 from snnfast import dynamics, functional
 
-from .measure import RESULTS, compare, environment, per_call, refuse_unless_idle
+from .measure import RESULTS, compare, environment, keep_memory, per_call, refuse_unless_idle, where_memory_is_kept
 from .report import markdown, shown
 from .rows import VERDICT, Row
 
@@ -402,6 +402,20 @@ def unrolled(quick: bool) -> Iterator[Row]:
     )
 
 
+def unrolled_with_kept_memory(quick: bool) -> Iterator[Row]:
+    """The same where the process keeps freed memory: unrolled, some tensors are larger than malloc keeps by itself."""
+    if quick:
+        return
+    try:
+        found = where_memory_is_kept("peers", "unroll")
+    except RuntimeError as error:
+        yield Row("unrolled, keep_freed_memory()", "as written", None, None, True, "times", str(error))
+        return
+    for row in found:
+        row["work"] += ", keep_freed_memory()"
+        yield Row(**row)
+
+
 def contenders(
     net: nn.Module,
     loop: Callable[[nn.Module], Tensor],
@@ -424,6 +438,7 @@ GROUPS: dict[str, Callable[[bool], Iterator[Row]]] = {
     "overhead": overhead,
     "training": training,
     "unroll": unrolled,
+    "kept": unrolled_with_kept_memory,
 }
 
 
@@ -433,10 +448,16 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="small shapes and few runs, to see that it works")
     parser.add_argument("--force", action="store_true", help="measure on a busy machine too (the result says so)")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the result files")
+    parser.add_argument("--kept", action="store_true", help=argparse.SUPPRESS)  # of where_memory_is_kept
     arguments = parser.parse_args()
     unknown = set(arguments.groups) - set(GROUPS)
     if unknown:
         parser.error(f"unknown groups {sorted(unknown)}; there are {', '.join(GROUPS)}")
+    if arguments.kept:
+        keep_memory()
+        rows = [row for name in arguments.groups for row in GROUPS[name](arguments.quick)]
+        print(json.dumps([asdict(row) for row in rows]))
+        return
     refuse_unless_idle(arguments.force or arguments.quick)
     device = environment()
     rows: list[Row] = []
