@@ -232,8 +232,8 @@ def unroll(
     snnfast's own neurons and those that :func:`snnfast.accelerate` converted run fused; any other neuron of
     SpikingJelly, snnTorch or Norse, and one with hooks, is stepped. Other layers see ``[T * B, ...]``, and so do their
     hooks. Dropout draws a mask for each step, from other random numbers than the loop would. Layers before the first
-    neuron (and before dropout) run once if the input is constant. Its tensors are ``T`` times as large as the loop's: on
-    a CPU call :func:`snnfast.keep_freed_memory` once, or malloc fetches the larger ones from the system each time.
+    neuron (and before dropout) run once if the input is constant. Its tensors are ``T`` times as large as the loop's:
+    on a CPU call :func:`snnfast.keep_freed_memory` once, or malloc fetches the larger ones from the system each time.
 
     Args:
         model: its ``forward`` takes one time step ``[B, ...]``, then states of its neurons, if it takes any.
