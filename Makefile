@@ -31,6 +31,7 @@ $(VENV)/test.stamp: $(VENV)/snnfast.stamp
 	$(PIP) safetensors tensorboard pooch pyyaml fsspec packaging typing_extensions
 	-$(PIP) --no-deps spikingjelly snntorch norse sinabs nir nirtorch neurobench
 	-$(PIP) loguru h5py scipy tqdm requests SciencePlots pandas scikit-learn pbr
+	-$(PIP) --no-deps tonic importRosbag expelliarmus librosa lazy_loader
 	touch $@
 
 $(VENV)/dev.stamp: $(VENV)/test.stamp

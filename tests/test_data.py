@@ -333,6 +333,28 @@ def test_tonic_is_asked_for_its_folder_and_recordings(tmp_path: Path, monkeypatc
     assert found.train.images[8, 3, 0, 31, 31] == 1
 
 
+def test_the_real_tonic(tmp_path: Path) -> None:
+    """tonic's own DVSGesture on recordings in its files' format: rows of x, y, polarity and milliseconds."""
+    pytest.importorskip("tonic", reason="tonic is not installed")
+    for split in ("Train", "Test"):
+        archive = tmp_path / "DVSGesture" / f"ibmGesture{split}.tar.gz"
+        archive.parent.mkdir(exist_ok=True)
+        archive.write_bytes(b"tonic looks whether it is there")
+        for user in range(10):  # tonic wants 100 recordings at least
+            folder = archive.parent / f"ibmGesture{split}" / f"user{user:02}_fluorescent"
+            folder.mkdir(parents=True)
+            for label in range(11):
+                events = [(label * 10, 20 + user, 1, 0.0), (127, 127, 0, 99.0), (127, 127, 0, 99.0)]
+                np.save(folder / f"{label}.npy", np.array(events))
+    found = data.load("dvsgesture", tmp_path, timesteps=4, image_size=32)
+    assert found.train.images.shape == found.test.images.shape == (110, 4, 2, 32, 32)
+    assert sorted(found.train.labels.tolist()) == sorted(list(range(11)) * 10)
+    assert (found.train.images[:, 3, 0, 31, 31] == 2).all()
+    first = found.train.images[:, 0, 1]  # x is the column, a quarter as fine
+    assert (first.sum((1, 2)) == 1).all()
+    assert (first.sum(1).argmax(1) == found.train.labels * 10 // 4).all()
+
+
 # ---- image folders ----
 def test_imagefolder(tmp_path: Path) -> None:
     image = pytest.importorskip("PIL.Image", reason="Pillow is not installed")
