@@ -326,13 +326,14 @@ bool run_rows_dtype(const BatchNormCall& b, BatchNormPass pass) {
   if (pass == kBackwardInput)
     return b.runs() ? batch_norm_backward_input<true, T>(b) : batch_norm_backward_input<false, T>(b);
   switch (b.call.neuron) {
-#define SNNFAST_CASE(id, Neuron)                                               \
-  case id:                                                                     \
-    if constexpr (Neuron::kOwn == 0) {                                         \
-      if (pass == kBackward) return batch_norm_backward<Neuron, T>(b);         \
-      if (b.call.stream_stores) return batch_norm_forward<Neuron, T, true>(b); \
-      return batch_norm_forward<Neuron, T, false>(b);                          \
-    }                                                                          \
+#define SNNFAST_CASE(id, Neuron)                                                 \
+  case id:                                                                       \
+    if constexpr (Neuron::kOwn == 0) {                                           \
+      if (pass == kBackward) return batch_norm_backward<Neuron, T>(b);           \
+      if constexpr (kUsual<T>)                                                   \
+        if (b.call.stream_stores) return batch_norm_forward<Neuron, T, true>(b); \
+      return batch_norm_forward<Neuron, T, false>(b);                            \
+    }                                                                            \
     break;
     SNNFAST_NEURONS(SNNFAST_CASE)
 #undef SNNFAST_CASE

@@ -51,7 +51,7 @@ void forward_block(const Call& c, int64_t begin, int64_t end) {
       if (stream && (c.N * sizeof(T)) % kVectorBytes == 0) return forward_constant_input<Neuron, true>(c, begin, end);
       return forward_constant_input<Neuron, false>(c, begin, end);
     }
-  if constexpr (stream && kFitsRegisters<Neuron, R>)
+  if constexpr (stream && kFitsRegisters<Neuron, T>)
     if (c.T == 4 && !c.v_seq && (c.N * sizeof(T)) % kVectorBytes == 0)
       return stream_four_steps<Neuron, T>(c, begin, end);
   if constexpr (kServesOneStep<T> && !stream)
@@ -141,10 +141,11 @@ bool backward_all(const Call& c) {
   return allocated;
 }
 
-// Streaming stores double the code; the neurons with parameters of their own, which load more, do without.
+// Streaming stores double the code: the usual dtypes have them, and the neurons without parameters of their own, which
+// load less.
 template <class Neuron, class T>
 bool run(const Call& c, bool backward) {
-  if constexpr (Neuron::kOwn > 0) {
+  if constexpr (Neuron::kOwn > 0 || !kUsual<T>) {
     if (backward) return backward_all<Neuron, T, false>(c);
     forward_all<Neuron, T, false>(c);
     return true;

@@ -309,8 +309,8 @@ int64_t backward_four_steps(const Call& c, int64_t begin, int64_t end, DecaySum<
 }
 
 // What four steps of need no more registers than there are.
-template <class Neuron, class R>
-constexpr bool kFitsRegisters = Neuron::kOwn == 0 && sizeof(R) == sizeof(float);
+template <class Neuron, class T>
+constexpr bool kFitsRegisters = Neuron::kOwn == 0 && kUsual<T>;
 
 template <class Neuron, class T, bool stream, class R>
 void backward_block(const Call& c, int64_t index, int64_t begin, int64_t end,
@@ -318,7 +318,7 @@ void backward_block(const Call& c, int64_t index, int64_t begin, int64_t end,
   DecaySum<R> in_vectors;
   double grad_decay = 0;
   int64_t done = begin;
-  if constexpr (kFitsRegisters<Neuron, R>) {
+  if constexpr (kFitsRegisters<Neuron, T>) {
     // Stores past the caches need every row aligned.
     const bool aligned = !stream || (aligned_to(static_cast<T*>(c.grad_x) + begin, kVectorBytes / sizeof(R)) &&
                                      (c.N * sizeof(T)) % kVectorBytes == 0);

@@ -11,6 +11,12 @@ namespace {
 
 constexpr int64_t kPrefetchBytes = 4096;  // how far ahead short rows are asked for
 
+// float64 and float16 are rare: they have the open loops alone, not those of four steps, nor streaming stores.
+template <class T>
+constexpr bool kUsual = sizeof(T) == sizeof(float);
+template <>
+constexpr bool kUsual<BFloat16> = true;
+
 int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
 template <class T>
