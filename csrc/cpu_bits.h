@@ -167,7 +167,8 @@ SNNFAST_FN void unpack_word(uint64_t word, U one, U* to) {
   V lane;
   for (int k = 0; k < lanes; ++k) lane[k] = U(1) << k;
   for (int k = 0; k < int(kWord); k += lanes) {
-    const V mask = (V)(((V{} + U(word >> k)) & lane) != 0);
+    const U part = U(word >> k);
+    const V mask = (V)(((V{} + part) & lane) != 0);
     const V v = mask & one;
     memcpy(to + k, &v, sizeof(v));
   }

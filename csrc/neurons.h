@@ -29,7 +29,7 @@ enum Flag : int {
   kStrict = 16,
   kMultiSpike = 32,
   kNoReset = 64,
-  kConstantInput = 128  // CPU only: x and grad_x have one step, which stands for all
+  kConstantInput = 128  // x and grad_x have one step, which stands for all: cpu_constant_input.h, and nothing else
 };
 
 // The parameters that may differ from neuron to neuron, and have gradients.

@@ -375,9 +375,9 @@ def keep_freed_memory() -> bool:
 
     A training step frees at its end what the next one needs. glibc's malloc, PyTorch's allocator on Linux, returns
     much of it to the system, which hands it out again page by page, each filled with zeros: that is a tenth and more of
-    a step of a spiking ResNet-18 on a CPU (docs/memory.md). After this call the process keeps it; its peak stays what
-    it was, and it does not shrink between steps. The call holds for the whole process and cannot be taken back;
-    calling it again does nothing. ``snnfast-train`` makes it when it trains on a CPU.
+    a step of a spiking ResNet-18 on a CPU (docs/memory.md). After this call the process keeps it: it does not shrink
+    between steps, and where the sizes of tensors vary from step to step its peak may grow. The call holds for the whole
+    process and cannot be taken back; calling it again does nothing. ``snnfast-train`` makes it when it trains on a CPU.
 
     Returns:
         Whether it took effect: ``False`` where malloc is not glibc's. jemalloc and tcmalloc keep memory by themselves.

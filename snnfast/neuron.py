@@ -11,15 +11,22 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules import module as torch_module
 
 from . import backends, dynamics, functional, ops
 from .base import MemoryModule
-from .dynamics import Neuron, Parameters
+from .dynamics import Constants, Neuron, Parameters
 from .readout import LI
 from .surrogate import Sigmoid, SurrogateLike, is_fused, recognise
 
 __all__ = ["LI", "BaseNode", "IFNode", "LIFNode", "ParametricLIFNode"]
 
+# Those of register_module_forward_hook and its like.
+_ALL_MODULES_HOOKS = (
+    torch_module._global_forward_hooks,
+    torch_module._global_backward_hooks,
+    torch_module._global_backward_pre_hooks,
+)
 _STEPS = ("neuronal_charge", "neuronal_fire", "neuronal_reset", "single_step_forward", "multi_step_forward")
 
 
@@ -213,29 +220,9 @@ class BaseNode(MemoryModule):
         )
         return s, v_seq
 
-    def constant_for_next_call(self, x: Tensor) -> bool:
-        """Let the next call take ``x`` ``[B, *]`` as the input of each of its ``timesteps``, where kernels can; whether
-        they can. (Where they cannot, repeat ``x``.)"""
-        T, watched = self.timesteps, self._forward_hooks or self._backward_hooks or self._backward_pre_hooks
-        fits = (
-            type(self) in (IFNode, LIFNode, ParametricLIFNode)
-            and "forward" not in self.__dict__
-            and T is not None
-            and not watched
-            and not self._store_v_seq
-            and self._backend in ("auto", "native")
-            and ops.takes_constant_input(x, T)
-            and is_fused(recognise(self.surrogate_function))
-        )
-        if fits:
-            self.__dict__["_constant_input"] = True
-        return fits
-
-    def _run_constant(self, x: Tensor) -> Tensor:
-        """``[B, *]``, the same at every step -> spikes ``[T * B, *]``."""
-        v = self._state_for(x.unsqueeze(0))
-        v0, v_init = (v, 0.0) if isinstance(v, Tensor) else (None, v)
-        constants = functional.constants_of(
+    def _constants(self, v_init: float) -> Constants:
+        """What the kernels take of the arguments, for states that start from ``v_init``."""
+        return functional.constants_of(
             self.dynamics,  # type: ignore[arg-type]
             recognise(self.surrogate_function),
             v_init,
@@ -245,7 +232,37 @@ class BaseNode(MemoryModule):
             v_reset=self.v_reset,
             detach_reset=self.detach_reset,
         )
-        s, self.v = ops.constant_input(x, self.timesteps, v0, self._decay(x), constants)  # type: ignore[arg-type]
+
+    def _state_and_decay(self, x_seq: Tensor) -> tuple[Tensor | None, float, Tensor | None]:
+        """What the kernels start from: a state, or else a number; and the decay in the state's dtype."""
+        v, decay = self._state_for(x_seq), self._decay(x_seq)
+        v0, v_init = (v, 0.0) if isinstance(v, Tensor) else (None, v)
+        return v0, v_init, None if decay is None else decay.to(dynamics.state_dtype(x_seq.dtype))
+
+    def _takes_constant(self, x: Tensor) -> bool:
+        """Whether the call that follows may take ``x`` ``[B, *]`` as the input of each of its time steps, so that
+        nobody need repeat it; :meth:`multi_step_forward` then knows ``x`` by what it is."""
+        fits = (
+            type(self) in (IFNode, LIFNode, ParametricLIFNode)
+            and "forward" not in self.__dict__
+            and "multi_step_forward" not in self.__dict__
+            and self._step_mode == "m"
+            and self.timesteps is not None
+            and not any(hooks for hooks in (self._forward_hooks, self._backward_hooks, self._backward_pre_hooks))
+            and not any(_ALL_MODULES_HOOKS)
+            and not self._store_v_seq
+            and self._backend in ("auto", "native")
+            and ops.takes_constant_input(x, self.timesteps)
+            and is_fused(recognise(self.surrogate_function))
+        )
+        if fits:
+            self.__dict__["_constant_input"] = x
+        return fits
+
+    def _run_constant(self, x: Tensor) -> Tensor:
+        """``[B, *]``, the same at every step -> spikes ``[T * B, *]``."""
+        v0, v_init, decay = self._state_and_decay(x.unsqueeze(0))
+        s, self.v = ops.constant_input(x, self.timesteps, v0, decay, self._constants(v_init))  # type: ignore[arg-type]
         self.v_seq = None
         return s.flatten(0, 1)
 
@@ -260,7 +277,8 @@ class BaseNode(MemoryModule):
 
     def multi_step_forward(self, x_seq: Tensor) -> Tensor:
         """All time steps: ``[T, *]`` -> spikes ``[T, *]``; with ``timesteps`` ``[T * B, *]`` -> ``[T * B, *]``."""
-        if self.__dict__.pop("_constant_input", False):
+        constant = self.__dict__.pop("_constant_input", None)
+        if constant is not None and constant is x_seq:
             return self._run_constant(x_seq)
         T = self.timesteps
         functional.check_input("x_seq", x_seq, 1, folded=T is not None)

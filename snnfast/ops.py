@@ -406,8 +406,8 @@ def is_unwatched() -> bool:
 
 
 def _is_plain(x: Tensor) -> bool:
-    """Whether nobody looks at a call with this tensor, which is no subclass either."""
-    return type(x) is Tensor and is_unwatched() and (x.is_cpu or x.device.type != "meta")
+    """Whether nobody looks at a call with this tensor, which is no subclass and has its own values in memory."""
+    return type(x) is Tensor and is_unwatched() and not x.is_neg() and (x.is_cpu or x.device.type != "meta")
 
 
 def saveable(tensors: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
@@ -439,21 +439,33 @@ def multi_step(inputs: Inputs, constants: Constants, backend: int) -> Outputs:
 CONSTANT_STEPS = 16  # the most that the kernels take
 
 
+def _constant_call(
+    x: Tensor, T: int, v0: Tensor | None, decay: Tensor | None, constants: Constants
+) -> tuple[Constants, Inputs]:
+    flags = constants.flags | dynamics.CONSTANT_INPUT
+    inputs = Inputs(x.expand(T, *x.shape), _laid_out_as(v0, x, x.dtype), None, decay)
+    return constants._replace(flags=flags), inputs
+
+
+def _run_constant(
+    x: Tensor, T: int, v0: Tensor | None, decay: Tensor | None, constants: Constants
+) -> tuple[Tensor, Tensor]:
+    s, v = x.new_empty_strided((T, *x.shape), (x.numel(), *x.stride())), torch.empty_like(x)
+    backends.KERNELS[backends.NATIVE].forward(*_constant_call(x, T, v0, decay, constants), s, v, None, None)
+    return s, v
+
+
 class _ConstantInput(torch.autograd.Function):
     """``x`` ``[*]`` stands for ``T`` steps of itself: it is kept, and its gradient made, once."""
 
     @staticmethod
     def forward(
-        ctx: Any, constants: Constants, T: int, x: Tensor, v0: Tensor | None, decay: Tensor | None
+        ctx: Any, x: Tensor, T: int, v0: Tensor | None, decay: Tensor | None, constants: Constants
     ) -> tuple[Tensor, Tensor]:
         ctx.save_for_backward(x, v0, decay)
         ctx.call = constants, T
         ctx.set_materialize_grads(False)
-        s, v = x.new_empty_strided((T, *x.shape), (x.numel(), *x.stride())), torch.empty_like(x)
-        inputs = Inputs(x.expand(T, *x.shape), _laid_out_as(v0, x, x.dtype), None, decay)
-        flags = constants.flags | dynamics.CONSTANT_INPUT
-        backends.KERNELS[backends.NATIVE].forward(constants._replace(flags=flags), inputs, s, v, None, None)
-        return s, v
+        return _run_constant(x, T, v0, decay, constants)
 
     @staticmethod
     def backward(ctx: Any, grad_s: Tensor | None, grad_v: Tensor | None) -> tuple[Any, ...]:
@@ -465,18 +477,17 @@ class _ConstantInput(torch.autograd.Function):
             given = Inputs(x.expand(T, *x.shape).contiguous(), v0, None, decay)
             found = _MultiStepBackward.apply(grad_s, grad_v, None, None, *given, *constants, backends.NATIVE, False)
             grad_x, grad_v0, _, grad_decay, *_ = _wanted(found, given, False)
-            return None, None, grad_x.sum(0), grad_v0, grad_decay
-        inputs = Inputs(x.expand(T, *x.shape), _laid_out_as(v0, x, x.dtype), None, decay)
+            return grad_x.sum(0), None, grad_v0, grad_decay, None
         grad_x, grad_v0 = torch.empty_like(x), None if v0 is None else torch.empty_like(x)
         grad_decay = None if decay is None else torch.zeros_like(decay)
-        if grad_s is not None and grad_s.stride() != (x.numel(), *x.stride()):
-            grad_s = x.new_empty_strided((T, *x.shape), (x.numel(), *x.stride())).copy_(grad_s)
+        strides = (x.numel(), *x.stride())
+        if grad_s is not None and grad_s.stride() != strides:
+            grad_s = x.new_empty_strided((T, *x.shape), strides).copy_(grad_s)
         grads = grad_s, _laid_out_as(grad_v, x, x.dtype), None, None
-        flags = constants.flags | dynamics.CONSTANT_INPUT
-        backends.KERNELS[backends.NATIVE].backward(
-            constants._replace(flags=flags), grads, inputs, grad_x, grad_v0, None, grad_decay, None, None, None
-        )
-        return None, None, grad_x, grad_v0, grad_decay
+        constants, inputs = _constant_call(x, T, v0, decay, constants)
+        outputs = grad_x, grad_v0, None, grad_decay, None, None, None
+        backends.KERNELS[backends.NATIVE].backward(constants, grads, inputs, *outputs)
+        return grad_x, None, grad_v0, grad_decay, None
 
 
 def takes_constant_input(x: Tensor, T: int) -> bool:
@@ -486,6 +497,7 @@ def takes_constant_input(x: Tensor, T: int) -> bool:
         x.is_cpu
         and x.dtype is torch.float32
         and 1 < T <= CONSTANT_STEPS
+        and x.dim() > 0
         and x.numel() > 0
         and dense
         and _is_plain(x)
@@ -498,13 +510,21 @@ def constant_input(
 ) -> tuple[Tensor, Tensor]:
     """Spikes ``[T, *]`` and final potential of a neuron with one state that gets ``x`` ``[*]`` at each of ``T`` steps.
 
-    For inputs that :func:`takes_constant_input`, and neurons without parameters of their own.
+    For neurons without parameters of their own; states and decay in float32.
+
+    Raises:
+        ValueError: the kernels cannot take ``x`` (:func:`takes_constant_input`), which is then to be repeated.
     """
+    if not takes_constant_input(x, T):
+        raise ValueError(
+            f"x must be a dense float32 tensor on the CPU, and T from 2 to {CONSTANT_STEPS}, got {x.dtype} of shape "
+            f"{tuple(x.shape)} with strides {x.stride()} on {x.device}, T = {T}; repeat it for multi_step"
+        )
     tensors = x, v0, decay
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
-        return _ConstantInput.apply(constants, T, *saveable(tensors))
-    with torch.no_grad():
-        return _ConstantInput.apply(constants, T, *tensors)
+        x, v0, decay = saveable(tensors)  # type: ignore[assignment]
+        return _ConstantInput.apply(x, T, v0, decay, constants)
+    return _run_constant(x, T, v0, decay, constants)
 
 
 class _Guard(torch.autograd.Function):

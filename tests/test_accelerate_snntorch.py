@@ -301,6 +301,20 @@ def test_a_potential_at_the_threshold_does_not_fire(cls, delay):
     assert_same(make, steps, x)
 
 
+def test_a_threshold_made_in_inference_mode():
+    x = torch.rand(5, 3)
+    grads = []
+    for fused in (False, True):
+        neuron = snntorch.Leaky(beta=0.9, learn_beta=True)
+        if fused:
+            snnfast.accelerate(neuron)
+        with torch.inference_mode():
+            neuron.threshold = torch.tensor(0.5)
+        spikes, mem = neuron(x, torch.ones(5, 3))
+        grads.append(torch.autograd.grad((spikes + mem).sum(), neuron.beta))
+    assert torch.equal(*map(torch.stack, grads))
+
+
 @pytest.mark.parametrize("beta", [0.9, torch.tensor([0.5, 0.6, 0.7, 0.8])], ids=["one", "per neuron"])
 def test_training_after_an_evaluation_in_inference_mode(beta):
     net = nn.Sequential(nn.Linear(5, 4), snntorch.Leaky(beta=beta))

@@ -13,7 +13,7 @@ import snnfast
 from snnfast import backends, layer, surrogate
 from snnfast.fused import BatchNormNode
 from snnfast.fused import ops as fused_ops
-from snnfast.fused.batch_norm import _constants, misfit
+from snnfast.fused.batch_norm import misfit
 
 pytestmark = pytest.mark.skipif(
     backends.native.missing(torch.device("cpu")) is not None, reason="the compiled extension is not built here"
@@ -275,7 +275,7 @@ def test_layers_with_time_and_single_steps(count_fused):
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 def test_gradcheck(training):
     # Far from the threshold, where the surrogate's derivative is nothing and the true gradient is the one computed.
-    constants = _constants(snnfast.LIFNode(tau=3.0, v_threshold=1e3, v_reset=0.1), 0.0)
+    constants = snnfast.LIFNode(tau=3.0, v_threshold=1e3, v_reset=0.1)._constants(0.0)
     for shape, per_step in [((3, 2, 3, 2, 2), False), ((2, 1, 2, 6, 6), training), ((3, 4, 2), False)]:
         x = torch.randn(shape, dtype=torch.float64, requires_grad=True)
         weight, bias = (torch.randn(shape[2], dtype=torch.float64, requires_grad=True) for _ in range(2))
@@ -391,7 +391,7 @@ def test_the_ops_and_a_compiled_node():
         torch.ops.snnfast.bn_statistics.default, (x_seq, False), test_utils=("test_schema", "test_faketensor")
     )
     mean, var = torch.ops.snnfast.bn_statistics(x_seq, True)
-    call = (x_seq, mean, var, node.norm.weight.detach(), None, None, None, None, 0, 1e-5, *_constants(node.neuron, 0.0))
+    call = (x_seq, mean, var, node.norm.weight.detach(), None, None, None, None, 0, 1e-5, *node.neuron._constants(0.0))
     checks = ("test_schema", "test_faketensor")
     torch.library.opcheck(torch.ops.snnfast.bn_multi_step.default, call, test_utils=checks)
     grads = (torch.randn_like(x_seq), None)
@@ -421,3 +421,9 @@ def test_create_graph_where_the_state_comes_from_the_same_weights():
 
     for got, want in zip(gradients(True, True), gradients(False, False), strict=True):
         assert torch.allclose(got, want, rtol=1e-9)
+
+
+def test_a_tensor_whose_values_are_negated_when_read():
+    x = torch.randn(T * 4, 3, 5, 5)
+    node = BatchNormNode(nn.BatchNorm2d(3), snnfast.LIFNode(timesteps=T))
+    assert torch.equal(copy.deepcopy(node)(torch._neg_view(-x)), node(x))

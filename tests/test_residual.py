@@ -13,7 +13,6 @@ from torch import nn
 import snnfast
 from snnfast import backends, functional
 from snnfast.fused import BatchNormNode, fuse, unfuse
-from snnfast.fused.batch_norm import _constants
 
 pytestmark = pytest.mark.skipif(
     backends.native.missing(torch.device("cpu")) is not None, reason="the compiled extension is not built here"
@@ -155,7 +154,7 @@ def test_the_ops():
     mean, var = torch.ops.snnfast.bn_statistics(x, False)
     checks = ("test_schema", "test_faketensor")
     for kind in range(1, 5):
-        call = (x, mean, var, None, None, None, None, torch.rand_like(x), kind, 1e-5, *_constants(node.neuron, 0.0))
+        call = (x, mean, var, None, None, None, None, torch.rand_like(x), kind, 1e-5, *node.neuron._constants(0.0))
         torch.library.opcheck(torch.ops.snnfast.bn_multi_step.default, call, test_utils=checks)
         backward = torch.ops.snnfast.bn_multi_step_backward.default
         torch.library.opcheck(backward, (torch.randn_like(x), None, *call, True), test_utils=checks)

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 import snnfast
 from snnfast import functional
+from snnfast.convert import to_spiking_layers
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -329,6 +330,56 @@ def test_the_kernels_repeat_the_input_unless_someone_looks(monkeypatch):
     for other in results[1:]:
         for k, (got, want) in enumerate(zip(results[0], other, strict=True)):
             assert torch.equal(got, want) if k < 2 else torch.allclose(got, want, rtol=1e-4, atol=1e-5)
+
+
+def first_neuron(kind=snnfast.IFNode, **kwargs):
+    """As a converted network has it."""
+    return to_spiking_layers.prepare_neuron(kind(timesteps=T, v_threshold=0.3, **kwargs), True)
+
+
+def repeated(neuron, x):
+    """What it gives for the input that is repeated."""
+    other = type(neuron)(timesteps=T, v_threshold=0.3)
+    other.load_state_dict(neuron.state_dict())
+    return other.to(next(neuron.parameters(), x).dtype)(x.repeat(T, *(1,) * (x.dim() - 1)))
+
+
+def test_a_constant_input_is_of_one_call():
+    x = torch.rand(6, 33)
+    neuron = first_neuron()
+    snnfast.functional.set_step_mode(neuron, "s")
+    assert neuron(x).shape == (T * 6, 33)  # repeated, in this mode one step
+    snnfast.functional.set_step_mode(neuron, "m")
+    for other in (x.bfloat16(), x.double(), x):
+        assert torch.equal(neuron(other).double(), repeated(neuron, other).double())
+    neuron._takes_constant(x)  # a call that never came
+    assert torch.equal(neuron(x[:4].bfloat16()), repeated(neuron, x[:4].bfloat16()))
+    with pytest.raises(ValueError, match="x must be a dense float32 tensor on the CPU, and T from 2 to 16, got"):
+        snnfast.ops.constant_input(x, 17, None, None, neuron._constants(0.0))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float32])
+def test_a_constant_input_and_a_decay_of_any_dtype(dtype):
+    neuron = first_neuron(snnfast.ParametricLIFNode).to(dtype)
+    x = torch.rand(6, 33) * 2
+    got = neuron(x)
+    assert torch.equal(got, repeated(neuron, x))
+    assert 0.01 < got.mean() < 0.9
+    got.sum().backward()
+    assert neuron.w.grad.dtype == dtype
+    assert neuron.w.grad != 0
+
+
+def test_a_constant_input_that_is_looked_at_or_has_no_values_of_its_own():
+    neuron, x, seen = first_neuron(), torch.rand(6, 33), []
+    handle = nn.modules.module.register_module_forward_hook(lambda m, i, o: seen.append(len(i[0])))
+    try:
+        neuron(x)
+    finally:
+        handle.remove()
+    assert seen[0] == T * 6
+    negative = torch._neg_view(-x)
+    assert torch.equal(neuron(negative), repeated(neuron, x))
 
 
 class InPlace(nn.Module):

@@ -87,10 +87,6 @@ def _config(c: Constants) -> Any:
     )
 
 
-def _address(t: Tensor | None) -> int:
-    return 0 if t is None else t.data_ptr()
-
-
 def _each(threshold: Tensor, beta: Tensor | None, current_decay: Tensor | None) -> int:
     """Which of the neurons' own parameters have one value for each neuron, as bits."""
     each = 1 if threshold.numel() > 1 else 0

@@ -46,6 +46,10 @@ def _inner(x: Tensor) -> int:
     return x.stride(2) if x.shape[2] > 1 else x.numel() // x.shape[0]
 
 
+def _address(t: Tensor | None) -> int:
+    return 0 if t is None else t.data_ptr()
+
+
 def _dtype(t: Tensor | None) -> int:
     return 0 if t is None else native._DTYPE[t.dtype]
 
@@ -53,7 +57,6 @@ def _dtype(t: Tensor | None) -> int:
 def _run(run: int, c: NormCall, batch_statistics: bool = True, **given: Tensor | None) -> None:
     x = c.x
     T = x.shape[0]
-    address = native._address
     arguments = (
         native._config(c.constants),
         run,
@@ -61,22 +64,22 @@ def _run(run: int, c: NormCall, batch_statistics: bool = True, **given: Tensor |
         T,
         x.numel() // T,
         x.data_ptr(),
-        address(c.v0),
-        address(c.decay),
+        _address(c.v0),
+        _address(c.decay),
         x.shape[2],
         _inner(x),
         c.mean.shape[0],
         batch_statistics,
         c.mean.data_ptr(),
         c.var.data_ptr(),
-        address(c.weight),
+        _address(c.weight),
         _dtype(c.weight),
-        address(c.bias),
+        _address(c.bias),
         _dtype(c.bias),
         c.eps,
         c.connect,
-        address(c.skip),
-        *(address(given.get(name)) for name in _OUTPUTS),
+        _address(c.skip),
+        *(_address(given.get(name)) for name in _OUTPUTS),
     )
     C: Any = native._C
     if x.device.type == "cpu":

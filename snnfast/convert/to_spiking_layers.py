@@ -59,7 +59,7 @@ def _repeat_input(neuron: Any, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     x, *rest = args
     # The kernels repeat it themselves, if nobody looks at the input between here and them.
     hidden = next(reversed(neuron._forward_pre_hooks.values())) is _repeat_input and not rest
-    if hidden and isinstance(x, Tensor) and isinstance(neuron, BaseNode) and neuron.constant_for_next_call(x):
+    if hidden and isinstance(x, Tensor) and isinstance(neuron, BaseNode) and neuron._takes_constant(x):
         return args
     return (repeat(x, neuron.timesteps), *rest)
 

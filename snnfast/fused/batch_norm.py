@@ -7,8 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import dynamics, functional, layer
-from ..dynamics import Constants
+from .. import layer
 from ..neuron import BaseNode, IFNode, LIFNode, ParametricLIFNode
 from ..ops import _is_plain
 from ..surrogate import is_fused, recognise
@@ -131,19 +130,6 @@ def _update_running_statistics(norm: Any, mean: Tensor, var: Tensor, count: int)
             norm.running_var.lerp_(unbiased.to(norm.running_var.dtype), factor)
 
 
-def _constants(neuron: Any, v_init: float) -> Constants:
-    return functional.constants_of(
-        neuron.dynamics,
-        recognise(neuron.surrogate_function),
-        v_init,
-        tau=neuron.tau,
-        decay_input=neuron.decay_input,
-        v_threshold=neuron.v_threshold,
-        v_reset=neuron.v_reset,
-        detach_reset=neuron.detach_reset,
-    )
-
-
 def run(
     norm: Any,
     neuron: Any,
@@ -159,11 +145,7 @@ def run(
         s = type(neuron).forward(neuron, y + skip if connect == Connect.CHARGE else y)
         return connected(s, skip, connect)
     batch_statistics = _takes_batch_statistics(norm)
-    v = neuron._state_for(x_seq)
-    v0, v_init = (v, 0.0) if isinstance(v, Tensor) else (None, v)
-    decay = neuron._decay(x_seq)
-    if decay is not None:
-        decay = decay.to(dynamics.state_dtype(x_seq.dtype))
+    v0, v_init, decay = neuron._state_and_decay(x_seq)
     s, neuron.v, mean, var = batch_norm_multi_step(
         x_seq,
         None if batch_statistics else norm.running_mean,
@@ -176,7 +158,7 @@ def run(
         connect,
         eps=norm.eps,
         per_step=per_step and batch_statistics,
-        constants=_constants(neuron, v_init),
+        constants=neuron._constants(v_init),
     )
     if norm.training and norm.track_running_stats and norm.running_mean is not None:
         _update_running_statistics(norm, mean, var, x_seq.numel() // mean.numel())

@@ -188,21 +188,20 @@ def _multi_step_backward_fake(*args: Any) -> tuple[Tensor, ...]:
 
 
 # ---- calls ----
-def _past_the_dispatcher(function: Callable[..., Any], op: Any, x: Tensor, *args: Any) -> Any:
-    return function(*args) if ops._is_plain(x) else op(*args)
-
-
 def statistics(x: Tensor, per_step: bool) -> tuple[Tensor, Tensor]:
     """Mean and biased variance ``[G, C]`` of each channel, over all time steps or for each."""
-    return _past_the_dispatcher(_statistics, torch.ops.snnfast.bn_statistics.default, x, x, per_step)
+    run = _statistics if ops._is_plain(x) else torch.ops.snnfast.bn_statistics.default
+    return run(x, per_step)
 
 
 def multi_step(x: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
     """What comes out, and the final potentials; the arguments are those of ``bn_multi_step``."""
-    return _past_the_dispatcher(_multi_step, torch.ops.snnfast.bn_multi_step.default, x, x, *args)
+    run: Callable[..., Any] = _multi_step if ops._is_plain(x) else torch.ops.snnfast.bn_multi_step.default
+    return run(x, *args)
 
 
 def multi_step_backward(grad_s: Tensor | None, grad_v: Tensor | None, x: Tensor, *args: Any) -> tuple[Tensor, ...]:
     """All gradients; the arguments are those of ``bn_multi_step_backward``."""
     op = torch.ops.snnfast.bn_multi_step_backward.default
-    return _past_the_dispatcher(_multi_step_backward, op, x, grad_s, grad_v, x, *args)
+    run: Callable[..., Any] = _multi_step_backward if ops._is_plain(x) else op
+    return run(grad_s, grad_v, x, *args)

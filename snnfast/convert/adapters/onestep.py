@@ -112,7 +112,7 @@ def one_step(
         return _general(plan, x, state, own, decay)
     prepared = plan.prepared  # of the last call: own tensors that cannot change come as the same tuple
     if prepared is None or prepared[0] is not own or prepared[1] != x.shape:
-        prepared = own, x.shape, _prepared(own, x)
+        prepared = own, x.shape, tuple(ops.saveable(_prepared(own, x)))
         if not torch.is_inference_mode_enabled():  # whose tensors no later training step could use
             plan.prepared = prepared
     v_init = 0.0
@@ -140,7 +140,7 @@ def one_step(
             or (i is not None and i.requires_grad)
             or (decay is not None and decay.requires_grad)
         ):
-            if x.is_inference() or (v is not None and v.is_inference()) or (i is not None and i.is_inference()):
+            if any(t is not None and t.is_inference() for t in (x, v, i, decay)):
                 tensors = ops.saveable(tensors)
             found = _Step.apply(call, own_gradients, *tensors)
         else:
