@@ -188,7 +188,9 @@ def with_kept_memory(name: str, work: str, default: dict[str, float]) -> Iterato
         yield at_least(f"{work}, {k}, keep_freed_memory()", "without", default[k] / t[k], None, note=note)
     for rival in rivals:
         note = f"{ms(t[best])} against {ms(t[rival])}"
-        yield at_least(f"{work}, {best}, both keep_freed_memory()", f"{rival}'s neurons", t[rival] / t[best], note=note)
+        yield at_least(
+            f"{work}, {best}, both keep_freed_memory()", f"{rival}'s neurons", t[rival] / t[best], None, note=note
+        )
 
 
 def main() -> None:
