@@ -60,6 +60,7 @@ lint: $(VENV)/dev.stamp
 
 # A build of its own, beside the normal one: the sanitizers' runtime must be loaded before Python.
 sanitize: $(VENV)/test.stamp
+	$(PIP) setuptools pybind11 ninja
 	rm -rf build/sanitize && mkdir -p build/sanitize
 	cp -r setup.py pyproject.toml README.md LICENSE csrc snnfast build/sanitize
 	rm -f build/sanitize/snnfast/_C*
