@@ -73,7 +73,7 @@ def _print(r: dict[str, Any]) -> None:
             if reasons.get(name):
                 print(f"  {'':10} not {device}: {reasons[name]}")
     runtimes = r["openmp runtimes"]
-    print(f"\n{r['threads']} threads, OpenMP runtime: {', '.join(runtimes) or 'none found'}")
+    print(f"\n{r['threads']} thread(s), OpenMP runtime: {', '.join(runtimes) or 'none found'}")
     if len(runtimes) > 1:
         print("  warning: two OpenMP runtimes in one process keep two thread pools, which take each other's cores")
 

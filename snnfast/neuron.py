@@ -91,9 +91,10 @@ class BaseNode(MemoryModule):
                 store_v_seq, old_store_v_seq = old_store_v_seq[0], old_store_v_seq[1:]
         if old_store_v_seq:
             raise TypeError(f"{type(self).__name__} got too many positional arguments: {old_store_v_seq}")
-        if not callable(surrogate_function):
+        if not callable(surrogate_function) or isinstance(surrogate_function, type):
             raise TypeError(
-                f"surrogate_function must be callable, such as snnfast.surrogate.ATan(), got {surrogate_function!r}"
+                "surrogate_function must be callable on a tensor, such as snnfast.surrogate.ATan(), got "
+                f"{surrogate_function!r}"
             )
         if timesteps is not None and (isinstance(timesteps, bool) or not isinstance(timesteps, int) or timesteps < 1):
             raise ValueError(f"timesteps must be a whole number from 1, or None, got {timesteps!r}")

@@ -15,6 +15,11 @@ CASES = {
     "integer input": (lambda: functional.if_multi_step(X.int()), TypeError, r"x_seq.*float32.*int32"),
     "complex input": (lambda: functional.if_multi_step(X.cfloat()), TypeError, r"x_seq.*complex64"),
     "boolean input": (lambda: snnfast.IFNode()(X > 0), TypeError, r"x must be .*bool"),
+    "surrogate's class": (
+        lambda: snnfast.IFNode(surrogate_function=surrogate.ATan),
+        TypeError,
+        r"such as .*ATan\(\), got",
+    ),
     "not a tensor": (lambda: functional.if_multi_step([1.0]), TypeError, r"x_seq must be a torch.Tensor, got list"),
     "no time": (lambda: functional.if_multi_step(torch.tensor(1.0)), ValueError, r"x_seq.*\[T, \*\].*\(\)"),
     "T = 0": (lambda: functional.lif_multi_step(X[:0]), ValueError, r"x_seq.*at least one time step.*\(0, 3\)"),

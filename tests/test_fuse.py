@@ -110,7 +110,7 @@ def test_models(make, count_fused):
     assert ("layers.1.0.bn1", "layers.1.0.relu1") in report.fused
     assert "repeats its input" in report.left_alone["bn1"]  # of the first neuron, which repeats a constant input
     if make is snnfast.models.resnet18:
-        assert report.left_alone["layers.1.0.downsample.1"] == "its output goes to add_2, not to a neuron"
+        assert report.left_alone["layers.1.0.downsample.1"] == "its output goes to add_2, not to a neuron of snnfast"
     else:
         assert ("layers.1.0.downsample.1", "layers.1.0.downsample.2") in report.fused
     equal_outputs_and_gradients(net, apart, torch.rand(2, 3, 16, 16))
@@ -293,3 +293,16 @@ def test_compiled_and_checkpointed():
             assert (p.grad - w.grad).norm() <= 1e-4 * w.grad.norm() + 1e-6
         for b, w in zip(model.buffers(), apart.buffers(), strict=True):
             assert torch.allclose(b, w, rtol=1e-5, atol=1e-6)
+
+
+def test_neurons_of_other_libraries_are_named():
+    snntorch = pytest.importorskip("snntorch")
+    net = nn.Sequential(nn.Conv2d(2, 3, 3), nn.BatchNorm2d(3), snntorch.Leaky(beta=0.9, init_hidden=True))
+    for prepare in (lambda: None, lambda: snnfast.accelerate(net)):
+        prepare()
+        report = fuse(net)
+        assert not report.fused
+        assert report.left_alone["1"] == "its output goes to a Leaky of snntorch, not to a neuron of snnfast"
+    neuron = pytest.importorskip("spikingjelly.activation_based.neuron")
+    net = nn.Sequential(nn.BatchNorm2d(3), neuron.LIFNode())
+    assert "neurons of other libraries, accelerated or not, are not taken" in fuse(net).left_alone["0"]

@@ -223,6 +223,8 @@ def _check_calibrated(neuron: Callable[..., nn.Module] | None, neuron_kwargs: di
 
 
 def _new_neuron(neuron: Callable[..., nn.Module], timesteps: int, neuron_kwargs: dict[str, Any]) -> nn.Module:
+    if not callable(neuron):
+        raise TypeError(f"neuron must be a class of neurons, such as snnfast.LIFNode, got {neuron!r}")
     made = neuron(timesteps=timesteps, **neuron_kwargs)
     if not isinstance(made, nn.Module) or not hasattr(made, "timesteps"):
         raise TypeError(

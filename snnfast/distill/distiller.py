@@ -249,8 +249,8 @@ class Distiller(nn.Module):
         if raw.dim() == 2 and self._timed and raw.shape[0] == self._timesteps(temporal) * B:
             return raw.unflatten(0, (-1, B))
         raise ValueError(
-            f"student must return logits of every time step, [T, B, C] with B = {B} (or [T * B, C] if it has modules "
-            f"with timesteps), got {tuple(raw.shape)}; leave the mean over time to readout"
+            f"student must return logits of every time step, [T, B, C] with B = {B}, as there are labels (or "
+            f"[T * B, C] if it has modules with timesteps), got {tuple(raw.shape)}; leave the mean over time to readout"
         )
 
     @torch.no_grad()

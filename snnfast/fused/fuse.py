@@ -115,7 +115,8 @@ def _read(module: nn.Module, graph: fx.Graph, found: _Found) -> None:
         if joins is not None and len(joins.users) == 1:
             node, user = joins, next(iter(joins.users))
         if not isinstance(neuron := called(user), BaseNode):
-            found.refuse(norm, f"its output goes to {users[0]}, not to a neuron")
+            what = str(users[0]) if neuron is None else f"a {_kind(neuron)}"
+            found.refuse(norm, f"its output goes to {what}, not to a neuron of snnfast")
         elif user.args != (node,) or user.kwargs:
             found.refuse(norm, "the neuron is called with more than the norm's output")
         elif found.neurons.get(norm, neuron) is not neuron:
@@ -126,6 +127,18 @@ def _read(module: nn.Module, graph: fx.Graph, found: _Found) -> None:
             if at is not None and at not in taken:
                 taken.add(at)
                 found.connections[norm] = connect
+
+
+_PEERS = ("spikingjelly.activation_based.neuron", "snntorch", "norse", "sinabs")
+
+
+def _is_of_a_peer(module: nn.Module) -> bool:
+    return type(module).__module__.startswith(_PEERS)
+
+
+def _kind(module: nn.Module) -> str:
+    name = type(module).__name__
+    return f"{name} of {type(module).__module__.partition('.')[0]}" if _is_of_a_peer(module) else name
 
 
 _ADD = (operator.add, torch.add, "add")
@@ -263,6 +276,8 @@ def fuse(model: nn.Module) -> FuseReport:
             report.left_alone[name] = f"the norm is called {found.calls[norm]} times in a forward"
         elif neuron is None:
             untraced = "the forward around it cannot be traced, or does not call it"
+            if any(map(_is_of_a_peer, model.modules())):
+                untraced += "; neurons of other libraries, accelerated or not, are not taken: exchange their import"
             report.left_alone[name] = found.reasons.get(norm, untraced)
         elif (reason := _why_not(norm, neuron, found, shared)) is not None:
             report.left_alone[name] = reason
