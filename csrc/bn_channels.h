@@ -3,8 +3,6 @@
 // float64, as channel_kernel does it on a GPU (cuda_bn_kernels.cuh), rounded once to the state's type.
 #pragma once
 
-#include <new>
-
 #include "bn_neuron.h"
 
 namespace snnfast {

@@ -367,7 +367,7 @@ def _narrow_pooling(node: Any, depth: int) -> None:
 
 # ---- the allocator ----
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
-_MOST = 2**31 - 1, 32 << 20  # bytes; glibc before 2.35 takes no more than the latter
+_MOST = 2**31 - 1, 32 << 20  # bytes; older versions of glibc take no more than the latter
 
 
 def keep_freed_memory() -> bool:

@@ -249,7 +249,7 @@ class BaseNode(MemoryModule):
             and "multi_step_forward" not in self.__dict__
             and self._step_mode == "m"
             and self.timesteps is not None
-            and not any(hooks for hooks in (self._forward_hooks, self._backward_hooks, self._backward_pre_hooks))
+            and not any((self._forward_hooks, self._backward_hooks, self._backward_pre_hooks))
             and not any(_ALL_MODULES_HOOKS)
             and not self._store_v_seq
             and self._backend in ("auto", "native")

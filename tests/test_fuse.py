@@ -296,13 +296,13 @@ def test_compiled_and_checkpointed():
 
 
 def test_neurons_of_other_libraries_are_named():
-    snntorch = pytest.importorskip("snntorch")
+    snntorch = pytest.importorskip("snntorch", reason="snnTorch is not installed")
     net = nn.Sequential(nn.Conv2d(2, 3, 3), nn.BatchNorm2d(3), snntorch.Leaky(beta=0.9, init_hidden=True))
     for prepare in (lambda: None, lambda: snnfast.accelerate(net)):
         prepare()
         report = fuse(net)
         assert not report.fused
         assert report.left_alone["1"] == "its output goes to a Leaky of snntorch, not to a neuron of snnfast"
-    neuron = pytest.importorskip("spikingjelly.activation_based.neuron")
+    neuron = pytest.importorskip("spikingjelly.activation_based.neuron", reason="SpikingJelly is not installed")
     net = nn.Sequential(nn.BatchNorm2d(3), neuron.LIFNode())
     assert "neurons of other libraries, accelerated or not, are not taken" in fuse(net).left_alone["0"]
