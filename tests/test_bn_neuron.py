@@ -427,3 +427,10 @@ def test_a_tensor_whose_values_are_negated_when_read():
     x = torch.randn(T * 4, 3, 5, 5)
     node = BatchNormNode(nn.BatchNorm2d(3), snnfast.LIFNode(timesteps=T))
     assert torch.equal(copy.deepcopy(node)(torch._neg_view(-x)), node(x))
+
+
+def test_the_ops_without_the_compiled_kernels(monkeypatch):
+    monkeypatch.setattr(backends.native, "_C", None)
+    monkeypatch.setattr(backends.native, "_why_missing", "the compiled extension is not here", raising=False)
+    with pytest.raises(RuntimeError, match="have no kernel for cpu: the compiled extension is not here"):
+        torch.ops.snnfast.bn_statistics(torch.randn(T, 2, 3, 4, 4), False)

@@ -57,6 +57,8 @@ def _dtype(t: Tensor | None) -> int:
 def _run(run: int, c: NormCall, batch_statistics: bool = True, **given: Tensor | None) -> None:
     x = c.x
     T = x.shape[0]
+    if native._C is None:  # of a user's own call of the op: the modules run apart there
+        raise RuntimeError(f"batch norm and neuron in one have no kernel for {x.device}: {native.missing(x.device)}")
     arguments = (
         native._config(c.constants),
         run,
