@@ -185,11 +185,11 @@ bool run_neuron(const Call& c, bool backward) {
 // tau and a scale separately, so one binade of a, over all mantissas, stands for all of the usable range.
 bool corrected_division_is_exact(float tau) {
   if (!kHasFusedMultiplyAdd || !(tau >= 1.0f && tau <= 1048576.0f)) return false;
+  Call call{};
+  call.tau = tau;
+  const Params<float> p = params_of<float>(call);
   using V = VectorOf<float>::type;
   constexpr int lanes = sizeof(V) / sizeof(float);
-  Params<float> p{};
-  p.tau = tau;
-  p.inv_tau = 1.0f / tau;
   Int32Vector lane;
   for (int i = 0; i < lanes; ++i) lane[i] = i;
   for (int32_t mantissa = 0; mantissa < (1 << 23); mantissa += lanes) {

@@ -60,9 +60,11 @@ void derivative_row(R* derivative, const R* h, Threshold threshold, int64_t n, c
   }
 }
 
-template <class Neuron, class R>
-void derivatives(R* derivative, const R* h, const R* own_threshold, int64_t n, const Params<R> p) {
-  if constexpr (Neuron::kOwn > 0)
+// own_threshold: each neuron's own, or null where they have the call's.
+template <class R>
+__attribute__((noinline)) void derivatives(R* derivative, const R* h, const R* own_threshold, int64_t n,
+                                           const Params<R> p) {
+  if (own_threshold)
     derivative_row(derivative, h, [=](auto tag, int64_t i) { return load(own_threshold + i, &tag); }, n, p);
   else
     derivative_row(derivative, h, [=](auto, int64_t) { return p.threshold; }, n, p);
@@ -236,7 +238,7 @@ double backward_tile(const Call& c, int64_t begin, int64_t end, const BackwardSc
       }
       row.grad_x = static_cast<T*>(c.grad_x) + offset;
       row.ahead_grad_x = along_row ? row.grad_x + further : t >= ahead ? row.grad_x - ahead * c.N : row.grad_x;
-      derivatives<Neuron>(memory.derivative(), row.tape[0], own[kThreshold], n, p);
+      derivatives(memory.derivative(), row.tape[0], own[kThreshold], n, p);
       row.derivative = memory.derivative();
       if constexpr (Neuron::kOwn > 0) {
         if (own_gradients)

@@ -119,6 +119,7 @@ inline Params<R> params_of(const Call& c) {
   p.v_leak = R(c.v_leak);
   p.tau = R(c.tau);
   p.inv_tau = R(1) / R(c.tau);
+  p.inv_tau_rest = R(1.0 / double(R(c.tau)) - double(p.inv_tau));
   p.decay = c.decay ? *static_cast<const R*>(c.decay) : R(0);
   p.kept = R(1) - (c.decay ? p.decay : p.inv_tau);
   p.alpha = R(c.alpha);

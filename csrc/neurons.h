@@ -40,7 +40,7 @@ constexpr int kMaxOwn = 3;
 enum Division : int {
   kDivide = 0,
   kMultiply = 1,   // tau is a power of two
-  kCorrected = 2,  // reciprocal, then one correction; verified for this tau over all mantissas (cpu.cpp)
+  kCorrected = 2,  // multiplications by 1 / tau and what its rounding left; verified for this tau (cpu.cpp)
 };
 
 // What is the same for all neurons of a call, in the state's type.
@@ -52,6 +52,7 @@ struct Params {
   R v_leak;
   R tau;
   R inv_tau;
+  R inv_tau_rest;  // 1 / tau - inv_tau
   R decay;  // learnable 1 / tau
   R kept;   // what a step keeps of the potential: 1 - 1 / tau or 1 - decay, for gradients
   R alpha;  // of the surrogate
@@ -74,19 +75,18 @@ struct ParameterGradients {
   V own[kMaxOwn];
 };
 
-// a / tau to the last bit, tau being a float from 1 up that corrected_division_is_exact() has passed. The correction
-// needs a residual in the normal range. Zeros, Inf and NaN are their own quotients; a lane below 2^-79 sends the whole
-// vector to the divider. Both are rare, so one comparison comes before all of that.
+// a / tau to the last bit, for a tau that corrected_division_is_exact() has passed: a multiplication by 1 / tau, which is
+// kept as the sum of two floats. Zeros and Inf are their own quotients; where the product with the smaller float loses
+// bits by underflow, the whole vector goes to the divider. Those are rare, so one test comes before all of that.
 template <class V>
 SNNFAST_FN V divide_corrected(V a, const Params<float>& p) {
-  const V q = a * p.inv_tau;
-  const V residual = fused_multiply_add(-q, broadcast<V>(p.tau), a);
-  const V corrected = fused_multiply_add(residual, broadcast<V>(p.inv_tau), q);
-  constexpr uint32_t low = 0x18000000u, infinity = 0x7f800000u;
-  const auto magnitude = bits_as<typename Lanes<V>::Unsigned>(a) & 0x7fffffffu;
-  if (!any_lane_reaches(magnitude - low, infinity - low)) return corrected;
-  if (any_lane_below(magnitude - 1u, low - 1u)) return a / p.tau;  // 0 wraps to the top
-  return select(magnitude - 1u < infinity - 1u, corrected, a);
+  const V rest = a * p.inv_tau_rest;
+  const V quotient = fused_multiply_add(a, broadcast<V>(p.inv_tau), rest);
+  if (!any_lane_zero_or_infinite(rest)) return quotient;
+  using Unsigned = typename Lanes<V>::Unsigned;
+  const auto magnitude = bits_as<Unsigned>(a) & 0x7fffffffu, of_rest = bits_as<Unsigned>(rest) & 0x7fffffffu;
+  if (any_lane((of_rest < 0x00800000u) & (magnitude != 0u))) return a / p.tau;
+  return select(magnitude - 1u < 0x7f800000u - 1u, quotient, a);
 }
 template <class V>
 SNNFAST_FN V divide_by_tau(V a, const Params<float>& p) {

@@ -61,8 +61,10 @@ SNNFAST_FN V absolute(V a) {
 }
 SNNFAST_FN float truncate(float a) { return truncf(a); }
 SNNFAST_FN double truncate(double a) { return trunc(a); }
-SNNFAST_FN bool any_lane_below(uint32_t a, uint32_t bound) { return a < bound; }
-SNNFAST_FN bool any_lane_reaches(uint32_t a, uint32_t bound) { return a >= bound; }
+SNNFAST_FN bool any_lane(bool a) { return a; }
+SNNFAST_FN bool any_lane_zero_or_infinite(float a) {  // denormal numbers count as zeros
+  return (bits_as<uint32_t>(a) & 0x7fffffffu) - 0x00800000u >= 0x7f000000u;
+}
 // Rounded once. The CPU calls it only where there is an instruction for it (kHasFusedMultiplyAdd in vector.h).
 SNNFAST_FN float fused_multiply_add(float a, float b, float c) { return fmaf(a, b, c); }
 

@@ -76,18 +76,11 @@ SNNFAST_FN bool any_lane(Int32Vector mask) {
   return false;
 #endif
 }
-SNNFAST_FN bool any_lane_below(UInt32Vector a, uint32_t bound) {
+SNNFAST_FN bool any_lane_zero_or_infinite(Float32Vector a) {  // denormal numbers count as zeros
 #if defined(__AVX512F__)
-  return _mm512_cmplt_epu32_mask((__m512i)a, _mm512_set1_epi32(int(bound))) != 0;
+  return _mm512_fpclass_ps_mask((__m512)a, 0x3e) != 0;  // zeros, Inf and denormal numbers of either sign
 #else
-  return any_lane(a < bound);
-#endif
-}
-SNNFAST_FN bool any_lane_reaches(UInt32Vector a, uint32_t bound) {
-#if defined(__AVX512F__)
-  return _mm512_cmpge_epu32_mask((__m512i)a, _mm512_set1_epi32(int(bound))) != 0;
-#else
-  return any_lane(a >= bound);
+  return any_lane(((UInt32Vector)a & 0x7fffffffu) - 0x00800000u >= 0x7f000000u);
 #endif
 }
 
@@ -177,9 +170,27 @@ SNNFAST_FN float to_float(Float16 a) {
 }
 SNNFAST_FN Float32Vector load(const float* from, Float32Vector*) { return load_bits<Float32Vector>(from); }
 SNNFAST_FN Float64Vector load(const double* from, Float64Vector*) { return load_bits<Float64Vector>(from); }
-SNNFAST_FN Float32Vector load(const BFloat16* from, Float32Vector*) {
-  return (Float32Vector)(__builtin_convertvector(load_bits<UInt16Vector>(from), UInt32Vector) << 16);
+// GCC 12 makes four to six instructions of __builtin_convertvector between 16 and 32 bits where there is one.
+SNNFAST_FN UInt32Vector widen(const BFloat16* from) {
+#if defined(__AVX512F__)
+  return (UInt32Vector)_mm512_cvtepu16_epi32(load_bits<__m256i>(from));
+#elif defined(__AVX2__)
+  return (UInt32Vector)_mm256_cvtepu16_epi32(load_bits<__m128i>(from));
+#else
+  return __builtin_convertvector(load_bits<UInt16Vector>(from), UInt32Vector);
+#endif
 }
+SNNFAST_FN UInt16Vector narrow(UInt32Vector v) {  // of values below 2^16
+#if defined(__AVX512F__)
+  return (UInt16Vector)_mm512_cvtepi32_epi16((__m512i)v);
+#elif defined(__AVX2__)
+  const __m256i halves = _mm256_packus_epi32((__m256i)v, (__m256i)v);  // within 128 bits each
+  return (UInt16Vector)_mm256_castsi256_si128(_mm256_permute4x64_epi64(halves, 0x08));
+#else
+  return __builtin_convertvector(v, UInt16Vector);
+#endif
+}
+SNNFAST_FN Float32Vector load(const BFloat16* from, Float32Vector*) { return (Float32Vector)(widen(from) << 16); }
 SNNFAST_FN Float32Vector load(const Float16* from, Float32Vector*) {
 #if defined(__AVX512F__)
   return (Float32Vector)_mm512_cvtph_ps(load_bits<__m256i>(from));
@@ -234,11 +245,11 @@ SNNFAST_FN void store(double* to, Float64Vector v) {
 }
 template <bool stream>
 SNNFAST_FN void store(BFloat16* to, Float32Vector v) {
-  store_bits<stream>(to, __builtin_convertvector(bfloat16_bits((UInt32Vector)v), UInt16Vector));
+  store_bits<stream>(to, narrow(bfloat16_bits((UInt32Vector)v)));
 }
 template <bool stream>
 SNNFAST_FN void store_halves(BFloat16* to, Float32Vector v) {
-  store_bits<stream>(to, __builtin_convertvector((UInt32Vector)v >> 16, UInt16Vector));
+  store_bits<stream>(to, narrow((UInt32Vector)v >> 16));
 }
 SNNFAST_FN uint16_t float16_bits(float v) {
 #if defined(__F16C__)
