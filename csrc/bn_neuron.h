@@ -92,7 +92,7 @@ void batch_norm_forward_tile(const BatchNormCall& b, int64_t begin, int64_t n) {
   ForwardRow<Neuron, R, R> row{};
   for (int k = 0; k < Neuron::kStates; ++k) {
     row.state[k] = state[k];
-    fill_state(state[k], c.state[k], begin, n, initial_state(c, k));
+    fill_state<R>(state[k], c.state[k], begin, n, initial_state(c, k));
   }
   constexpr bool same_type = sizeof(T) == sizeof(R);
   const bool connected = b.connect > kCharge;  // after the spikes
@@ -232,7 +232,7 @@ void gradients_of_connection(const BatchNormCall& b, int64_t begin, int64_t n, i
   row.s = row.ahead_s = s;
   for (int k = 0; k < Neuron::kStates; ++k) {
     row.state[k] = state[k];
-    fill_state(state[k], c.state[k], begin, n, initial_state(c, k));
+    fill_state<R>(state[k], c.state[k], begin, n, initial_state(c, k));
   }
   for (int64_t t = 0; t < c.T; ++t) {
     row.x = row.ahead = scratch.array(0) + t * stride;

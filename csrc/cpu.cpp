@@ -59,12 +59,13 @@ void forward_block(const Call& c, int64_t begin, int64_t end) {
   const Params<R> p = params_of<R>(c);
   const T* x = static_cast<const T*>(c.x);
   ForwardRow<Neuron, T, R> row{};
-  R running[stream ? Neuron::kStates : 1][stream ? kForwardBlock : 1];  // streamed states go to memory once, at the end
+  constexpr bool scratch = stream || kSplits<T>;  // states that go to memory once, at the end
+  R running[scratch ? Neuron::kStates : 1][scratch ? kForwardBlock : 1];
   R own[Neuron::kOwn ? Neuron::kOwn : 1][Neuron::kOwn ? kForwardBlock : 1];
-  for (int k = 0; k < Neuron::kOwn; ++k) row.own[k] = own_row(c, k, own[k], begin, end - begin);
+  for (int k = 0; k < Neuron::kOwn; ++k) row.own[k] = own_row<T>(c, k, own[k], begin, end - begin);
   for (int k = 0; k < Neuron::kStates; ++k) {
-    row.state[k] = stream ? running[k] : static_cast<R*>(c.final_state[k]) + begin;
-    fill_state(row.state[k], c.state[k], begin, end - begin, initial_state(c, k));
+    row.state[k] = scratch ? running[k] : static_cast<R*>(c.final_state[k]) + begin;
+    fill_state<T>(row.state[k], c.state[k], begin, end - begin, initial_state(c, k));
   }
   for (int64_t t = 0; t < c.T; ++t) {
     row.x = x + t * c.N + begin;
@@ -77,15 +78,10 @@ void forward_block(const Call& c, int64_t begin, int64_t end) {
     else
       row.template run<stream, kSpikeRow>(end - begin, p);
   }
-  if constexpr (stream) {
-    for (int k = 0; k < Neuron::kStates; ++k) {
-      R* to = static_cast<R*>(c.final_state[k]) + begin;
-      for_each_in_row<R, true>(to, end - begin, [&](auto tag, int64_t i) __attribute__((always_inline)) {
-        store<true>(to + i, load(running[k] + i, (decltype(tag)*)nullptr));
-      });
-    }
-    store_fence();
-  }
+  if constexpr (scratch)
+    for (int k = 0; k < Neuron::kStates; ++k)
+      copy_joined<T, stream>(static_cast<R*>(c.final_state[k]) + begin, running[k], end - begin);
+  if (stream) store_fence();
 }
 
 int threads_for(const Call& c, int64_t blocks) {
@@ -150,7 +146,12 @@ bool run(const Call& c, bool backward) {
     forward_all<Neuron, T, false>(c);
     return true;
   }
-  const bool stream = c.stream_stores && !(backward && c.flags & kConstantInput);  // whose grad_x is a step of T
+  bool stream = c.stream_stores && !(backward && c.flags & kConstantInput);  // whose grad_x is a step of T
+  if constexpr (kSplits<T>) {
+    const uintptr_t rows = uintptr_t(backward ? c.grad_x : c.s) | uintptr_t(c.N * sizeof(T));
+    const uintptr_t states = backward ? 0 : uintptr_t(c.final_state[0]);  // the one of these neurons
+    stream = stream && (rows | states) % kVectorBytes == 0;
+  }
   if (backward) return stream ? backward_all<Neuron, T, true>(c) : backward_all<Neuron, T, false>(c);
   stream ? forward_all<Neuron, T, true>(c) : forward_all<Neuron, T, false>(c);
   return true;

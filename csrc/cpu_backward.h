@@ -124,36 +124,42 @@ struct BackwardRow {
   SNNFAST_FN double loop(int64_t n, const Params<R> p) const {
     const BackwardRow row = *this;
     DecaySum<R> decay;
-    for_each_in_row<R, stream>(row.grad_x, n, [&](auto tag, int64_t i) __attribute__((always_inline)) {
+    for_each_parts_in_row<T, R, stream>(row.grad_x, n, [&](auto tag, int64_t i) __attribute__((always_inline)) {
       using V = decltype(tag);
-      V grad_state[Neuron::kStates], tape[Neuron::kTape], before[Neuron::kStates], own[kMaxOwn] = {};
-      ParameterGradients<V> grads{};
-      for (int k = 0; k < Neuron::kStates; ++k) grad_state[k] = load(row.grad_state[k] + i, &grad_state[k]);
-      for (int k = 0; k < Neuron::kTape; ++k) tape[k] = load(row.tape[k] + i, &tape[k]);
-      for (int k = 0; k < Neuron::kOwn; ++k) own[k] = load(row.own[k] + i, &own[k]);
-      if constexpr (Neuron::kNeedsBefore) {
-        if (row.tape_before[0]) {
-          V tape_before[Neuron::kTape];
-          for (int k = 0; k < Neuron::kTape; ++k) tape_before[k] = load(row.tape_before[k] + i, &tape_before[k]);
-          Neuron::after(tape_before, before, own, p);
-        } else {
-          for (int k = 0; k < Neuron::kStates; ++k) before[k] = load(row.state_before[k] + i, &before[k]);
-        }
-      } else {
-        for (int k = 0; k < Neuron::kStates; ++k) before[k] = V{};
-      }
+      constexpr int parts = kParts<T, V>, lanes = sizeof(V) / sizeof(R);
+      V grad_s[parts] = {}, grad_v_seq[parts] = {}, grad_x[parts];
       __builtin_prefetch(row.ahead + i);
       if constexpr (!stream) __builtin_prefetch(row.ahead_grad_x + i, 1);
-      if (!usual && row.grad_v_seq) grad_state[0] += load(row.grad_v_seq + i, (V*)nullptr);
-      const V grad_s = usual || row.grad_s ? load(row.grad_s + i, (V*)nullptr) : V{};
-      const V derivative = load(row.derivative + i, (V*)nullptr);
-      const V grad_x = Neuron::step_backward(grad_s, grad_state, tape, before, derivative, own, p, grads);
-      for (int k = 0; k < Neuron::kStates; ++k) store<false>(row.grad_state[k] + i, grad_state[k]);
-      store<stream>(row.grad_x + i, grad_x);
-      if constexpr (own_gradients)
-        for (int k = 0; k < Neuron::kOwn; ++k)
-          store<false>(row.grad_own[k] + i, load(row.grad_own[k] + i, (V*)nullptr) + grads.own[k]);
-      if constexpr (Neuron::kLearnable) decay.add(grads.decay);
+      if (usual || row.grad_s) load_parts(row.grad_s + i, grad_s);
+      if (!usual && row.grad_v_seq) load_split(row.grad_v_seq + i, grad_v_seq);
+      for (int part = 0; part < parts; ++part) {
+        const int64_t at = i + part * lanes;
+        V grad_state[Neuron::kStates], tape[Neuron::kTape], before[Neuron::kStates], own[kMaxOwn] = {};
+        ParameterGradients<V> grads{};
+        for (int k = 0; k < Neuron::kStates; ++k) grad_state[k] = load(row.grad_state[k] + at, &grad_state[k]);
+        for (int k = 0; k < Neuron::kTape; ++k) tape[k] = load(row.tape[k] + at, &tape[k]);
+        for (int k = 0; k < Neuron::kOwn; ++k) own[k] = load(row.own[k] + at, &own[k]);
+        if constexpr (Neuron::kNeedsBefore) {
+          if (row.tape_before[0]) {
+            V tape_before[Neuron::kTape];
+            for (int k = 0; k < Neuron::kTape; ++k) tape_before[k] = load(row.tape_before[k] + at, &tape_before[k]);
+            Neuron::after(tape_before, before, own, p);
+          } else {
+            for (int k = 0; k < Neuron::kStates; ++k) before[k] = load(row.state_before[k] + at, &before[k]);
+          }
+        } else {
+          for (int k = 0; k < Neuron::kStates; ++k) before[k] = V{};
+        }
+        if (!usual && row.grad_v_seq) grad_state[0] += grad_v_seq[part];
+        const V derivative = load(row.derivative + at, (V*)nullptr);
+        grad_x[part] = Neuron::step_backward(grad_s[part], grad_state, tape, before, derivative, own, p, grads);
+        for (int k = 0; k < Neuron::kStates; ++k) store<false>(row.grad_state[k] + at, grad_state[k]);
+        if constexpr (own_gradients)
+          for (int k = 0; k < Neuron::kOwn; ++k)
+            store<false>(row.grad_own[k] + at, load(row.grad_own[k] + at, (V*)nullptr) + grads.own[k]);
+        if constexpr (Neuron::kLearnable) decay.add(grads.decay);
+      }
+      store_parts<stream>(row.grad_x + i, grad_x);
     });
     return decay.total();
   }
@@ -174,9 +180,9 @@ double backward_tile(const Call& c, int64_t begin, int64_t end, const BackwardSc
   const R* own[kMaxOwn] = {};
   bool own_gradients = false;
   for (int k = 0; k < Neuron::kOwn; ++k) {
-    own[k] = own_row(c, k, memory.own(k), begin, n);
+    own[k] = own_row<T>(c, k, memory.own(k), begin, n);
     own_gradients = own_gradients || c.grad_own[k];
-    fill_state(memory.grad_own(k), nullptr, 0, n, 0.0);
+    fill_state<T>(memory.grad_own(k), nullptr, 0, n, 0.0);
   }
   auto record = [&](int64_t segment, bool with_tape) {
     const int64_t first = segment * K, last = smaller(first + K, c.T);
@@ -201,8 +207,8 @@ double backward_tile(const Call& c, int64_t begin, int64_t end, const BackwardSc
   };
 
   for (int k = 0; k < Neuron::kStates; ++k) {
-    fill_state(memory.state(k), c.state[k], begin, n, initial_state(c, k));
-    fill_state(memory.grad_state(k), c.grad_final_state[k], begin, n, 0.0);
+    fill_state<T>(memory.state(k), c.state[k], begin, n, initial_state(c, k));
+    fill_state<T>(memory.grad_state(k), c.grad_final_state[k], begin, n, 0.0);
   }
   const auto state = [&](int k) { return memory.state(k); };
   for (int64_t segment = 0; segment < segments; ++segment) {
@@ -251,9 +257,9 @@ double backward_tile(const Call& c, int64_t begin, int64_t end, const BackwardSc
     }
   }
   for (int k = 0; k < Neuron::kStates; ++k)
-    if (c.grad_state[k]) memcpy(static_cast<R*>(c.grad_state[k]) + begin, memory.grad_state(k), n * sizeof(R));
+    if (c.grad_state[k]) copy_joined<T, false>(static_cast<R*>(c.grad_state[k]) + begin, memory.grad_state(k), n);
   for (int k = 0; k < Neuron::kOwn; ++k)
-    if (c.grad_own[k]) memcpy(static_cast<R*>(c.grad_own[k]) + begin, memory.grad_own(k), n * sizeof(R));
+    if (c.grad_own[k]) copy_joined<T, false>(static_cast<R*>(c.grad_own[k]) + begin, memory.grad_own(k), n);
   return grad_decay;
 }
 
@@ -312,7 +318,7 @@ int64_t backward_four_steps(const Call& c, int64_t begin, int64_t end, DecaySum<
 
 // What four steps of need no more registers than there are.
 template <class Neuron, class T>
-constexpr bool kFitsRegisters = Neuron::kOwn == 0 && kUsual<T>;
+constexpr bool kFitsRegisters = Neuron::kOwn == 0 && sizeof(T) == sizeof(float);
 
 template <class Neuron, class T, bool stream, class R>
 void backward_block(const Call& c, int64_t index, int64_t begin, int64_t end,

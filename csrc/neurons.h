@@ -53,10 +53,10 @@ struct Params {
   R tau;
   R inv_tau;
   R inv_tau_rest;  // 1 / tau - inv_tau
-  R decay;  // learnable 1 / tau
-  R kept;   // what a step keeps of the potential: 1 - 1 / tau or 1 - decay, for gradients
-  R alpha;  // of the surrogate
-  R gain;   // a factor on its derivative
+  R decay;         // learnable 1 / tau
+  R kept;          // what a step keeps of the potential: 1 - 1 / tau or 1 - decay, for gradients
+  R alpha;         // of the surrogate
+  R gain;          // a factor on its derivative
   int surrogate;
   int division;
   bool decay_input;
@@ -75,9 +75,9 @@ struct ParameterGradients {
   V own[kMaxOwn];
 };
 
-// a / tau to the last bit, for a tau that corrected_division_is_exact() has passed: a multiplication by 1 / tau, which is
-// kept as the sum of two floats. Zeros and Inf are their own quotients; where the product with the smaller float loses
-// bits by underflow, the whole vector goes to the divider. Those are rare, so one test comes before all of that.
+// a / tau to the last bit, for a tau that corrected_division_is_exact() has passed: a multiplication by 1 / tau, which
+// is kept as the sum of two floats. Zeros and Inf are their own quotients; where the product with the smaller float
+// loses bits by underflow, the whole vector goes to the divider. Those are rare, so one test comes before all of that.
 template <class V>
 SNNFAST_FN V divide_corrected(V a, const Params<float>& p) {
   const V rest = a * p.inv_tau_rest;

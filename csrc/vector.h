@@ -298,6 +298,83 @@ SNNFAST_FN void store_spikes(T* to, V s) {
     store<stream>(to, s);
 }
 
+// ---- bfloat16, two vectors at a time ----
+// 32 bits of memory are two neighbours, so a shift and a mask make two vectors of float32: the even elements and the
+// odd ones. Rows of bfloat16 keep what they leave in scratch memory in that order, and put into the usual one ("join")
+// what leaves the kernel; of every other type a row takes one vector at a time.
+template <class T, class V>
+constexpr int kParts = 1;
+template <>
+constexpr int kParts<BFloat16, Float32Vector> = 2;
+
+template <class T, class V>
+SNNFAST_FN void load_parts(const T* from, V (&to)[1]) {
+  to[0] = load(from, (V*)nullptr);
+}
+SNNFAST_FN void load_parts(const BFloat16* from, Float32Vector (&to)[2]) {
+  const auto both = load_bits<UInt32Vector>(from);
+  to[0] = (Float32Vector)(both << 16);
+  to[1] = (Float32Vector)(both & 0xffff0000u);
+}
+template <bool stream, class T, class V>
+SNNFAST_FN void store_parts(T* to, const V (&from)[1]) {
+  store<stream>(to, from[0]);
+}
+template <bool stream>
+SNNFAST_FN void store_parts(BFloat16* to, const Float32Vector (&from)[2]) {
+  const auto even = bfloat16_bits((UInt32Vector)from[0]), odd = bfloat16_bits((UInt32Vector)from[1]);
+  store_bits<stream>(to, even | odd << 16);
+}
+template <bool stream, class T, class V>
+SNNFAST_FN void store_spike_parts(T* to, const V (&from)[1]) {
+  store_spikes<stream>(to, from[0]);
+}
+template <bool stream>
+SNNFAST_FN void store_spike_parts(BFloat16* to, const Float32Vector (&from)[2]) {
+  store_bits<stream>(to, (UInt32Vector)from[0] >> 16 | (UInt32Vector)from[1]);
+}
+
+SNNFAST_FN void split(Float32Vector& first, Float32Vector& second) {
+  constexpr int lanes = sizeof(Float32Vector) / sizeof(float);
+  Int32Vector even, odd;
+  for (int i = 0; i < lanes; ++i) even[i] = 2 * i, odd[i] = 2 * i + 1;
+  const Float32Vector a = first, b = second;
+  first = __builtin_shuffle(a, b, even);
+  second = __builtin_shuffle(a, b, odd);
+}
+SNNFAST_FN void join(Float32Vector& even, Float32Vector& odd) {
+  constexpr int lanes = sizeof(Float32Vector) / sizeof(float);
+  Int32Vector low, high;
+  for (int i = 0; i < lanes; ++i) {
+    low[i] = i / 2 + (i % 2) * lanes;
+    high[i] = low[i] + lanes / 2;
+  }
+  const Float32Vector a = even, b = odd;
+  even = __builtin_shuffle(a, b, low);
+  odd = __builtin_shuffle(a, b, high);
+}
+// Between memory in the usual order and the parts of a row.
+template <class R, class V>
+SNNFAST_FN void load_split(const R* from, V (&to)[1]) {
+  to[0] = load(from, (V*)nullptr);
+}
+SNNFAST_FN void load_split(const float* from, Float32Vector (&to)[2]) {
+  to[0] = load(from, (Float32Vector*)nullptr);
+  to[1] = load(from + sizeof(Float32Vector) / sizeof(float), (Float32Vector*)nullptr);
+  split(to[0], to[1]);
+}
+template <bool stream, class R, class V>
+SNNFAST_FN void store_joined(R* to, const V (&from)[1]) {
+  store<stream>(to, from[0]);
+}
+template <bool stream>
+SNNFAST_FN void store_joined(float* to, const Float32Vector (&from)[2]) {
+  Float32Vector first = from[0], second = from[1];
+  join(first, second);
+  store<stream>(to, first);
+  store<stream>(to + sizeof(Float32Vector) / sizeof(float), second);
+}
+
 // Denormal numbers cost hundreds of cycles each, and a silent leaky neuron decays into them: flush them to zero while
 // a kernel runs, and leave the caller's setting as it was.
 class FlushDenormals {
