@@ -166,12 +166,14 @@ class BatchNormScratch {
   R* memory_;
 };
 
-// Adds g and g * (x - centre) to the channels' sums and writes g, times grad_scale if there is one, to grad_x.
+// Adds g and g * (x - centre) of some steps to the channels' sums and writes g, times grad_scale if there is one, to
+// grad_x. The few steps' sum is made in the state's type.
 template <bool runs, class T, class R>
-__attribute__((noinline)) void collect_row(const BatchNormCall& b, int64_t t, int64_t begin, int64_t n, const R* g,
-                                           Accumulators& accumulators) {
-  const T* x = static_cast<const T*>(b.call.x) + t * b.call.N + begin;
-  T* to = static_cast<T*>(b.call.grad_x) + t * b.call.N + begin;
+__attribute__((noinline)) void collect_rows(const BatchNormCall& b, int64_t t, int64_t steps, int64_t begin, int64_t n,
+                                            const R* g, int64_t stride, Accumulators& accumulators) {
+  const int64_t N = b.call.N;
+  const T* x = static_cast<const T*>(b.call.x) + t * N + begin;
+  T* to = static_cast<T*>(b.call.grad_x) + t * N + begin;
   const R* centre = of_step<R>(b, b.centre, t);
   const R* factor = b.batch_statistics ? centre : of_step<R>(b, b.scale, t);
   const bool scaled = !b.batch_statistics;
@@ -181,22 +183,20 @@ __attribute__((noinline)) void collect_row(const BatchNormCall& b, int64_t t, in
     Sums<runs> sums(accumulators.sum(0) + group + constant, accumulators.sum(1) + group + constant);
     for_each_in_row<R, false>(to + at, length, [&](auto tag, int64_t i) __attribute__((always_inline)) {
       using V = decltype(tag);
-      __builtin_prefetch(to + at + n + i, 1);
-      const V grad = load(g + at + i, (V*)nullptr);
-      const V product = grad * (load(x + at + i, (V*)nullptr) - minus.at(tag, i));
-      store<false>(to + at + i, scaled ? grad * by.at(tag, i) : grad);
-      if constexpr (sizeof(V) == sizeof(R)) {
-        sums.add(0, i, double(grad));
-        sums.add(1, i, double(product));
-      } else if constexpr (sizeof(R) == sizeof(double)) {
-        sums.template add<0>(0, i, grad);
-        sums.template add<0>(1, i, product);
-      } else {
-        sums.template add<0>(0, i, lower(grad));
-        sums.template add<1>(0, i + kDoubles, upper(grad));
-        sums.template add<0>(1, i, lower(product));
-        sums.template add<1>(1, i + kDoubles, upper(product));
+      V sum{}, with_x{};
+      for (int64_t step = 0; step < steps; ++step) {
+        T* const grad_x = to + step * N + at + i;
+        __builtin_prefetch(grad_x + n, 1);
+        const V grad = load(g + step * stride + at + i, (V*)nullptr);
+        sum += grad;
+        with_x += grad * (load(x + step * N + at + i, (V*)nullptr) - minus.at(tag, i));
+        store<false>(grad_x, scaled ? grad * by.at(tag, i) : grad);
       }
+      typename InFloat64<V>::Part wide[InFloat64<V>::kCount];
+      in_float64(sum, wide);
+      sums.add(0, i, wide);
+      in_float64(with_x, wide);
+      sums.add(1, i, wide);
     });
   });
 }
@@ -271,19 +271,20 @@ bool batch_norm_backward(const BatchNormCall& b) {
           }
           if (c.grad_s && connected) gradients_of_connection<Neuron, T>(b, i, n, stride, scratch);
           grad_decay += backward_of_tile(c, i, n, stride, scratch);
-          for (int64_t t = 0; t < c.T; ++t) {
+          for (int64_t t = 0; t < c.T && b.connect == kCharge; ++t) {
             const R* g = scratch.array(2) + t * stride;
-            if (b.connect == kCharge) {
-              T* grad_skip = static_cast<T*>(b.grad_skip) + t * c.N + i;
-              for_each_in_row<R, false>(grad_skip, n, [&](auto tag, int64_t j) __attribute__((always_inline)) {
-                store<false>(grad_skip + j, load(g + j, (decltype(tag)*)nullptr));
-              });
-            }
-            if (b.runs())
-              collect_row<true, T>(b, t, i, n, g, accumulators);
-            else
-              collect_row<false, T>(b, t, i, n, g, accumulators);
+            T* grad_skip = static_cast<T*>(b.grad_skip) + t * c.N + i;
+            for_each_in_row<R, false>(grad_skip, n, [&](auto tag, int64_t j) __attribute__((always_inline)) {
+              store<false>(grad_skip + j, load(g + j, (decltype(tag)*)nullptr));
+            });
           }
+          for_each_steps(b, [&](int64_t t, int64_t steps) {
+            const R* g = scratch.array(2) + t * stride;
+            if (b.runs())
+              collect_rows<true, T>(b, t, steps, i, n, g, stride, accumulators);
+            else
+              collect_rows<false, T>(b, t, steps, i, n, g, stride, accumulators);
+          });
         }
         if (Neuron::kLearnable) static_cast<double*>(c.grad_decay_partial)[chunk] = grad_decay;
       });

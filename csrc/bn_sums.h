@@ -79,8 +79,29 @@ SNNFAST_FN Float64Vector upper(Float32Vector v) {
 #endif
 }
 
+// What becomes of a scalar or of a vector in float64.
+template <class V>
+struct InFloat64 {
+  using Part = double;
+  static constexpr int kCount = 1;
+};
+template <>
+struct InFloat64<Float64Vector> {
+  using Part = Float64Vector;
+  static constexpr int kCount = 1;
+};
+template <>
+struct InFloat64<Float32Vector> {
+  using Part = Float64Vector;
+  static constexpr int kCount = 2;
+};
+SNNFAST_FN void in_float64(Float32Vector v, Float64Vector (&to)[2]) { to[0] = lower(v), to[1] = upper(v); }
+SNNFAST_FN void in_float64(Float64Vector v, Float64Vector (&to)[1]) { to[0] = v; }
+SNNFAST_FN void in_float64(double v, double (&to)[1]) { to[0] = v; }
+constexpr int64_t kDoubles = sizeof(Float64Vector) / sizeof(double);
+
 // Two sums of float64 over the elements of a part: lanes of their own where all elements are one channel's, else one
-// sum for each element of the part. term(v, i, k) gives what element i of value v adds to sum k.
+// sum for each element of the part. Element i of the part adds a value to sum k, or a vector's elements from i on do.
 template <bool runs>
 class Sums {
  public:
@@ -94,18 +115,21 @@ class Sums {
         *to[k] += sum;
       }
   }
-  template <int which>
-  SNNFAST_FN void add(int k, int64_t i, Float64Vector v) {
-    if constexpr (runs)
-      lanes[k][which] += v;
-    else
-      store<false>(to[k] + i, load(to[k] + i, (Float64Vector*)nullptr) + v);
+  template <int halves>
+  SNNFAST_FN void add(int k, int64_t i, const Float64Vector (&v)[halves]) {
+    for (int half = 0; half < halves; ++half) {
+      double* const sum = to[k] + i + half * kDoubles;
+      if constexpr (runs)
+        lanes[k][half] += v[half];
+      else
+        store<false>(sum, load(sum, (Float64Vector*)nullptr) + v[half]);
+    }
   }
-  SNNFAST_FN void add(int k, int64_t i, double v) {
+  SNNFAST_FN void add(int k, int64_t i, const double (&v)[1]) {
     if constexpr (runs)
-      rest[k] += v;
+      rest[k] += v[0];
     else
-      to[k][i] += v;
+      to[k][i] += v[0];
   }
 
  private:
@@ -113,7 +137,14 @@ class Sums {
   double rest[2] = {};
   Float64Vector lanes[2][2] = {};
 };
-constexpr int64_t kDoubles = sizeof(Float64Vector) / sizeof(double);
+
+// Steps that share a channel's constants, so many at once: what they have in common is loaded and stored once.
+constexpr int64_t kStepsAtOnce = 4;
+template <class F>
+void for_each_steps(const BatchNormCall& b, F f) {
+  const int64_t each = b.groups > 1 ? 1 : kStepsAtOnce;
+  for (int64_t t = 0; t < b.call.T; t += each) f(t, smaller(each, b.call.T - t));
+}
 
 // The channels of neurons begin to end, as f(first, last) for the one or two runs of them.
 template <class F>
@@ -222,12 +253,10 @@ bool statistics(const BatchNormCall& b) {
   return over_chunks(
       b, batch_norm_threads(b), [] { return NoScratch(); },
       [&](int64_t, int64_t begin, int64_t end, Accumulators& accumulators, NoScratch&) {
-        // Tile by tile through time: the accumulators of a tile stay in the first-level cache.
         for (int64_t tile = begin; tile < end; tile += kBatchNormTile)
-          for (int64_t t = 0; t < b.call.T; ++t) {
-            const int64_t n = smaller(kBatchNormTile, end - tile);
-            const T* x = static_cast<const T*>(b.call.x) + t * b.call.N + tile;
-            const T* ahead = t + 1 < b.call.T ? x + b.call.N : static_cast<const T*>(b.call.x) + tile + n;
+          for_each_steps(b, [&](int64_t t, int64_t steps) {
+            const int64_t n = smaller(kBatchNormTile, end - tile), N = b.call.N;
+            const T* x = static_cast<const T*>(b.call.x) + t * N + tile;
             const double* first = of_step<double>(b, b.first, t);
             const int64_t group = first - static_cast<const double*>(b.first);
             for_each_part<runs>(b, tile, tile + n, [&](int64_t at, int64_t length, int64_t constant) {
@@ -235,27 +264,26 @@ bool statistics(const BatchNormCall& b) {
               Sums<runs> sums(accumulators.sum(0) + group + constant, accumulators.sum(1) + group + constant);
               for_each_in_row<R, false>(x + at, length, [&](auto tag, int64_t i) __attribute__((always_inline)) {
                 using V = decltype(tag);
-                const V value = load(x + at + i, (V*)nullptr);
-                __builtin_prefetch(ahead + at + i);
-                if constexpr (sizeof(V) == sizeof(R)) {
-                  const double d = value - minus.at(double(), i);
-                  sums.add(0, i, d);
-                  sums.add(1, i, d * d);
-                } else if constexpr (sizeof(R) == sizeof(double)) {
-                  const V d = value - minus.at(value, i);
-                  sums.template add<0>(0, i, d);
-                  sums.template add<0>(1, i, d * d);
-                } else {
-                  const Float64Vector low = lower(value) - minus.at(Float64Vector(), i);
-                  const Float64Vector high = upper(value) - minus.at(Float64Vector(), i + kDoubles);
-                  sums.template add<0>(0, i, low);
-                  sums.template add<1>(0, i + kDoubles, high);
-                  sums.template add<0>(1, i, low * low);
-                  sums.template add<1>(1, i + kDoubles, high * high);
+                using D = typename InFloat64<V>::Part;
+                constexpr int halves = InFloat64<V>::kCount;
+                D sum[halves] = {}, square[halves] = {}, from[halves];
+                for (int half = 0; half < halves; ++half) from[half] = minus.at(D(), i + half * kDoubles);
+                for (int64_t step = 0; step < steps; ++step) {
+                  const T* at_step = x + step * N + at + i;
+                  __builtin_prefetch(at_step + kPrefetchBytes / int64_t(sizeof(T)));
+                  D value[halves];
+                  in_float64(load(at_step, (V*)nullptr), value);
+                  for (int half = 0; half < halves; ++half) {
+                    const D d = value[half] - from[half];
+                    sum[half] += d;
+                    square[half] = multiply_add(d, d, square[half]);
+                  }
                 }
+                sums.add(0, i, sum);
+                sums.add(1, i, square);
               });
             });
-          }
+          });
       });
 }
 
