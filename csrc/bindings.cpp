@@ -198,16 +198,17 @@ double cpu_backward(const Config& config, int threads, SNNFAST_INPUTS, SNNFAST_G
 
 // The arguments of every pass with batch norm: the neuron's, where the channels lie, the norm's, and the passes'
 // tensors in the order of native_batch_norm.py.
-#define SNNFAST_NORM                                                                                               \
-  const Config &config, int pass, int dtype, int64_t T, int64_t N, uintptr_t x, uintptr_t v0, uintptr_t decay,     \
-      int64_t channels, int64_t inner, int64_t groups, bool batch_statistics, uintptr_t mean, uintptr_t var,       \
-      uintptr_t weight, int weight_dtype, uintptr_t bias, int bias_dtype, double eps, int connect, uintptr_t skip, \
-      uintptr_t s, uintptr_t v, uintptr_t grad_s, uintptr_t grad_v, uintptr_t grad_x, uintptr_t grad_weight,       \
-      uintptr_t grad_bias, uintptr_t grad_v0, uintptr_t grad_decay, uintptr_t grad_skip
-#define SNNFAST_NORM_NAMES                                                                                             \
-  config, pass, dtype, T, N, x, v0, decay, channels, inner, groups, batch_statistics, mean, var, weight, weight_dtype, \
-      bias, bias_dtype, eps, connect, skip, s, v, grad_s, grad_v, grad_x, grad_weight, grad_bias, grad_v0, grad_decay, \
-      grad_skip
+#define SNNFAST_NORM                                                                                                 \
+  const Config &config, int pass, int dtype, int64_t T, int64_t N, uintptr_t x, uintptr_t v0, uintptr_t decay,       \
+      int64_t channels, int64_t inner, int64_t groups, bool batch_statistics, uintptr_t mean, uintptr_t var,         \
+      uintptr_t running_mean, uintptr_t running_var, int running_dtype, double momentum, uintptr_t weight,           \
+      int weight_dtype, uintptr_t bias, int bias_dtype, double eps, int connect, uintptr_t skip, uintptr_t s,        \
+      uintptr_t v, uintptr_t grad_s, uintptr_t grad_v, uintptr_t grad_x, uintptr_t grad_weight, uintptr_t grad_bias, \
+      uintptr_t grad_v0, uintptr_t grad_decay, uintptr_t grad_skip
+#define SNNFAST_NORM_NAMES                                                                                            \
+  config, pass, dtype, T, N, x, v0, decay, channels, inner, groups, batch_statistics, mean, var, running_mean,        \
+      running_var, running_dtype, momentum, weight, weight_dtype, bias, bias_dtype, eps, connect, skip, s, v, grad_s, \
+      grad_v, grad_x, grad_weight, grad_bias, grad_v0, grad_decay, grad_skip
 
 BatchNorm norm_of(SNNFAST_NORM) {
   (void)pass;
@@ -225,6 +226,10 @@ BatchNorm norm_of(SNNFAST_NORM) {
   b.norm.grad_skip = pointer(grad_skip);
   b.mean = static_cast<double*>(pointer(mean));
   b.var = static_cast<double*>(pointer(var));
+  b.running_mean = pointer(running_mean);
+  b.running_var = pointer(running_var);
+  b.running_dtype = running_dtype;
+  b.momentum = momentum;
   b.weight = pointer(weight);
   b.bias = pointer(bias);
   b.weight_dtype = weight_dtype;
@@ -342,7 +347,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("set_cpu_set", &set_cpu_set, "For tests and benchmarks: use this instruction set from now on.");
   m.def("stream_stores_from", [] { return stream_stores_from; }, "Bytes of output from which stores stream.");
   m.def("set_stream_stores_from", [](int64_t bytes) { stream_stores_from = bytes; });
-  m.attr("calls") = 6;  // raise it with every change of a signature here; native.py refuses another build's
+  m.attr("calls") = 7;  // raise it with every change of a signature here; native.py refuses another build's
   m.attr("surrogates") = py::dict();
   m.attr("neurons") = py::dict();
 #define SNNFAST_NAME(id, name) m.attr("surrogates")[#name] = id;

@@ -21,6 +21,26 @@ double element(const void* from, int dtype, int64_t i) {
   }
 }
 
+void set_element(void* to, int dtype, int64_t i, double value) {
+  switch (dtype) {
+    case kFloat64:
+      static_cast<double*>(to)[i] = value;
+      break;
+    case kBFloat16:
+      store<false>(static_cast<BFloat16*>(to) + i, float(value));
+      break;
+    case kFloat16:
+      store<false>(static_cast<Float16*>(to) + i, float(value));
+      break;
+    default:
+      static_cast<float*>(to)[i] = float(value);
+  }
+}
+void move_element(void* to, int dtype, int64_t i, double towards, double momentum) {
+  const double now = element(to, dtype, i);
+  set_element(to, dtype, i, now + momentum * (towards - now));
+}
+
 // Arrays of [groups, constants] of one call.
 template <class V>
 class ChannelArrays {
@@ -83,6 +103,10 @@ bool norm_statistics(const BatchNorm& n) {
     const double away = sums(i, 0) / count, var = sums(i, 1) / count - away * away;
     n.mean[i] = first.get(0, i) + away;
     n.var[i] = var < 0 ? 0 : var;
+    if (!n.running_mean) continue;
+    const int64_t channel = i % b.channels;
+    move_element(n.running_mean, n.running_dtype, channel, n.mean[i], n.momentum);
+    move_element(n.running_var, n.running_dtype, channel, n.var[i] * (count / (count - 1)), n.momentum);
   }
   return true;
 }

@@ -193,17 +193,43 @@ SNNFAST_DEVICE double first_of(const BatchNormJob& job, int group, int64_t chann
                  group * job.grid.rows * job.grid.period + channel * job.b.norm.inner);
 }
 
-// A block for each group and channel.
+SNNFAST_DEVICE void set_element(void* to, int dtype, int64_t i, double value) {
+  switch (dtype) {
+    case kFloat64:
+      static_cast<double*>(to)[i] = value;
+      break;
+    case kBFloat16:
+      static_cast<__nv_bfloat16*>(to)[i] = __float2bfloat16_rn(float(value));
+      break;
+    case kFloat16:
+      static_cast<__half*>(to)[i] = __float2half_rn(float(value));
+      break;
+    default:
+      static_cast<float*>(to)[i] = float(value);
+  }
+}
+SNNFAST_DEVICE void move_element(void* to, int dtype, int64_t i, double towards, double momentum) {
+  const double now = element(to, dtype, i);
+  set_element(to, dtype, i, now + momentum * (towards - now));
+}
+
+// A block for each channel.
 __device__ inline void finish_statistics(const BatchNormJob& job) {
-  const int64_t channels = job.b.norm.channels, channel = blockIdx.x % channels;
-  const int group = int(blockIdx.x / channels);
-  double sums[2];
-  add_partials(job, group, channel, sums);
-  if (threadIdx.x != 0) return;
-  const double count = double(job.grid.rows) * double(job.b.norm.inner);
-  const double away = sums[0] / count, square = sums[1] / count, var = square - away * away;
-  job.b.mean[blockIdx.x] = first_of(job, group, channel) + away;
-  job.b.var[blockIdx.x] = var < 0 ? 0 : var;
+  const BatchNorm& b = job.b;
+  const int64_t channels = b.norm.channels, channel = blockIdx.x;
+  const double count = double(job.grid.rows) * double(b.norm.inner);
+  for (int group = 0; group < int(b.norm.groups); ++group) {
+    double sums[2];
+    add_partials(job, group, channel, sums);
+    if (threadIdx.x != 0) continue;
+    const double away = sums[0] / count, square = sums[1] / count - away * away, var = square < 0 ? 0 : square;
+    const double mean = first_of(job, group, channel) + away;
+    b.mean[group * channels + channel] = mean;
+    b.var[group * channels + channel] = var;
+    if (!b.running_mean) continue;
+    move_element(b.running_mean, b.running_dtype, channel, mean, b.momentum);
+    move_element(b.running_var, b.running_dtype, channel, var * (count / (count - 1)), b.momentum);
+  }
 }
 
 // A thread for each group and channel. shift is made from the rounded scale, so that a large mean does not magnify that

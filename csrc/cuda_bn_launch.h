@@ -160,7 +160,7 @@ std::string cuda_batch_norm_statistics(const BatchNorm& b, int device, void* str
       lay_out<R>(job, kStatistics, false);
       const cudaError_t error = launch(statistics_kernel<T, decltype(W)::value>, job, job.grid.blocks(), stream);
       if (error != cudaSuccess) return error;
-      return launch_channels<kFinishStatistics, R>(job, b.norm.groups * b.norm.channels, stream);
+      return launch_channels<kFinishStatistics, R>(job, b.norm.channels, stream);
     });
   });
 }

@@ -80,7 +80,10 @@ enum BatchNormPass { kStatistics, kForward, kBackward, kBackwardInput };  // the
 // The same as Python gives it, with the norm's own tensors: what is computed per channel, the kernels compute.
 struct BatchNorm {
   BatchNormCall norm;
-  double *mean, *var;         // [groups, channels]; outputs of the statistics
+  double *mean, *var;                // [groups, channels]; outputs of the statistics
+  void *running_mean, *running_var;  // [channels] or null; the statistics move them by momentum towards each group's
+  int running_dtype;
+  double momentum;
   const void *weight, *bias;  // [channels] or null
   int weight_dtype, bias_dtype;
   double eps;

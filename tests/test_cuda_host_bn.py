@@ -12,7 +12,7 @@ from cuda_host import GXX, ROOT, Guarded, guarded_copy, point
 
 from snnfast import dynamics, surrogate
 from snnfast.backends import native, native_batch_norm, triton_batch_norm
-from snnfast.backends.native_batch_norm import NormCall
+from snnfast.backends.native_batch_norm import NormCall, Running
 from snnfast.dynamics import DECAY_INPUT, DETACH_RESET, SOFT_RESET, Constants
 from snnfast.fused import kernels
 from snnfast.fused.ops import Connect
@@ -26,12 +26,12 @@ pytestmark = [
 NEURONS = [n for n in dynamics.NEURONS if not n.own]
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 INTEGERS = ["run", "T", "N", "neuron", "surrogate", "flags", "dtype", "division", "channels", "inner", "groups"]
-INTEGERS += ["batch_statistics", "weight_dtype", "bias_dtype", "connect"]
-REALS = ["threshold", "v_reset", "tau", "alpha", "gain", "v_init", "eps"]
+INTEGERS += ["batch_statistics", "weight_dtype", "bias_dtype", "connect", "running_dtype"]
+REALS = ["threshold", "v_reset", "tau", "alpha", "gain", "v_init", "eps", "momentum"]
 POINTERS = ["x", "v0", "decay", "mean", "var", "weight", "bias", "s", "v", "grad_s", "grad_v", "grad_x", "grad_v0"]
-POINTERS += ["grad_weight", "grad_bias", "grad_decay", "workspace", "skip", "grad_skip"]
+POINTERS += ["grad_weight", "grad_bias", "grad_decay", "workspace", "skip", "grad_skip", "running_mean", "running_var"]
 STATISTICS, FORWARD, BACKWARD = range(3)
-EPS = 1e-3
+EPS, MOMENTUM = 1e-3, 0.3
 
 
 class FlatBatchNorm(ctypes.Structure):
@@ -54,12 +54,14 @@ def call(library, run, c, x, groups, given, outputs, *, batch_statistics=True, c
     for name, like in outputs.items():
         kept = Guarded(*like.shape, dtype=like.dtype, shift=shift if like.shape == x.shape else 0)
         outputs[name] = kept
+        if name.startswith("running"):
+            kept.tensor.copy_(like)
     T = x.shape[0]
-    dtype_of = {k: native._DTYPE[given[k].tensor.dtype] if k in given else 0 for k in ("weight", "bias")}
+    dtype_of = {k: native._DTYPE[t.tensor.dtype] for k, t in (given | outputs).items()}
     flat = FlatBatchNorm(
         run, T, x.numel() // T, c.neuron, c.surrogate, c.flags, native._DTYPE[x.dtype], 0, x.shape[2],
-        native_batch_norm._inner(x), groups, batch_statistics, dtype_of["weight"], dtype_of["bias"], connect,
-        c.threshold, c.v_reset, c.tau, c.alpha, c.gain, c.v_init, EPS,
+        native_batch_norm._inner(x), groups, batch_statistics, *(dtype_of.get(name, 0) for name in ("weight", "bias")), connect, dtype_of.get("running_mean", 0),
+        c.threshold, c.v_reset, c.tau, c.alpha, c.gain, c.v_init, EPS, MOMENTUM,
     )  # fmt: skip
     flat_x = Guarded(T, x.numel() // T, dtype=x.dtype, shift=shift)
     flat_x.tensor.copy_(in_memory(x))
@@ -264,6 +266,21 @@ def test_an_outlier_as_first_element(cuda_host_kernels):
     assert ((got["var"] - var).abs() <= 1e-10 * var).all()
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("groups", [1, 4])
+def test_running_statistics(cuda_host_kernels, dtype, groups):
+    x = random((4, 6, 10, 3, 3), "first")
+    running = torch.randn(10).to(dtype), (torch.rand(10) + 0.5).to(dtype)
+    double = torch.empty(groups, 10, dtype=torch.float64)
+    outputs = {"mean": double, "var": double, "running_mean": running[0], "running_var": running[1]}
+    got = call(cuda_host_kernels, STATISTICS, constants(NEURONS[0]), x, groups, {}, outputs)
+    want = [t.double().clone() for t in running]
+    native_batch_norm.move(Running(*want, MOMENTUM), got["mean"], got["var"], x.numel() // double.numel())
+    for name, t, before in zip(("running_mean", "running_var"), want, running, strict=True):
+        assert not torch.equal(got[name], before)
+        close(got[name].double(), t, 4 * torch.finfo(dtype).eps, name)
+
+
 def test_the_scale_is_that_of_the_cpu():
     """The kernels' constants per channel are Triton's too: x * scale + shift of the same rounding."""
     x = torch.randn(2, 3, 4)
@@ -313,12 +330,13 @@ def test_the_ops_of_the_gpu(cuda_host_kernels, connect, monkeypatch):
                 if ours:
                     patch.setattr(native, "_C", HostKernels(cuda_host_kernels))
                     patch.setattr(native, "_config", lambda constants: constants)
-                mean, var = kernels.statistics(x, bool(index))
+                running = Running(torch.zeros(8), torch.ones(8), 0.25)
+                mean, var = kernels.statistics(x, bool(index), running)
                 rest = x, mean, var, weight, bias, v0, torch.tensor(0.375)
                 s, v = kernels.multi_step(*rest, skip, connect, EPS, *c)
                 kept = None if connect == Connect.ADD else skip
                 grads_found = kernels.multi_step_backward(*grads, *rest, kept, connect, EPS, *c, True)
-                found.append([mean, var, s, v, *grads_found])
+                found.append([mean, var, s, v, *grads_found, *running[:2]])
         for k, (got, want) in enumerate(zip(*found, strict=True)):
             assert got.shape == want.shape
             assert got.dtype == want.dtype

@@ -41,6 +41,22 @@ class NormCall(NamedTuple):
     constants: Constants
 
 
+class Running(NamedTuple):
+    """Statistics ``[C]`` that move by ``momentum`` towards those of each group; contiguous, and of one dtype."""
+
+    mean: Tensor
+    var: Tensor
+    momentum: float
+
+
+def move(running: Running, mean: Tensor, var: Tensor, count: int) -> None:
+    """What the kernels do to ``running``, by torch; ``count`` elements are behind each mean."""
+    for group in range(mean.shape[0]):
+        running.mean.lerp_(mean[group].to(running.mean.dtype), running.momentum)
+        unbiased = var[group] * (count / (count - 1))
+        running.var.lerp_(unbiased.to(running.var.dtype), running.momentum)
+
+
 def _inner(x: Tensor) -> int:
     """How many neighbours in memory share a channel of ``x``."""
     return x.stride(2) if x.shape[2] > 1 else x.numel() // x.shape[0]
@@ -54,7 +70,14 @@ def _dtype(t: Tensor | None) -> int:
     return 0 if t is None else native._DTYPE[t.dtype]
 
 
-def _run(run: int, c: NormCall, batch_statistics: bool = True, **given: Tensor | None) -> None:
+def _running(running: Running) -> tuple[int, int, int, float]:
+    mean, var, momentum = running
+    return mean.data_ptr(), var.data_ptr(), native._DTYPE[mean.dtype], momentum
+
+
+def _run(
+    run: int, c: NormCall, batch_statistics: bool = True, running: Running | None = None, **given: Tensor | None
+) -> None:
     x = c.x
     T = x.shape[0]
     if native._C is None:  # of a user's own call of the op: the modules run apart there
@@ -74,6 +97,7 @@ def _run(run: int, c: NormCall, batch_statistics: bool = True, **given: Tensor |
         batch_statistics,
         c.mean.data_ptr(),
         c.var.data_ptr(),
+        *((0, 0, 0, 0.0) if running is None else _running(running)),
         _address(c.weight),
         _dtype(c.weight),
         _address(c.bias),
@@ -97,9 +121,10 @@ def statistics(
     # outputs
     mean: Tensor,
     var: Tensor,
+    running: Running | None = None,
 ) -> None:
     """``mean`` and biased ``var`` ``[G, C]`` in float64 of the channels of ``x``, ``G`` being 1 or ``T``."""
-    _run(_STATISTICS, NormCall(x, mean, var, *(None,) * 5, 0, 0.0, _NO_NEURON))
+    _run(_STATISTICS, NormCall(x, mean, var, *(None,) * 5, 0, 0.0, _NO_NEURON), running=running)
 
 
 def forward(

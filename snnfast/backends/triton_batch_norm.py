@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..dynamics import Constants, state_dtype
 from . import triton as backend
-from .native_batch_norm import NormCall
+from .native_batch_norm import NormCall, Running, move
 
 if backend._why_missing is None:
     from . import triton_batch_norm_kernels as kernels
@@ -93,6 +93,7 @@ def statistics(
     # outputs
     mean: Tensor,
     var: Tensor,
+    running: Running | None = None,
 ) -> None:
     """``mean`` and biased ``var`` ``[G, C]`` in float64."""
     first = x[: mean.shape[0], 0]
@@ -104,6 +105,8 @@ def statistics(
     away, square = (sums / (x.numel() // max(mean.numel(), 1))).unbind(-1)
     mean.copy_(first + away)
     var.copy_((square - away * away).clamp_(min=0))
+    if running is not None:
+        move(running, mean, var, x.numel() // mean.numel())
 
 
 def _scale_and_shift(call: NormCall) -> tuple[Tensor, Tensor]:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import layer
+from ..backends.native_batch_norm import Running, move
 from ..neuron import BaseNode, IFNode, LIFNode, ParametricLIFNode
 from ..ops import _is_plain
 from ..surrogate import is_fused, recognise
@@ -116,18 +117,32 @@ def _takes_batch_statistics(norm: Any) -> bool:
     return norm.training or norm.running_mean is None or norm.running_var is None
 
 
-def _update_running_statistics(norm: Any, mean: Tensor, var: Tensor, count: int) -> None:
-    """As torch does, once for each group ``[G, C]``; ``count`` elements are behind each mean."""
+def _momentum(norm: Any, batches: int) -> float:
+    """By how much the running statistics move at each of so many batches, which are counted here; as in torch."""
+    if norm.num_batches_tracked is not None:
+        norm.num_batches_tracked.add_(batches)
+    if norm.momentum is not None:
+        return norm.momentum
+    return 0.0 if norm.num_batches_tracked is None else 1.0 / float(norm.num_batches_tracked)
+
+
+def _running(norm: Any, x_seq: Tensor, groups: int) -> Running | None:
+    """The running statistics where the kernels can move them; ``None``: :func:`_move_running` does, afterwards."""
+    mean, var = norm.running_mean, norm.running_var
+    if not _is_plain(x_seq) or mean.dtype != var.dtype or (norm.momentum is None and groups > 1):
+        return None
+    for t in (mean, var):
+        if t.device != x_seq.device or not t.is_contiguous() or t.is_inference():
+            return None
+        torch.autograd.graph.increment_version(t)
+    return Running(mean, var, _momentum(norm, groups))
+
+
+def _move_running(norm: Any, mean: Tensor, var: Tensor, count: int) -> None:
+    """Once for each group ``[G, C]``; ``count`` elements are behind each mean."""
     with torch.no_grad():
-        for group in range(mean.shape[0]):
-            factor = 0.0 if norm.momentum is None else norm.momentum
-            if norm.num_batches_tracked is not None:
-                norm.num_batches_tracked.add_(1)
-                if norm.momentum is None:
-                    factor = 1.0 / float(norm.num_batches_tracked)
-            norm.running_mean.lerp_(mean[group].to(norm.running_mean.dtype), factor)
-            unbiased = var[group] * (count / (count - 1))
-            norm.running_var.lerp_(unbiased.to(norm.running_var.dtype), factor)
+        for group in zip(mean.split(1), var.split(1), strict=True):
+            move(Running(norm.running_mean, norm.running_var, _momentum(norm, 1)), *group, count)
 
 
 def run(
@@ -145,6 +160,9 @@ def run(
         s = type(neuron).forward(neuron, y + skip if connect == Connect.CHARGE else y)
         return connected(s, skip, connect)
     batch_statistics = _takes_batch_statistics(norm)
+    groups = x_seq.shape[0] if per_step and batch_statistics else 1
+    moves = norm.training and norm.track_running_stats and norm.running_mean is not None
+    running = _running(norm, x_seq, groups) if moves else None
     v0, v_init, decay = neuron._state_and_decay(x_seq)
     s, neuron.v, mean, var = batch_norm_multi_step(
         x_seq,
@@ -157,11 +175,12 @@ def run(
         None if skip is None else skip.reshape(x_seq.shape),
         connect,
         eps=norm.eps,
-        per_step=per_step and batch_statistics,
+        per_step=groups > 1,
+        running=running,
         constants=neuron._constants(v_init),
     )
-    if norm.training and norm.track_running_stats and norm.running_mean is not None:
-        _update_running_statistics(norm, mean, var, x_seq.numel() // mean.numel())
+    if moves and running is None:
+        _move_running(norm, mean, var, x_seq.numel() // mean.numel())
     layout = _layout(norm, neuron)
     return s if layout == "sequence" else s.squeeze(0) if layout == "step" else s.flatten(0, 1)
 

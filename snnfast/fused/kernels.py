@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .. import backends, dynamics, ops
 from ..backends import native_batch_norm, triton_batch_norm
-from ..backends.native_batch_norm import NormCall
+from ..backends.native_batch_norm import NormCall, Running
 from ..dynamics import NEURONS, Constants
 from ..ops import time_major
 
@@ -68,12 +68,12 @@ def _kernels(x: Tensor) -> Any:
 
 
 # ---- the ops ----
-def _statistics(x: Tensor, per_step: bool) -> tuple[Tensor, Tensor]:
+def _statistics(x: Tensor, per_step: bool, running: Running | None = None) -> tuple[Tensor, Tensor]:
     x = time_major(x)
     _check(x)
     shape = x.shape[0] if per_step else 1, x.shape[2]
     mean, var = (torch.empty(shape, dtype=torch.float64, device=x.device) for _ in range(2))
-    _kernels(x).statistics(x, mean, var)
+    _kernels(x).statistics(x, mean, var, running)
     return mean, var
 
 
@@ -188,10 +188,10 @@ def _multi_step_backward_fake(*args: Any) -> tuple[Tensor, ...]:
 
 
 # ---- calls ----
-def statistics(x: Tensor, per_step: bool) -> tuple[Tensor, Tensor]:
-    """Mean and biased variance ``[G, C]`` of each channel, over all time steps or for each."""
-    run = _statistics if ops._is_plain(x) else torch.ops.snnfast.bn_statistics.default
-    return run(x, per_step)
+def statistics(x: Tensor, per_step: bool, running: Running | None = None) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance ``[G, C]`` of each channel, over all time steps or for each; eager calls move
+    ``running``."""
+    return _statistics(x, per_step, running) if ops._is_plain(x) else torch.ops.snnfast.bn_statistics(x, per_step)
 
 
 def multi_step(x: Tensor, *args: Any) -> tuple[Tensor, Tensor]:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from .. import dynamics, ops
+from ..backends.native_batch_norm import Running
 from ..dynamics import Constants, Inputs
 from ..ops import time_major
 from . import kernels
@@ -86,11 +87,12 @@ class _BatchNormMultiStep(torch.autograd.Function):
         connect: Connect,
         eps: float,
         per_step: bool,
+        running: Running | None,
         constants: Constants,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         ctx.call = connect, eps, per_step, mean is None, constants
         if mean is None or var is None:
-            mean, var = kernels.statistics(x, per_step)
+            mean, var = kernels.statistics(x, per_step, running)
         else:
             mean, var = mean.double().reshape(1, -1), var.double().reshape(1, -1)
         s, v = kernels.multi_step(x, mean, var, weight, bias, v0, decay, skip, connect, eps, *constants)
@@ -106,7 +108,7 @@ class _BatchNormMultiStep(torch.autograd.Function):
         x, mean, var, weight, bias, v0, decay, skip = saved
         connect, eps, per_step, batch_statistics, constants = ctx.call
         if grad_s is None and grad_v is None:
-            return (None,) * 12
+            return (None,) * 13
         if torch.is_grad_enabled():  # create_graph: the backward must itself be differentiable
             # By aliases: where x or v0 itself comes from the weight, its own graph is walked by whoever called.
             given = tuple(None if t is None else t.view_as(t) for t in (x, weight, bias, v0, decay, skip))
@@ -122,7 +124,7 @@ class _BatchNormMultiStep(torch.autograd.Function):
             by_input = dict(zip(map(id, wanted), found, strict=True))
             grads = [by_input.get(id(t)) for t in given]
             grad_skip = grad_s if added else grads[5]
-            return grads[0], None, None, *grads[1:5], grad_skip, None, None, None, None
+            return grads[0], None, None, *grads[1:5], grad_skip, *(None,) * 5
         grad_x, grad_weight, grad_bias, grad_v0, grad_decay, grad_skip = kernels.multi_step_backward(
             grad_s, grad_v, *saved, connect, eps, *constants, batch_statistics
         )
@@ -137,10 +139,7 @@ class _BatchNormMultiStep(torch.autograd.Function):
             None if v0 is None else grad_v0,
             None if decay is None else grad_decay,
             grad_skip,
-            None,
-            None,
-            None,
-            None,
+            *(None,) * 5,
         )
 
 
@@ -158,13 +157,14 @@ def batch_norm_multi_step(
     eps: float,
     per_step: bool,
     constants: Constants,
+    running: Running | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Batch norm of a checked ``x`` ``[T, B, C, *]`` and a neuron: what comes out, final potential, mean and variance.
 
     What comes out are spikes, or what ``connect`` makes of them and ``skip``, which has the shape and dtype of ``x``.
 
     ``mean`` and ``var`` ``[C]`` are those to normalise by, ``None`` for those of ``x`` itself; the ones used come back
-    as ``[G, C]`` in float64, without a gradient, the variance biased.
+    as ``[G, C]`` in float64, without a gradient, the variance biased. Eager calls move ``running`` towards them.
     """
     given = (time_major(x), mean, var, weight, bias, v0, decay, skip)
-    return _BatchNormMultiStep.apply(*given, connect, eps, per_step, constants)
+    return _BatchNormMultiStep.apply(*given, connect, eps, per_step, running, constants)

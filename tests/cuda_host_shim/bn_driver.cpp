@@ -5,10 +5,10 @@ extern "C" {
 
 struct FlatBatchNorm {
   int64_t pass, T, N, neuron, surrogate, flags, dtype, division, channels, inner, groups, batch_statistics,
-      weight_dtype, bias_dtype, connect;
-  double threshold, v_reset, tau, alpha, gain, v_init, eps;
+      weight_dtype, bias_dtype, connect, running_dtype;
+  double threshold, v_reset, tau, alpha, gain, v_init, eps, momentum;
   void *x, *v0, *decay, *mean, *var, *weight, *bias, *s, *v, *grad_s, *grad_v, *grad_x, *grad_v0, *grad_weight,
-      *grad_bias, *grad_decay, *workspace, *skip, *grad_skip;
+      *grad_bias, *grad_decay, *workspace, *skip, *grad_skip, *running_mean, *running_var;
 };
 
 static snnfast::BatchNorm norm_of(const FlatBatchNorm& f) {
@@ -25,6 +25,8 @@ static snnfast::BatchNorm norm_of(const FlatBatchNorm& f) {
   b.weight_dtype = f.weight_dtype, b.bias_dtype = f.bias_dtype, b.eps = f.eps, b.grad_weight = f.grad_weight;
   b.grad_bias = f.grad_bias, b.grad_decay = f.grad_decay, b.workspace = f.workspace;
   b.norm.connect = f.connect, b.norm.skip = f.skip, b.norm.grad_skip = f.grad_skip;
+  b.running_mean = f.running_mean, b.running_var = f.running_var, b.running_dtype = f.running_dtype;
+  b.momentum = f.momentum;
   return b;
 }
 
