@@ -60,7 +60,8 @@ def call(library, run, c, x, groups, given, outputs, *, batch_statistics=True, c
     dtype_of = {k: native._DTYPE[t.tensor.dtype] for k, t in (given | outputs).items()}
     flat = FlatBatchNorm(
         run, T, x.numel() // T, c.neuron, c.surrogate, c.flags, native._DTYPE[x.dtype], 0, x.shape[2],
-        native_batch_norm._inner(x), groups, batch_statistics, *(dtype_of.get(name, 0) for name in ("weight", "bias")), connect, dtype_of.get("running_mean", 0),
+        native_batch_norm._inner(x), groups, batch_statistics,
+        *(dtype_of.get(name, 0) for name in ("weight", "bias")), connect, dtype_of.get("running_mean", 0),
         c.threshold, c.v_reset, c.tau, c.alpha, c.gain, c.v_init, EPS, MOMENTUM,
     )  # fmt: skip
     flat_x = Guarded(T, x.numel() // T, dtype=x.dtype, shift=shift)
