@@ -20,6 +20,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 from torch.utils._pytree import tree_map
 
+from .._notices import say_once
 from .adapters.base import FinalState
 from .stepping import is_stateful, run_over_time
 
@@ -238,7 +239,7 @@ def unroll(
     Args:
         model: its ``forward`` takes one time step ``[B, ...]``, then states of its neurons, if it takes any.
         x: ``[T, B, ...]``; or, with ``timesteps``, a constant input ``[B, ...]`` for every step.
-        timesteps: ``T`` of a constant input.
+        timesteps: ``T`` of a constant input; for a sequence, which has its own, leave it out.
         state: what the loop passes before the first step for ``forward``'s further arguments, each the state of one
             neuron.
         bn: batch norm in training mode: ``'per_step'`` normalises each step by its own statistics, as the loop does;
@@ -246,7 +247,8 @@ def unroll(
 
     Raises:
         TypeError: ``model`` is not a module; ``x`` is not a tensor; ``forward`` needs states that were not given.
-        ValueError: ``forward`` has its own loop over time, is recurrent, or holds a neuron that is multi-step already.
+        ValueError: ``forward`` has its own loop over time, is recurrent, or holds a neuron that is multi-step already;
+            a layer cannot take the steps of ``x``, which has no time axis, or has one beside ``timesteps``.
 
     Example:
         >>> import snnfast
@@ -270,11 +272,36 @@ def unroll(
     if is_stateful(model):
         return _alone(model, x if timesteps is None else x.expand(T, *x.shape), state)
     program = _program(model, len(state))
+    reading = _reading(tuple(x.shape), timesteps)
+    if timesteps is not None and _looks_like_sequence(model, program, x, timesteps):
+        say_once(f"unroll: {reading}")
     hoists = timesteps is not None and program.hoists
     if not hoists:
         x = x.flatten(0, 1) if timesteps is None else _repeated(x, T)
     kinds = program.kinds if hoists else program.kinds_timed
-    return _Pass(model, program, kinds, T, batch, bn).run(x, state)
+    return _Pass(model, program, kinds, T, batch, bn, reading).run(x, state)
+
+
+def _reading(shape: tuple[int, ...], timesteps: int | None) -> str:
+    """How ``x`` was understood, for the error of a layer that it does not fit."""
+    if timesteps is None:
+        return (
+            f"x of shape {shape} was read as [T, B, ...], {shape[0]} time steps of {shape[1]} samples of shape "
+            f"{shape[2:]}; if it has no time axis, say how many steps it is to be given: unroll(model, x, timesteps=T)"
+        )
+    return (
+        f"x of shape {shape} was read as [B, ...], {shape[0]} samples of shape {shape[1:]}, each the same at "
+        f"timesteps={timesteps} steps; if it is a sequence [T, B, ...], leave timesteps out: unroll(model, x)"
+    )
+
+
+def _looks_like_sequence(model: nn.Module, program: _Program, x: Tensor, timesteps: int) -> bool:
+    """Whether a constant was most likely meant as a sequence. A linear layer takes that too, and T of everything comes
+    out; other layers refuse the dimension too many."""
+    if x.dim() < 3 or x.shape[0] != timesteps:
+        return False
+    called = [n for n in program.placeholders[0].users if n.op == "call_module"]
+    return any(isinstance(model.get_submodule(str(n.target)), nn.Linear) for n in called)
 
 
 def _alone(neuron: nn.Module, x: Tensor, state: Sequence[Any]) -> Any:
@@ -306,9 +333,17 @@ class _Pass:
     """One run of a program. Timed values are tensors ``[T * B, ...]``."""
 
     def __init__(
-        self, model: nn.Module, program: _Program, kinds: dict[fx.Node, str], T: int, batch: int, bn: str
+        self,
+        model: nn.Module,
+        program: _Program,
+        kinds: dict[fx.Node, str],
+        T: int,
+        batch: int,
+        bn: str,
+        reading: str,
     ) -> None:
         self.model, self.program, self.kinds, self.T, self.batch, self.bn = model, program, kinds, T, batch, bn
+        self.reading = reading
         self.values: dict[fx.Node, Any] = {}
 
     def run(self, x: Tensor, state: Sequence[Any]) -> Any:
@@ -317,8 +352,21 @@ class _Pass:
             if node.op == "output":
                 return _plain(fx.map_arg(node.args[0], self._returned))
             if node not in self.values:
-                self.values[node] = self._value(node)
+                try:
+                    self.values[node] = self._value(node)
+                except (RuntimeError, ValueError, IndexError) as error:
+                    if node in self.program.stateful or not self._fits_but_for_shape(node, error):
+                        raise
+                    raise ValueError(f"{node.name} cannot take what comes to it ({error}). {self.reading}") from error
         raise AssertionError("a graph ends with its output")
+
+    def _fits_but_for_shape(self, node: fx.Node, error: Exception) -> bool:
+        """Whether a call may have failed for its input's shape: dtypes and devices agree, and memory was enough."""
+        found = [v for n in node.all_input_nodes if isinstance(v := self.values[n], Tensor)]
+        if node.op == "call_module":
+            found += self.model.get_submodule(str(node.target)).parameters()
+        kinds = {(t.dtype, t.device) for t in found if t.is_floating_point()}
+        return bool(found) and len(kinds) == 1 and not isinstance(error, torch.OutOfMemoryError)
 
     def _returned(self, node: fx.Node) -> Any:
         each = {_TIMED: self._unfolded, _CONSTANT: self._expanded}.get(self.kinds[node])
@@ -334,11 +382,11 @@ class _Pass:
     def _expanded(self, t: Tensor, node: fx.Node) -> Tensor:
         return t.unsqueeze(0).expand(self.T, *t.shape)
 
-    def _unfolded(self, t: Tensor, node: fx.Node) -> Tensor:
+    def _unfolded(self, t: Tensor, node: fx.Node, use: str = "forward returns") -> Tensor:
         if not t.dim() or t.shape[0] != self.T * self.batch:
             raise ValueError(
-                f"{node.name}, which forward returns, has shape {tuple(t.shape)} where {self.T} steps of {self.batch} "
-                "samples come: it mixes samples, which unroll cannot take apart"
+                f"{node.name}, which {use}, has shape {tuple(t.shape)} where {self.T} steps of {self.batch} samples "
+                f"come: it mixes samples, which unroll cannot take apart. {self.reading}"
             )
         return t.unflatten(0, (self.T, self.batch))
 
@@ -365,7 +413,7 @@ class _Pass:
         module: Any = self.model.get_submodule(target)
         if node in self.program.stateful:
             used: Any = {n.args[1] for n in node.users} if _unpacked(node) else None
-            x = self._unfolded(args[0], node)
+            x = self._unfolded(args[0], node.all_input_nodes[0], f"{target} takes")
             return run_over_time(module, target, x, args[1:], kwargs, used)
         if isinstance(module, _BatchNorm) and module.training and self.bn == "per_step":
             return self._batch_norm(module, args[0], timed)
