@@ -142,13 +142,14 @@ def to_spiking(
             largest rate of the window. By default ``'keep'``, or ``'rates'`` with ``calibration``.
         other_activations: what to do about GELU, SiLU, ReLU6, sigmoid and so on: ``'error'``, ``'keep'`` (at each
             step, as the gates of squeeze-and-excitation should be) or ``'replace'`` (by neurons; of these a calibrated
-            network approximates ReLU6 only, a neuron's rate being limited as well).
+            network approximates ReLU6 only, a neuron's rate being limited as well). LSTM, GRU, RNN and their cells
+            count among them and can only be kept; attention and softmax are computed at each step and are none.
         readout: called with the logits ``[T, B, C]``; its result is the network's. ``lambda y: y.mean(0)`` makes a
             drop-in for the ANN.
         share_weights: use the model's own parameters and buffers instead of copies.
 
     Raises:
-        ValueError: no ReLU, another activation (the message names the place), a ``T`` or option of another kind.
+        ValueError: no ReLU, another activation or a recurrent layer (the message names the place), a ``T`` or option of another kind.
         TypeError: ``model`` is not a module, or ``neuron`` does not take ``timesteps``.
 
     Example:
@@ -192,7 +193,10 @@ def to_spiking(
         model, make, timesteps if calibration is None else 1, found_coding, other_activations, max_pool, share_weights
     )
     if not converter.neurons:
-        raise ValueError(f"model must have at least one ReLU, found none in {type(model).__name__}")
+        raise ValueError(
+            f"model must have at least one ReLU, found none in {type(model).__name__}; put an nn.ReLU() where a neuron "
+            "shall be"
+        )
     net.__class__ = with_mixin(type(net), SpikingNetwork)
     net._untraced = tuple(converter.untraced)
     net._at_input, net._auto_reset = at_input, True
