@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
 from . import backends, dynamics, functional, ops
+from ._arguments import says_what_it_takes
 from .base import MemoryModule
 from .dynamics import Constants, Neuron, Parameters
 from .readout import LI
@@ -72,6 +73,7 @@ class BaseNode(MemoryModule):
         if "dynamics" not in cls.__dict__ and any(step in cls.__dict__ for step in _STEPS):
             cls.dynamics = None  # a step of its own: no kernel knows it
 
+    @says_what_it_takes
     def __init__(
         self,
         v_threshold: float = 1.0,
@@ -341,6 +343,7 @@ class LIFNode(BaseNode):
 
     dynamics = dynamics.LIF
 
+    @says_what_it_takes
     def __init__(
         self,
         tau: float = 2.0,
@@ -400,6 +403,7 @@ class ParametricLIFNode(BaseNode):
 
     dynamics = dynamics.PARAMETRIC_LIF
 
+    @says_what_it_takes
     def __init__(
         self,
         init_tau: float = 2.0,

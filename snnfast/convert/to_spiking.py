@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+import inspect
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .. import functional
+from .._arguments import names_of, refuse_unknown
 from ..encoding import check_steps
 from ..neuron import IFNode, LIFNode
 from .to_spiking_classes import with_mixin
@@ -179,6 +181,7 @@ def to_spiking(
         neuron = _check_calibrated(neuron, neuron_kwargs)
         neuron_kwargs = neuron_kwargs | {"v_reset": None}
     neuron = neuron or LIFNode
+    check_arguments("to_spiking", neuron, neuron_kwargs, OPTIONS)
     _new_neuron(neuron, timesteps, neuron_kwargs)  # errors in the arguments show before any work
 
     device = next((p.device for p in model.parameters()), None)
@@ -210,6 +213,10 @@ def to_spiking(
     return net
 
 
+# What to_spiking takes by name, besides a neuron's arguments.
+OPTIONS = [name for name in inspect.signature(to_spiking).parameters if name not in ("model", "neuron_kwargs")]
+
+
 def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
     if value not in choices:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
@@ -224,6 +231,13 @@ def _check_calibrated(neuron: Callable[..., nn.Module] | None, neuron_kwargs: di
         if neuron_kwargs.get(name) is not None:
             raise ValueError(f"{name} must not be given with calibration, which sets it, got {neuron_kwargs[name]!r}")
     return neuron or IFNode
+
+
+def check_arguments(owner: str, neuron: Any, given: dict[str, Any], own: Sequence[str]) -> None:
+    """Refuse what neither ``owner``, which takes ``own`` arguments, nor its neurons know."""
+    theirs = names_of(neuron or LIFNode) if callable(neuron or LIFNode) else None
+    if theirs is not None:
+        refuse_unknown(owner, given, [*own, *(name for name in theirs if name not in own)])
 
 
 def _new_neuron(neuron: Callable[..., nn.Module], timesteps: int, neuron_kwargs: dict[str, Any]) -> nn.Module:
