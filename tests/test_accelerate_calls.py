@@ -266,7 +266,10 @@ class OwnNeuron(nn.Module):
 
 
 SAID = {
-    "an ANN": (lambda: nn.Sequential(nn.Linear(3, 2), nn.ReLU()), r"it has ReLUs: snnfast\.to_spiking\(model, timesteps"),
+    "an ANN": (
+        lambda: nn.Sequential(nn.Linear(3, 2), nn.ReLU()),
+        r"it has ReLUs: snnfast\.to_spiking\(model, timesteps",
+    ),
     "snnfast's": (lambda: nn.Sequential(nn.Linear(3, 2), snnfast.LIFNode()), "1 is snnfast's own.*nothing to do"),
     "of one's own": (lambda: nn.Sequential(OwnNeuron()), r"for an ANN there is .*BaseNode"),
 }
@@ -289,7 +292,9 @@ def test_neurons_that_are_all_left_are_told_and_converted_ones_are_not(monkeypat
     snntorch = pytest.importorskip("snntorch", reason="snntorch is not installed")
     monkeypatch.setattr(_notices, "_said", set())
     net = nn.Sequential(snntorch.Leaky(beta=0.9, inhibition=True), snntorch.Leaky(beta=0.9, inhibition=True))
-    with pytest.warns(UserWarning, match=r"0 \(snntorch\.Leaky\) is left as it is: inhibition.*1 more, which the report"):
+    with pytest.warns(
+        UserWarning, match=r"0 \(snntorch\.Leaky\) is left as it is: inhibition.*1 more, which the report"
+    ):
         snnfast.accelerate(net)
     with warnings.catch_warnings():
         warnings.simplefilter("error")

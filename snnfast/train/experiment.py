@@ -131,6 +131,11 @@ class _Networks:
         config = self.config
         extra = models.arguments(config.model_args, "--model-args")
         if ":" not in config.student:
+            if "neuron" in extra:
+                raise InputError(
+                    f"--model-args must not have neuron for {config.student}, got {extra['neuron']!r}: give --neuron if, "
+                    "lif or plif, or a module:function with a neuron of your own"
+                )
             extra = _neuron(config) | extra
             if self.dataset.has_time:
                 extra.setdefault("coding", "temporal")
