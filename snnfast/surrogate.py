@@ -51,6 +51,26 @@ def heaviside(u: Tensor) -> Tensor:
     return (u >= 0).to(u)
 
 
+def apply(function: type[torch.autograd.Function], *args: Any) -> Any:
+    """``function.apply(*args)``, which says what would do where forward-mode differentiation meets it.
+
+    Raises:
+        NotImplementedError: an argument has a forward-mode tangent.
+    """
+    if torch.compiler.is_compiling():
+        return function.apply(*args)
+    try:
+        return function.apply(*args)
+    except NotImplementedError as error:  # a jvp of ours that only raises would keep torch.compile out
+        if "jvp" not in str(error):
+            raise
+        raise NotImplementedError(
+            "snnfast's neurons have no forward-mode derivative (torch.func.jvp, jacfwd and hessian, "
+            "torch.autograd.forward_ad), on no backend; use reverse mode: torch.func.vjp and jacrev, "
+            "jacrev(jacrev(f)) for a Hessian, torch.autograd.functional.jvp(f, x, v) for the product with a tangent"
+        ) from error
+
+
 class _Spike(torch.autograd.Function):
     """Heaviside forward, ``surrogate.derivative`` backward; twice differentiable, because the derivative is."""
 
@@ -159,8 +179,8 @@ class SurrogateFunction(nn.Module):
         if not self.spiking:
             return self.primitive(u)
         if type(self).derivative is SurrogateFunction.derivative and self.id is not None:
-            return _Spike.apply(u, self.id, self.alpha)
-        return _UserSpike.apply(u, self)
+            return apply(_Spike, u, self.id, self.alpha)
+        return apply(_UserSpike, u, self)
 
     def extra_repr(self) -> str:
         return f"alpha={self.alpha}, spiking={self.spiking}"

@@ -310,7 +310,9 @@ def test_the_repr_tells_a_converted_neuron():
         net = nn.Sequential(neuron)
         before = repr(net)
         snnfast.accelerate(net)
-        assert repr(net) != before and repr(net).replace(" [accelerated by snnfast]", "") == before
-        assert repr(copy.deepcopy(net)) == repr(net) and repr(net.to("meta")).count("accelerated") == 1
+        assert repr(net).count("accelerated by snnfast") == 1
+        assert repr(net).replace(" [accelerated by snnfast]", "") == before
+        assert repr(copy.deepcopy(net)) == repr(net)
+        assert "accelerated by snnfast" in repr(net.to("meta"))
         snnfast.restore(net)
         assert "accelerated" not in repr(net)

@@ -145,7 +145,9 @@ def test_the_translation_of_a_decay_is_the_same_decay(beta):
 
 def test_constructors_stay_inspectable_and_copies_exact():
     parameters = inspect.signature(snnfast.LIFNode).parameters
-    assert list(parameters)[:3] == ["tau", "decay_input", "v_threshold"] and parameters["tau"].default == 2.0
+    assert list(parameters)[:3] == ["tau", "decay_input", "v_threshold"]
+    assert parameters["tau"].default == 2.0
     for node in (snnfast.LIFNode(3.0, timesteps=2), snnfast.IFNode(0.5), snnfast.ParametricLIFNode(), neuron.LI(4.0)):
         for made in (copy.deepcopy(node), pickle.loads(pickle.dumps(node))):
-            assert type(made) is type(node) and repr(made) == repr(node)
+            assert type(made) is type(node)
+            assert repr(made) == repr(node)

@@ -151,7 +151,8 @@ def to_spiking(
         share_weights: use the model's own parameters and buffers instead of copies.
 
     Raises:
-        ValueError: no ReLU, another activation or a recurrent layer (the message names the place), a ``T`` or option of another kind.
+        ValueError: no ReLU, another activation or a recurrent layer (the message names the place), a ``T`` or option of
+            another kind.
         TypeError: ``model`` is not a module, or ``neuron`` does not take ``timesteps``.
 
     Example:

@@ -174,8 +174,8 @@ class Converter:
             raise ValueError(
                 f"model must be a feed-forward ANN with ReLU activations, but has the recurrent layer {activation} at "
                 f"{where}: no neuron stands for its gates. Put layers with ReLUs in its place (a spiking network's "
-                "memory is in its neurons) and train the model again, or choose: other_activations='keep' runs it as it "
-                "is, with no state from one time step to the next"
+                "memory is in its neurons) and train the model again, or choose: other_activations='keep' runs it as "
+                "it is, with no state from one time step to the next"
             )
         instead = "" if activation in _ONLY_KEPT else ", and 'replace' puts neurons in their place"
         raise ValueError(
