@@ -127,6 +127,8 @@ class StepLayer(StepModule):
         if self._step_mode == "s":
             return forward(*inputs, **kwargs)
         x = inputs[0] if inputs else kwargs["input"]
+        if not isinstance(x, Tensor):
+            raise TypeError(f"x must be a torch.Tensor for {type(self).__name__}, got {type(x).__name__}")
         if self._dimensions and x.dim() not in self._dimensions:
             raise ValueError(
                 f"x must be {' or '.join(self._layouts)} for {type(self).__name__} in step mode 'm', got a tensor of "

@@ -260,6 +260,21 @@ def test_parametrized_before_and_after():
 
 
 # ---- what is said ----
+def test_a_forgotten_reset_is_named():
+    snntorch = pytest.importorskip("snntorch", reason="snntorch is not installed")
+    net = nn.Sequential(nn.Linear(3, 2), snntorch.Leaky(beta=0.9, init_hidden=True))
+    snnfast.accelerate(net)
+
+    def step():
+        sum(net(torch.rand(4, 3)) for _ in range(3)).sum().backward()
+
+    step()
+    with pytest.raises(RuntimeError, match=r"reset_net\(model\)"):
+        step()
+    snnfast.functional.reset_net(net)
+    step()
+
+
 class OwnNeuron(nn.Module):
     def forward(self, x):
         return (x > 1).float()

@@ -316,6 +316,14 @@ def test_attention_and_softmax_are_computed_at_each_step():
     torch.testing.assert_close(y, torch.stack(steps))
 
 
+def test_spiking_models_of_other_libraries_are_refused():
+    snntorch = pytest.importorskip("snntorch", reason="snntorch is not installed")
+    net = nn.Sequential(nn.Linear(3, 2), nn.ReLU(), snntorch.Leaky(beta=0.9, init_hidden=True))
+    net(torch.ones(1, 3))  # a state with a graph cannot be copied
+    with pytest.raises(ValueError, match=r"'2' \(Leaky\) is a spiking module already; snnfast.accelerate"):
+        snnfast.to_spiking(net, T)
+
+
 class Untraceable(nn.Module):
     """Its forward asks for a value, which no trace has."""
 

@@ -403,6 +403,8 @@ def test_refused_with_the_reason(make, state, message):
 
 def test_arguments_are_checked():
     model = nn.Sequential(snnfast.IFNode())
+    with pytest.raises(TypeError, match=r"takes mem2: .*state=\(mem1, mem2,\)"):
+        snnfast.unroll(FullyConnected(), torch.rand(5, 3, 12), state=(torch.zeros(0),))
     with pytest.raises(TypeError, match="mem1, mem2"):
         snnfast.unroll(FullyConnected(), torch.randn(5, 3, 12))
     with pytest.raises(ValueError, match="timesteps must be"):
@@ -451,6 +453,14 @@ def test_sequence_given_with_timesteps_is_refused_by_a_layer_or_said(recwarn):
     with pytest.warns(UserWarning, match=r"x of shape \(6, 4, 3\) was read as \[B.*leave timesteps out") as told:
         snnfast.unroll(linear, torch.rand(6, 4, 3), 6)
     assert told[0].filename == __file__
+
+
+def test_images_taken_for_a_sequence_of_one_sample_are_told(monkeypatch):
+    monkeypatch.setattr(_notices, "_said", set())
+    net = nn.Sequential(nn.Flatten(), nn.Linear(12, 2), snnfast.IFNode())
+    snnfast.unroll(net, torch.rand(5, 2, 1, 3, 4))
+    with pytest.warns(UserWarning, match=r"5 time steps of 1 samples of shape \(3, 4\).*timesteps=T"):
+        snnfast.unroll(net, torch.rand(5, 1, 3, 4))
 
 
 def test_errors_that_no_shape_explains_pass_as_they_are():

@@ -14,10 +14,12 @@ from .. import functional
 from .._arguments import names_of, refuse_unknown
 from ..encoding import check_steps
 from ..neuron import IFNode, LIFNode
+from .stepping import is_stateful
 from .to_spiking_classes import with_mixin
 from .to_spiking_coding import Coding, find_coding
 from .to_spiking_graph import DYNAMIC, STATIC, Converter, NeedsTime
 from .to_spiking_layers import Observer, ScaledNeuron, prepare_neuron, repeat
+from .to_spiking_trace import place
 
 __all__ = ["SpikingNetwork", "to_spiking"]
 
@@ -166,6 +168,12 @@ def to_spiking(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    for path, module in model.named_modules():
+        if is_stateful(module):
+            raise ValueError(
+                f"model must be an ordinary ANN, but {place(path, module)} is a spiking module already; "
+                "snnfast.accelerate runs the neurons of other libraries as they are"
+            )
     check_steps("timesteps", timesteps)
     _check_choice("other_activations", other_activations, ("error", "keep", "replace"))
     max_pool = max_pool or ("keep" if calibration is None else "rates")

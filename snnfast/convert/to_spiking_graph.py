@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from ..base import MemoryModule
 from .to_spiking_classes import generated
 from .to_spiking_layers import (
     DROPOUT_FUNCTIONS,
@@ -86,9 +85,8 @@ class Converter:
     # ---- modules ----
     def convert(self, module: nn.Module, path: str, status: int) -> int:
         """Convert ``module``, called with an input of ``status``; returns the status of its output."""
-        if isinstance(module, (MemoryModule, torch.jit.ScriptModule)):
-            kind = "a spiking module already" if isinstance(module, MemoryModule) else "a scripted module"
-            raise ValueError(f"model must be an ordinary ANN, but {place(path, module)} is {kind}")
+        if isinstance(module, torch.jit.ScriptModule):
+            raise ValueError(f"model must be an ordinary ANN, but {place(path, module)} is a scripted module")
         if module in self._visits:
             before, after, changes = self._visits[module]
             if changes:

@@ -68,8 +68,8 @@ class _Program:
         ]
         if missing:
             raise TypeError(
-                f"forward also takes {', '.join(missing)}: give what the loop passes before the first step as "
-                f"state=({missing[0]}, ...)"
+                f"forward also takes {', '.join(missing)}: give what the loop passes before the first step, "
+                f"state=({', '.join(p.name for p in parameters[1 : 1 + given + len(missing)])},)"
             )
         before = {m: dict(m.__dict__) for m in model.modules() if not is_stateful(m)}
         buffers = [(m, name, b, b._version, b.detach().clone()) for m in before for name, b in _buffers_of(m)]
@@ -273,7 +273,7 @@ def unroll(
         return _alone(model, x if timesteps is None else x.expand(T, *x.shape), state)
     program = _program(model, len(state))
     reading = _reading(tuple(x.shape), timesteps)
-    if timesteps is not None and _looks_like_sequence(model, program, x, timesteps):
+    if _looks_misread(model, program, x, timesteps):
         say_once(f"unroll: {reading}")
     hoists = timesteps is not None and program.hoists
     if not hoists:
@@ -295,13 +295,14 @@ def _reading(shape: tuple[int, ...], timesteps: int | None) -> str:
     )
 
 
-def _looks_like_sequence(model: nn.Module, program: _Program, x: Tensor, timesteps: int) -> bool:
-    """Whether a constant was most likely meant as a sequence. A linear layer takes that too, and T of everything comes
-    out; other layers refuse the dimension too many."""
-    if x.dim() < 3 or x.shape[0] != timesteps:
-        return False
+def _looks_misread(model: nn.Module, program: _Program, x: Tensor, timesteps: int | None) -> bool:
+    """Whether a constant was most likely meant as a sequence, or images as a constant, where no layer would refuse it:
+    a linear layer takes the time axis as one more, flattening takes what is there. Other layers refuse."""
     called = [n for n in program.placeholders[0].users if n.op == "call_module"]
-    return any(isinstance(model.get_submodule(str(n.target)), nn.Linear) for n in called)
+    first = [model.get_submodule(str(n.target)) for n in called]
+    if timesteps is not None:
+        return x.dim() > 2 and x.shape[0] == timesteps and any(isinstance(m, nn.Linear) for m in first)
+    return x.dim() > 3 and x.shape[1] == 1 and any(isinstance(m, nn.Flatten) for m in first)  # [B, 1, H, W]
 
 
 def _alone(neuron: nn.Module, x: Tensor, state: Sequence[Any]) -> Any:
