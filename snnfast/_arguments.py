@@ -60,8 +60,11 @@ def _meant(name: str, value: Any, known: list[str]) -> str:
 
 
 def names_of(function: Callable[..., Any]) -> list[str] | None:
-    """The names by which ``function`` takes its arguments, ``None`` if it takes any name."""
-    parameters = inspect.signature(function).parameters.values()
+    """The names by which ``function`` takes its arguments, ``None`` if it takes any name or does not tell."""
+    try:
+        parameters = inspect.signature(function).parameters.values()
+    except (TypeError, ValueError):
+        return None
     if any(p.kind is p.VAR_KEYWORD for p in parameters):
         return None
     return [p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]

@@ -398,12 +398,13 @@ def _reference(inputs: Inputs, c: Constants) -> Outputs:
 
 
 def is_unwatched() -> bool:
-    """Whether nobody looks at calls now: no compilation, no torch.func transform, no dispatch mode, no tangents."""
+    """Whether nobody looks at calls now: no compilation or trace, no torch.func transform or tangents, no mode."""
     return (
         not torch.compiler.is_compiling()
         and not torch._C._are_functorch_transforms_active()
         and not torch._C._len_torch_dispatch_stack()
         and forward_ad._current_level < 0
+        and torch._C._get_tracing_state() is None
     )
 
 

@@ -389,6 +389,8 @@ def test_other_refusals():
         snnfast.to_spiking(snnfast.to_spiking(small(), T), T)
     with pytest.raises(TypeError, match=r"neuron must be a class of neurons, such as snnfast.LIFNode, got 'lif'"):
         snnfast.to_spiking(small(), T, "lif")
+    with pytest.raises(TypeError, match=r"neuron must be a class of neurons.*got IFNode\("):
+        snnfast.to_spiking(small(), T, snnfast.IFNode())
     with pytest.raises(TypeError, match="neuron must make a module with timesteps"):
         snnfast.to_spiking(small(), T, lambda timesteps: nn.ReLU())
     with pytest.raises(ValueError, match="tau must be"):

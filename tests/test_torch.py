@@ -385,3 +385,26 @@ def test_forward_mode_past_a_neuron_works():
 
     value, product = torch.func.jvp(loss, (torch.ones(3),), (torch.ones(3),))
     assert product == value - s.sum() == 12
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize("kind", ["converted", "folded", "fused"])
+def test_jit_trace_sees_the_kernels(kind, tmp_path):
+    """A trace that saw past the dispatcher would keep fresh memory in place of spikes."""
+    torch.manual_seed(0)
+    ann = torch.nn.Sequential(torch.nn.Conv2d(2, 4, 3), torch.nn.BatchNorm2d(4), torch.nn.ReLU())
+    if kind == "converted":
+        net = snnfast.to_spiking(ann, 2)
+    else:
+        net = torch.nn.Sequential(*ann[:2], snnfast.LIFNode(timesteps=2))
+        if kind == "fused":
+            snnfast.fuse(net)
+    net.eval().requires_grad_(False)
+    first, second = 5 * torch.rand(4, 2, 6, 6), 5 * torch.rand(4, 2, 6, 6)
+    traced = torch.jit.trace(net, (first,), check_trace=False)  # which would find the state of the first call
+    traced.save(str(tmp_path / "net.pt"))
+    functional.reset_net(net)
+    expected = net(second)
+    assert 0 < expected.mean() < 1
+    assert torch.equal(traced(second), expected)
+    assert torch.equal(torch.jit.load(str(tmp_path / "net.pt"))(second), expected)

@@ -244,14 +244,18 @@ def _check_calibrated(neuron: Callable[..., nn.Module] | None, neuron_kwargs: di
 
 def check_arguments(owner: str, neuron: Any, given: dict[str, Any], own: Sequence[str]) -> None:
     """Refuse what neither ``owner``, which takes ``own`` arguments, nor its neurons know."""
-    theirs = names_of(neuron or LIFNode) if callable(neuron or LIFNode) else None
+    neuron = neuron or LIFNode
+    theirs = names_of(neuron) if callable(neuron) and not isinstance(neuron, nn.Module) else None
     if theirs is not None:
         refuse_unknown(owner, given, [*own, *(name for name in theirs if name not in own)])
 
 
 def _new_neuron(neuron: Callable[..., nn.Module], timesteps: int, neuron_kwargs: dict[str, Any]) -> nn.Module:
-    if not callable(neuron):
-        raise TypeError(f"neuron must be a class of neurons, such as snnfast.LIFNode, got {neuron!r}")
+    if not callable(neuron) or isinstance(neuron, nn.Module):  # one neuron could not stand for all
+        raise TypeError(
+            f"neuron must be a class of neurons, such as snnfast.LIFNode, got {neuron!r}; its arguments go beside it, "
+            "as in tau=2.0"
+        )
     made = neuron(timesteps=timesteps, **neuron_kwargs)
     if not isinstance(made, nn.Module) or not hasattr(made, "timesteps"):
         raise TypeError(
