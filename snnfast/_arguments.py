@@ -1,4 +1,4 @@
-"""Keyword arguments that nobody takes: an error that says which ones there are and which was meant."""
+"""Arguments and names that are not there: errors that say which ones there are and which was meant."""
 
 from __future__ import annotations
 
@@ -6,10 +6,11 @@ import difflib
 import functools
 import inspect
 import math
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeVar
 
-__all__ = ["names_of", "nearest", "refuse_unknown", "says_what_it_takes"]
+__all__ = ["names_of", "nearest", "refuse_unknown", "says_what_it_takes", "without"]
 
 _Init = TypeVar("_Init", bound=Callable[..., None])
 
@@ -100,3 +101,22 @@ def says_what_it_takes(init: _Init) -> _Init:
         init(self, *args, **kwargs)
 
     return checked  # type: ignore[return-value]
+
+
+def without(module: str) -> Callable[[str], Any]:
+    """The ``__getattr__`` of a module that stands for SpikingJelly's of that name and has not all that it has."""
+    theirs = f"spikingjelly.activation_based.{module.rpartition('.')[2]}"
+
+    def missing(name: str) -> Any:
+        if name.startswith("_"):
+            raise AttributeError(f"module {module!r} has no attribute {name!r}")
+        told = f"module {module!r} has no attribute {name!r}"
+        if name.startswith("MultiStep"):
+            raise AttributeError(f"{told}: SpikingJelly's older {name} is {name[9:]}(..., step_mode='m')")
+        near = nearest(name, [known for known in dir(sys.modules[module]) if not known.startswith("_")])
+        raise AttributeError(
+            f"{told}{near}{' What' if near else '; what'} SpikingJelly has and this has not keeps its import, {theirs}, and "
+            "works beside it"
+        )
+
+    return missing

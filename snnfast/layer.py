@@ -8,13 +8,14 @@ one call does all time steps; channels-last input stays channels last. Construct
 from __future__ import annotations
 
 import inspect
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from ._arguments import without
 from .base import MemoryModule, StepModule
 from .container import (
     ElementWiseRecurrentContainer,
@@ -323,3 +324,7 @@ class VotingLayer(nn.Module, StepModule):
 
     def extra_repr(self) -> str:
         return f"voting_size={self.voting_size}, step_mode={self.step_mode}"
+
+
+if not TYPE_CHECKING:  # to a type checker, what is not there is an error
+    __getattr__ = without(__name__)

@@ -14,11 +14,13 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
-from typing import Any, ClassVar, Union
+from typing import TYPE_CHECKING, Any, ClassVar, Union
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from ._arguments import without
 
 __all__ = [
     "ATan",
@@ -426,3 +428,7 @@ def is_fused(surrogate: SurrogateLike) -> bool:
         and any(kind._derivative is known._derivative for known in SURROGATES)
         and surrogate.spiking
     )
+
+
+if not TYPE_CHECKING:  # to a type checker, what is not there is an error
+    __getattr__ = without(__name__)

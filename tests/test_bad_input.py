@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import snnfast
-from snnfast import functional, neuron, surrogate
+from snnfast import functional, layer, neuron, surrogate
 
 X = torch.randn(4, 3)
 ATAN = surrogate.ATan()
@@ -105,6 +105,19 @@ CASES = {
         TypeError,
         r"to_spiking takes no argument 'codign'; did you mean 'coding'",
     ),
+    "SpikingJelly's neuron": (
+        lambda: neuron.QIFNode,
+        AttributeError,
+        r"'QIFNode'; did you mean 'IFNode'.*keeps its import, spikingjelly\.activation_based\.neuron",
+    ),
+    "an older neuron": (lambda: neuron.MultiStepLIFNode, AttributeError, r"is LIFNode\(\.\.\., step_mode='m'\)"),
+    "SpikingJelly's layer": (
+        lambda: layer.SynapseFilter,
+        AttributeError,
+        r"import, spikingjelly\.activation_based\.layer",
+    ),
+    "SpikingJelly's surrogate": (lambda: surrogate.S2NN, AttributeError, r"spikingjelly\.activation_based\.surrogate"),
+    "SpikingJelly's function": (lambda: functional.if_step, AttributeError, r"did you mean .*'if_multi_step'.*\? What"),
     "net": (lambda: functional.reset_net("net"), TypeError, r"net must be"),
     "memory name": (lambda: snnfast.IFNode().register_memory("v", 0), ValueError, r"name .*'v'"),
     "module's device": (
