@@ -78,10 +78,9 @@ def refuse_unknown(owner: str, given: Mapping[str, Any], known: list[str]) -> No
         TypeError: naming each, what was meant if that can be told, and all that there are.
 
     Example:
-        >>> refuse_unknown("LIFNode", {"beta": 0.9}, ["tau", "decay_input"])
+        >>> refuse_unknown("IFNode", {"v_treshold": 2.0}, ["v_threshold", "v_reset"])
         Traceback (most recent call last):
-        TypeError: LIFNode takes no argument 'beta': snnTorch's beta is tau = 1 / (1 - beta) = 10, decay_input=False.
-        It takes tau, decay_input
+        TypeError: IFNode takes no argument 'v_treshold'; did you mean 'v_threshold'? It takes v_threshold, v_reset
     """
     unknown = [f"{owner} takes no argument {k!r}{_meant(k, v, known)}" for k, v in given.items() if k not in known]
     if unknown:
