@@ -114,8 +114,8 @@ def without(module: str) -> Callable[[str], Any]:
             raise AttributeError(f"{told}: SpikingJelly's older {name} is {name[9:]}(..., step_mode='m')")
         near = nearest(name, [known for known in dir(sys.modules[module]) if not known.startswith("_")])
         raise AttributeError(
-            f"{told}{near}{' What' if near else '; what'} SpikingJelly has and this has not keeps its import, {theirs}, "
-            "and works beside it"
+            f"{told}{near}{' What' if near else '; what'} SpikingJelly has and this has not keeps its import, {theirs},"
+            " and works beside it"
         )
 
     return missing
