@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import functools
 import math
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from . import backends, dynamics, ops
+from ._arguments import without
 from ._notices import say_once
 from .dynamics import Constants, Inputs, Neuron, Parameters
 from .network import (
@@ -406,3 +407,7 @@ def plif_multi_step(
         store_v_seq=store_v_seq,
         backend=backend,
     )
+
+
+if not TYPE_CHECKING:  # to a type checker, what is not there is an error
+    __getattr__ = without(__name__)

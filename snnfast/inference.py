@@ -16,6 +16,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights
 from torch.utils._pytree import tree_map
 
 from . import functional, layer
+from ._notices import say_once
 from .fused.batch_norm import PLAIN_NORMS, STEP_NORMS, has_hooks
 from .fused.fuse import _LEAVES, _shared_parameters, _Tracer, fuse, unfuse
 
@@ -197,7 +198,8 @@ def optimize_for_inference(model: nn.Module) -> tuple[Any, InferenceReport]:
     weights (an :class:`torch.nn.Identity` stands in its place). Any other one that a neuron follows runs together with
     it (:func:`snnfast.fuse`). Neurons keep nothing for a backward. Outputs equal those of ``model.eval()`` within
     rounding: a spike may differ only where the charge is within rounding of the threshold. The model itself is not
-    changed, and the copy starts from the initial state.
+    changed, and the copy starts from the initial state. The copy stays in evaluation mode: its ``train()`` says so and
+    does nothing, for there is no batch norm to train.
 
     Args:
         model: any module; what might come out different is left alone, and the report says why.
@@ -247,7 +249,18 @@ def optimize_for_inference(model: nn.Module) -> tuple[Any, InferenceReport]:
     report.fused = fused.fused
     for name, reason in fused.left_alone.items():
         report.left_alone[name] = f"not folded: {reasons[name]}; not fused: {reason}"
+    net.train = partial(_only_evaluates, net)  # type: ignore[method-assign]
     return net, report
+
+
+def _only_evaluates(net: nn.Module, mode: bool = True) -> nn.Module:
+    """The ``train`` of a copy. No error: a frozen part of a larger model gets its ``train()`` too."""
+    if mode:
+        say_once(
+            f"train() leaves this {type(net).__name__} in evaluation mode: it is the copy that optimize_for_inference "
+            "made, without batch norms and gradients. Train the model that it was made from, then make the copy again"
+        )
+    return type(net).train(net, False)
 
 
 # ---- CUDA graphs ----

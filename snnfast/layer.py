@@ -8,13 +8,14 @@ one call does all time steps; channels-last input stays channels last. Construct
 from __future__ import annotations
 
 import inspect
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from ._arguments import without
 from .base import MemoryModule, StepModule
 from .container import (
     ElementWiseRecurrentContainer,
@@ -127,6 +128,8 @@ class StepLayer(StepModule):
         if self._step_mode == "s":
             return forward(*inputs, **kwargs)
         x = inputs[0] if inputs else kwargs["input"]
+        if not isinstance(x, Tensor):
+            raise TypeError(f"x must be a torch.Tensor for {type(self).__name__}, got {type(x).__name__}")
         if self._dimensions and x.dim() not in self._dimensions:
             raise ValueError(
                 f"x must be {' or '.join(self._layouts)} for {type(self).__name__} in step mode 'm', got a tensor of "
@@ -321,3 +324,7 @@ class VotingLayer(nn.Module, StepModule):
 
     def extra_repr(self) -> str:
         return f"voting_size={self.voting_size}, step_mode={self.step_mode}"
+
+
+if not TYPE_CHECKING:  # to a type checker, what is not there is an error
+    __getattr__ = without(__name__)

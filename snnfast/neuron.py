@@ -7,13 +7,14 @@ reference path. The built-in ones run fused, unless a subclass overrides a step 
 from __future__ import annotations
 
 import math
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
 from . import backends, dynamics, functional, ops
+from ._arguments import says_what_it_takes, without
 from .base import MemoryModule
 from .dynamics import Constants, Neuron, Parameters
 from .readout import LI
@@ -72,6 +73,7 @@ class BaseNode(MemoryModule):
         if "dynamics" not in cls.__dict__ and any(step in cls.__dict__ for step in _STEPS):
             cls.dynamics = None  # a step of its own: no kernel knows it
 
+    @says_what_it_takes
     def __init__(
         self,
         v_threshold: float = 1.0,
@@ -341,6 +343,7 @@ class LIFNode(BaseNode):
 
     dynamics = dynamics.LIF
 
+    @says_what_it_takes
     def __init__(
         self,
         tau: float = 2.0,
@@ -400,6 +403,7 @@ class ParametricLIFNode(BaseNode):
 
     dynamics = dynamics.PARAMETRIC_LIF
 
+    @says_what_it_takes
     def __init__(
         self,
         init_tau: float = 2.0,
@@ -444,3 +448,7 @@ class ParametricLIFNode(BaseNode):
     def extra_repr(self) -> str:
         with torch.no_grad():
             return f"{super().extra_repr()}, tau={1.0 / self.w.sigmoid().item():g}"
+
+
+if not TYPE_CHECKING:  # to a type checker, what is not there is an error
+    __getattr__ = without(__name__)

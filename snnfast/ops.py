@@ -12,10 +12,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from . import backends, dynamics
 from .dynamics import NEURONS, STORE_V_SEQ, Constants, Inputs
-from .surrogate import SURROGATES, Scaled
+from .surrogate import SURROGATES, Scaled, apply
 
 _INPUTS = (
     "Tensor x, Tensor? v0, Tensor? i0, Tensor? decay, Tensor? threshold, Tensor? beta, Tensor? current_decay, "
@@ -397,11 +398,13 @@ def _reference(inputs: Inputs, c: Constants) -> Outputs:
 
 
 def is_unwatched() -> bool:
-    """Whether nobody looks at calls now: no compilation, no torch.func transform, no dispatch mode."""
+    """Whether nobody looks at calls now: no compilation or trace, no torch.func transform or tangents, no mode."""
     return (
         not torch.compiler.is_compiling()
         and not torch._C._are_functorch_transforms_active()
         and not torch._C._len_torch_dispatch_stack()
+        and forward_ad._current_level < 0
+        and torch._C._get_tracing_state() is None
     )
 
 
@@ -429,8 +432,11 @@ def multi_step(inputs: Inputs, constants: Constants, backend: int) -> Outputs:
         if needs_grad:
             return _EagerMultiStep.apply(constants, backend, *saveable(inputs))
         return _run_forward(inputs, constants, backend)
-    function = _MultiStep.apply if needs_grad or torch._C._are_functorch_transforms_active() else _forward_op
-    s, v, i, v_seq = function(*inputs, *constants, backend)
+    args = *inputs, *constants, backend
+    if needs_grad or torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+        s, v, i, v_seq = apply(_MultiStep, *args)
+    else:
+        s, v, i, v_seq = _forward_op(*args)
     has_i = len(NEURONS[constants.neuron].states) > 1
     return s, v, i if has_i else None, v_seq if constants.flags & STORE_V_SEQ else None
 

@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from . import backends, dynamics, functional
+from ._arguments import says_what_it_takes
 from .base import MemoryModule
 from .surrogate import Rect
 
@@ -47,6 +48,7 @@ class LI(MemoryModule):
 
     v: Any  # a number or a tensor
 
+    @says_what_it_takes
     def __init__(
         self,
         tau: float = 2.0,

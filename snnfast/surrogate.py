@@ -14,11 +14,13 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
-from typing import Any, ClassVar, Union
+from typing import TYPE_CHECKING, Any, ClassVar, Union
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from ._arguments import without
 
 __all__ = [
     "ATan",
@@ -49,6 +51,26 @@ SurrogateLike = Union["SurrogateFunction", Callable[[Tensor], Tensor]]
 def heaviside(u: Tensor) -> Tensor:
     """``1`` where ``u >= 0``, else ``0``, in ``u``'s dtype."""
     return (u >= 0).to(u)
+
+
+def apply(function: type[torch.autograd.Function], *args: Any) -> Any:
+    """``function.apply(*args)``, which says what would do where forward-mode differentiation meets it.
+
+    Raises:
+        NotImplementedError: an argument has a forward-mode tangent.
+    """
+    if torch.compiler.is_compiling():
+        return function.apply(*args)
+    try:
+        return function.apply(*args)
+    except NotImplementedError as error:  # a jvp of ours that only raises would keep torch.compile out
+        if "jvp" not in str(error):
+            raise
+        raise NotImplementedError(
+            "snnfast's neurons have no forward-mode derivative (torch.func.jvp, jacfwd and hessian, "
+            "torch.autograd.forward_ad), on no backend; use reverse mode: torch.func.vjp and jacrev, "
+            "jacrev(jacrev(f)) for a Hessian, torch.autograd.functional.jvp(f, x, v) for the product with a tangent"
+        ) from error
 
 
 class _Spike(torch.autograd.Function):
@@ -159,8 +181,8 @@ class SurrogateFunction(nn.Module):
         if not self.spiking:
             return self.primitive(u)
         if type(self).derivative is SurrogateFunction.derivative and self.id is not None:
-            return _Spike.apply(u, self.id, self.alpha)
-        return _UserSpike.apply(u, self)
+            return apply(_Spike, u, self.id, self.alpha)
+        return apply(_UserSpike, u, self)
 
     def extra_repr(self) -> str:
         return f"alpha={self.alpha}, spiking={self.spiking}"
@@ -406,3 +428,7 @@ def is_fused(surrogate: SurrogateLike) -> bool:
         and any(kind._derivative is known._derivative for known in SURROGATES)
         and surrogate.spiking
     )
+
+
+if not TYPE_CHECKING:  # to a type checker, what is not there is an error
+    __getattr__ = without(__name__)

@@ -13,7 +13,7 @@ from peer_checks import assert_same, step_loop, tensors
 from torch import nn
 
 import snnfast
-from snnfast import backends
+from snnfast import _notices, backends
 
 warnings.filterwarnings("ignore", category=SyntaxWarning)
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -257,3 +257,77 @@ def test_parametrized_before_and_after():
             assert isinstance(neuron, snntorch.Leaky)
     assert all(torch.equal(f, found[0]) for f in found)
     assert found[0].mean() > 0.05
+
+
+# ---- what is said ----
+def test_a_forgotten_reset_is_named():
+    snntorch = pytest.importorskip("snntorch", reason="snntorch is not installed")
+    net = nn.Sequential(nn.Linear(3, 2), snntorch.Leaky(beta=0.9, init_hidden=True))
+    snnfast.accelerate(net)
+
+    def step():
+        sum(net(torch.rand(4, 3)) for _ in range(3)).sum().backward()
+
+    step()
+    with pytest.raises(RuntimeError, match=r"reset_net\(model\)"):
+        step()
+    snnfast.functional.reset_net(net)
+    step()
+
+
+class OwnNeuron(nn.Module):
+    def forward(self, x):
+        return (x > 1).float()
+
+
+SAID = {
+    "an ANN": (
+        lambda: nn.Sequential(nn.Linear(3, 2), nn.ReLU()),
+        r"it has ReLUs: snnfast\.to_spiking\(model, timesteps",
+    ),
+    "snnfast's": (lambda: nn.Sequential(nn.Linear(3, 2), snnfast.LIFNode()), "1 is snnfast's own.*nothing to do"),
+    "of one's own": (lambda: nn.Sequential(OwnNeuron()), r"for an ANN there is .*BaseNode"),
+}
+
+
+@pytest.mark.parametrize("case", SAID)
+def test_a_model_without_anything_to_convert_is_told_so(case, monkeypatch):
+    make, message = SAID[case]
+    monkeypatch.setattr(_notices, "_said", set())
+    looked = "accelerate changed nothing: Sequential has no neurons of SpikingJelly, snnTorch, Norse or sinabs; .*"
+    with pytest.warns(UserWarning, match=looked + message) as told:
+        snnfast.accelerate(make())
+    assert told[0].filename == __file__
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        snnfast.accelerate(make())  # once
+
+
+def test_neurons_that_are_all_left_are_told_and_converted_ones_are_not(monkeypatch):
+    snntorch = pytest.importorskip("snntorch", reason="snntorch is not installed")
+    monkeypatch.setattr(_notices, "_said", set())
+    net = nn.Sequential(snntorch.Leaky(beta=0.9, inhibition=True), snntorch.Leaky(beta=0.9, inhibition=True))
+    with pytest.warns(
+        UserWarning, match=r"0 \(snntorch\.Leaky\) is left as it is: inhibition.*1 more, which the report"
+    ):
+        snnfast.accelerate(net)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        net.append(snntorch.Leaky(beta=0.9))
+        snnfast.accelerate(net)
+        snnfast.accelerate(net)
+
+
+def test_the_repr_tells_a_converted_neuron():
+    snntorch = pytest.importorskip("snntorch", reason="snntorch is not installed")
+    sl = pytest.importorskip("sinabs.layers", reason="sinabs is not installed")
+    for neuron in (snntorch.Leaky(beta=0.9), sl.LIF(tau_mem=10.0)):
+        net = nn.Sequential(neuron)
+        before = repr(net)
+        snnfast.accelerate(net)
+        assert repr(net).count("accelerated by snnfast") == 1
+        assert repr(net).replace(" [accelerated by snnfast]", "") == before
+        assert repr(copy.deepcopy(net)) == repr(net)
+        assert "accelerated by snnfast" in repr(net.to("meta"))
+        snnfast.restore(net)
+        assert "accelerated" not in repr(net)

@@ -2,14 +2,26 @@
 
 from __future__ import annotations
 
+import copy
+import inspect
+import pickle
+import re
+
 import pytest
 import torch
 
 import snnfast
-from snnfast import functional, surrogate
+from snnfast import functional, layer, neuron, surrogate
 
 X = torch.randn(4, 3)
 ATAN = surrogate.ATan()
+
+
+class Own(snnfast.LIFNode):
+    def __init__(self, size, **kwargs):
+        super().__init__(**kwargs)
+        self.size = size
+
 
 CASES = {
     "integer input": (lambda: functional.if_multi_step(X.int()), TypeError, r"x_seq.*float32.*int32"),
@@ -70,6 +82,42 @@ CASES = {
     "timesteps float": (lambda: snnfast.IFNode(timesteps=2.0), ValueError, r"timesteps .*2.0"),
     "surrogate": (lambda: snnfast.IFNode(surrogate_function="atan"), TypeError, r"surrogate_function .*ATan"),
     "alpha": (lambda: surrogate.ATan(alpha=0.0), ValueError, r"alpha .*above 0, got 0.0"),
+    "unknown argument": (
+        lambda: snnfast.IFNode(v_treshold=1.0),
+        TypeError,
+        r"IFNode takes no argument 'v_treshold'; did you mean 'v_threshold'\? It takes v_threshold, v_reset",
+    ),
+    "snnTorch's beta": (lambda: snnfast.LIFNode(beta=0.9), TypeError, r"LIFNode .*'beta'.* = 10, decay_input=False"),
+    "snnTorch's beta as a tensor": (lambda: snnfast.LIFNode(beta=X), TypeError, r"1 / \(1 - beta\), decay_input=False"),
+    "snnTorch's beta = 1": (lambda: neuron.LI(beta=1.0), TypeError, r"LI .*1 / \(1 - beta\), decay_input=False"),
+    "Norse's": (lambda: snnfast.LIFNode(tau_mem_inv=100.0), TypeError, r"tau = 1 / \(dt \* tau_mem_inv\) = 10,"),
+    "sinabs'": (lambda: snnfast.LIFNode(tau_mem=9.491222), TypeError, r"tau_mem\)\) = 10\. It"),
+    "several": (lambda: snnfast.LIFNode(threshold=1, alpha=2), TypeError, r"v_threshold\..*'alpha': .*surrogate\.ATan"),
+    "a subclass's": (lambda: Own(1, taw=2.0), TypeError, r"Own takes no argument 'taw'; did you mean 'tau'"),
+    "a model's": (
+        lambda: snnfast.models.resnet18(time=4),
+        TypeError,
+        r"'time'; did you mean 'timesteps'\? It takes num_classes, .*timesteps, .*coding.*tau",
+    ),
+    "a spiking model's": (lambda: snnfast.models.vgg9(timesteps=2, beta=0.5), TypeError, r"'beta': .* = 2, decay"),
+    "to_spiking's": (
+        lambda: snnfast.to_spiking(torch.nn.ReLU(), 4, codign="poisson"),
+        TypeError,
+        r"to_spiking takes no argument 'codign'; did you mean 'coding'",
+    ),
+    "SpikingJelly's neuron": (
+        lambda: neuron.QIFNode,
+        AttributeError,
+        r"'QIFNode'; did you mean 'IFNode'.*keeps its import, spikingjelly\.activation_based\.neuron",
+    ),
+    "an older neuron": (lambda: neuron.MultiStepLIFNode, AttributeError, r"is LIFNode\(\.\.\., step_mode='m'\)"),
+    "SpikingJelly's layer": (
+        lambda: layer.SynapseFilter,
+        AttributeError,
+        r"import, spikingjelly\.activation_based\.layer",
+    ),
+    "SpikingJelly's surrogate": (lambda: surrogate.S2NN, AttributeError, r"spikingjelly\.activation_based\.surrogate"),
+    "SpikingJelly's function": (lambda: functional.if_step, AttributeError, r"did you mean .*'if_multi_step'.*\? What"),
     "net": (lambda: functional.reset_net("net"), TypeError, r"net must be"),
     "memory name": (lambda: snnfast.IFNode().register_memory("v", 0), ValueError, r"name .*'v'"),
     "module's device": (
@@ -96,3 +144,23 @@ def test_an_explicit_backend_never_falls_back():
         pytest.skip("the native backend is not built here")
     with pytest.raises(ValueError, match="surrogate Own"):
         functional.if_multi_step(X, surrogate_function=Own(), backend="native")
+
+
+@pytest.mark.parametrize("beta", [0.5, 0.9])
+def test_the_translation_of_a_decay_is_the_same_decay(beta):
+    with pytest.raises(TypeError) as error:
+        snnfast.LIFNode(beta=beta)
+    tau = float(re.search(r"= ([\d.]+), decay_input=False", str(error.value)).group(1))
+    node = snnfast.LIFNode(tau=tau, decay_input=False, v_threshold=100.0, step_mode="m")
+    node(torch.tensor([[1.0], [0.25]]))
+    torch.testing.assert_close(node.v, torch.tensor([beta + 0.25]))
+
+
+def test_constructors_stay_inspectable_and_copies_exact():
+    parameters = inspect.signature(snnfast.LIFNode).parameters
+    assert list(parameters)[:3] == ["tau", "decay_input", "v_threshold"]
+    assert parameters["tau"].default == 2.0
+    for node in (snnfast.LIFNode(3.0, timesteps=2), snnfast.IFNode(0.5), snnfast.ParametricLIFNode(), neuron.LI(4.0)):
+        for made in (copy.deepcopy(node), pickle.loads(pickle.dumps(node))):
+            assert type(made) is type(node)
+            assert repr(made) == repr(node)

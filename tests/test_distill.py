@@ -701,8 +701,12 @@ BAD = {
     "batch norm": (lambda: TemporalSelfKD(4, 2, batch_norm="none"), r"batch_norm must be one of 'all'.* got 'none'"),
     "labels": (lambda: Distiller(folded())(X, Y + 5), r"labels must be from 0 to 4, got 5 to 5"),
     "labels below": (lambda: Distiller(folded())(X, Y - 1), r"labels must be from 0 to 4, got -1 to -1"),
+    "no labels": (
+        lambda: Distiller(folded(), example_inputs=X)(X[:0], Y[:0]),
+        r"labels must be at least one, .*empty batches",
+    ),
     "labels' shape": (lambda: Distiller(folded())(X, Y[:, None]), r"labels must be \[B\], got \(6, 1\)"),
-    "labels' number": (lambda: Distiller(folded())(X, Y[:4]), r"student must return logits .* B = 4"),
+    "labels' number": (lambda: Distiller(folded())(X, Y[:4]), r"labels must be one for each sample, got 4 .* gives 6"),
     "readout": (lambda: Distiller(folded(), readout=lambda z: z)(X, Y), r"readout must turn \[T, B, C\]"),
     "itself": (lambda: (lambda n: Distiller(n, n, [LogitKD()]))(folded()), r"teacher must share no parameters"),
     "two temporal": (lambda: Distiller(folded(), losses=[TemporalSelfKD(6, 4), TemporalSelfKD(8, 4)]), r"at most one"),

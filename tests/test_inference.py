@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 import sys
 import types
 
@@ -11,7 +12,7 @@ import torch
 from torch import nn
 
 import snnfast
-from snnfast import backends, layer, models, optimize_for_inference
+from snnfast import _notices, backends, layer, models, optimize_for_inference
 
 pytestmark = [
     pytest.mark.skipif(
@@ -312,6 +313,23 @@ def test_a_norm_before_a_neuron_alone_is_fused_and_a_fused_model_is_folded():
     assert torch.equal(fast(x), want)
     assert 0 < want.mean() < 1
     assert snnfast.unfuse(net) == 2  # the model is as it was: fused
+
+
+@pytest.mark.parametrize("remake", [lambda net: net, copy.deepcopy, lambda net: pickle.loads(pickle.dumps(net))])
+def test_the_copy_stays_in_evaluation_mode_and_says_so(remake, monkeypatch):
+    model = lively(models.resnet18(timesteps=T, width=4)).train()
+    fast = remake(optimize_for_inference(model)[0])
+    x = torch.rand(2, 3, 16, 16)
+    before = fast(x)
+    monkeypatch.setattr(_notices, "_said", set())
+    with pytest.warns(UserWarning, match="evaluation mode: it is the copy .* Train the model that it was made from"):
+        assert fast.train() is fast
+    assert not any(m.training for m in fast.modules())
+    assert torch.equal(fast(x), before)
+    assert fast.eval() is fast
+    around = nn.ModuleList([fast, nn.Dropout()]).train()  # a frozen part of a model that trains
+    assert [m.training for m in around] == [False, True]
+    assert model.train().training
 
 
 def test_bad_arguments():

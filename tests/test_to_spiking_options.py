@@ -244,6 +244,9 @@ class Helper(nn.Module):
         (Helper(F.relu6), "relu6 at 'body.1'"),
         (Helper(lambda x: x.tanh()), "tanh at 'body.1'"),
         (Helper(torch.sigmoid), "sigmoid at 'body.1'"),
+        (Helper(torch.special.expit), "sigmoid at 'body.1'"),
+        (Helper(F.hardshrink), "hardshrink at 'body.1'"),
+        (Helper(lambda x: F.threshold(x, 0.1, 0.0)), "threshold at 'body.1'"),
     ],
     ids=lambda p: type(p).__name__ if isinstance(p, nn.Module) else "",
 )
@@ -263,6 +266,62 @@ def test_other_activations(layer, message):
     replaced = snnfast.to_spiking(ann, T, other_activations="replace")
     assert sum(isinstance(m, snnfast.LIFNode) for m in replaced.modules()) == 2
     assert replaced(torch.randn(B, 6)).shape == (T, B, 5)
+
+
+class Recurrent(nn.Module):
+    def __init__(self, layer):
+        super().__init__()
+        self.fc, self.relu, self.layer, self.head = nn.Linear(6, 8), nn.ReLU(), layer, nn.Linear(8, 5)
+
+    def forward(self, x):
+        y = self.layer(self.relu(self.fc(x)))
+        return self.head(y[0] if isinstance(y, tuple) else y)
+
+
+class OwnLSTM(nn.LSTM):
+    pass
+
+
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN, OwnLSTM, nn.LSTMCell, nn.GRUCell, nn.RNNCell])
+def test_recurrent_layers_are_refused_unless_kept(kind):
+    cell = issubclass(kind, nn.RNNCellBase)
+    ann = Recurrent(kind(8, 8) if cell else kind(8, 8, batch_first=True))
+    for choice in ("error", "replace"):
+        message = r"feed-forward .* recurrent layer \w+ at 'layer' .*other_activations='keep'"
+        with pytest.raises(ValueError, match=message):
+            snnfast.to_spiking(ann, T, other_activations=choice)
+    kept = snnfast.to_spiking(ann, T, other_activations="keep").eval()
+    x = torch.randn(B, 6) if cell else torch.randn(B, 7, 6)
+    seen = []
+    kept.relu.register_forward_hook(lambda module, args, spikes: seen.append(spikes.unflatten(0, (T, B))))
+    y = kept(x)
+    step = [ann.layer(s) for s in seen[0]]  # each step from the initial state
+    step = [s[0] if isinstance(s, tuple) else s for s in step]
+    torch.testing.assert_close(y, ann.head(torch.stack(step)))
+
+
+class AttentionAndSoftmax(Recurrent):
+    def forward(self, x):
+        y = self.relu(self.fc(x))
+        return self.head(self.layer(y, y, y)[0].softmax(-1))
+
+
+def test_attention_and_softmax_are_computed_at_each_step():
+    ann = AttentionAndSoftmax(nn.MultiheadAttention(8, 2, batch_first=True)).eval()
+    net = snnfast.to_spiking(ann, T)
+    seen = []
+    net.relu.register_forward_hook(lambda module, args, spikes: seen.append(spikes.unflatten(0, (T, B))))
+    y = net(torch.randn(B, 7, 6))
+    steps = [ann.head(ann.layer(s, s, s)[0].softmax(-1)) for s in seen[0]]
+    torch.testing.assert_close(y, torch.stack(steps))
+
+
+def test_spiking_models_of_other_libraries_are_refused():
+    snntorch = pytest.importorskip("snntorch", reason="snntorch is not installed")
+    net = nn.Sequential(nn.Linear(3, 2), nn.ReLU(), snntorch.Leaky(beta=0.9, init_hidden=True))
+    net(torch.ones(1, 3))  # a state with a graph cannot be copied
+    with pytest.raises(ValueError, match=r"'2' \(Leaky\) is a spiking module already; snnfast.accelerate"):
+        snnfast.to_spiking(net, T)
 
 
 class Untraceable(nn.Module):
@@ -330,6 +389,8 @@ def test_other_refusals():
         snnfast.to_spiking(snnfast.to_spiking(small(), T), T)
     with pytest.raises(TypeError, match=r"neuron must be a class of neurons, such as snnfast.LIFNode, got 'lif'"):
         snnfast.to_spiking(small(), T, "lif")
+    with pytest.raises(TypeError, match=r"neuron must be a class of neurons.*got IFNode\("):
+        snnfast.to_spiking(small(), T, snnfast.IFNode())
     with pytest.raises(TypeError, match="neuron must make a module with timesteps"):
         snnfast.to_spiking(small(), T, lambda timesteps: nn.ReLU())
     with pytest.raises(ValueError, match="tau must be"):

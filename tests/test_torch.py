@@ -345,3 +345,66 @@ def test_export_keeps_the_fused_op_where_neurons_share_a_surrogate():
         warnings.simplefilter("ignore")  # of the state, which export sees assigned
         program = torch.export.export(Net(), (torch.randn(4, 2, 4),))
     assert [str(n.target) for n in program.graph.nodes].count("snnfast.multi_step.default") == 2
+
+
+FORWARD_MODE = {
+    "jvp": lambda f, x: torch.func.jvp(f, (x,), (torch.ones_like(x),)),
+    "jacfwd": lambda f, x: torch.func.jacfwd(f)(x),
+    "hessian": lambda f, x: torch.func.hessian(lambda x: f(x).sum())(x),
+    "dual numbers": lambda f, x: _through_dual(f, x),
+    "dual numbers with gradient": lambda f, x: _through_dual(f, x.requires_grad_()),
+}
+
+
+def _through_dual(f, x):
+    with torch.autograd.forward_ad.dual_level():
+        return f(torch.autograd.forward_ad.make_dual(x, torch.ones_like(x)))
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+@pytest.mark.parametrize("mode", FORWARD_MODE)
+def test_forward_mode_is_refused_with_what_does_instead(mode, backend):
+    def spikes(x):
+        return functional.lif_multi_step(x, backend=backend)[0]
+
+    x = 2 * torch.rand(4, 3)
+    with pytest.raises(NotImplementedError, match=r"no forward-mode derivative .*autograd.functional.jvp\(f, x, v"):
+        FORWARD_MODE[mode](spikes, x)
+    x, v = x.detach(), torch.rand(4, 3)
+    jacobian = torch.func.jacrev(spikes)(x)
+    _, product = torch.autograd.functional.jvp(spikes, x, v)
+    torch.testing.assert_close(product, torch.einsum("tbuc,uc->tb", jacobian, v))
+    torch.func.jacrev(torch.func.jacrev(lambda x: spikes(x).sum()))(x)
+
+
+def test_forward_mode_past_a_neuron_works():
+    s = functional.if_multi_step(torch.rand(4, 3))[0]
+
+    def loss(w):
+        return (functional.if_multi_step(torch.ones(4, 3))[0] * w).sum() + s.sum()
+
+    value, product = torch.func.jvp(loss, (torch.ones(3),), (torch.ones(3),))
+    assert product == value - s.sum() == 12
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize("kind", ["converted", "folded", "fused"])
+def test_jit_trace_sees_the_kernels(kind, tmp_path):
+    """A trace that saw past the dispatcher would keep fresh memory in place of spikes."""
+    torch.manual_seed(0)
+    ann = torch.nn.Sequential(torch.nn.Conv2d(2, 4, 3), torch.nn.BatchNorm2d(4), torch.nn.ReLU())
+    if kind == "converted":
+        net = snnfast.to_spiking(ann, 2)
+    else:
+        net = torch.nn.Sequential(*ann[:2], snnfast.LIFNode(timesteps=2))
+        if kind == "fused":
+            snnfast.fuse(net)
+    net.eval().requires_grad_(False)
+    first, second = 5 * torch.rand(4, 2, 6, 6), 5 * torch.rand(4, 2, 6, 6)
+    traced = torch.jit.trace(net, (first,), check_trace=False)  # which would find the state of the first call
+    traced.save(str(tmp_path / "net.pt"))
+    functional.reset_net(net)
+    expected = net(second)
+    assert 0 < expected.mean() < 1
+    assert torch.equal(traced(second), expected)
+    assert torch.equal(torch.jit.load(str(tmp_path / "net.pt"))(second), expected)

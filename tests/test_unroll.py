@@ -13,6 +13,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import snnfast
+from snnfast import _notices
 
 snntorch = pytest.importorskip("snntorch", reason="snntorch is not installed")
 norse = pytest.importorskip("norse.torch", reason="norse is not installed")
@@ -402,6 +403,8 @@ def test_refused_with_the_reason(make, state, message):
 
 def test_arguments_are_checked():
     model = nn.Sequential(snnfast.IFNode())
+    with pytest.raises(TypeError, match=r"takes mem2: .*state=\(mem1, mem2,\)"):
+        snnfast.unroll(FullyConnected(), torch.rand(5, 3, 12), state=(torch.zeros(0),))
     with pytest.raises(TypeError, match="mem1, mem2"):
         snnfast.unroll(FullyConnected(), torch.randn(5, 3, 12))
     with pytest.raises(ValueError, match="timesteps must be"):
@@ -418,3 +421,49 @@ def test_sinabs_layers_take_all_steps_already():
     layers = pytest.importorskip("sinabs.layers", reason="sinabs is not installed")
     with pytest.raises(ValueError, match="takes all time steps"):
         snnfast.unroll(nn.Sequential(nn.Linear(6, 6), layers.IAF()), torch.randn(5, 3, 6))
+
+
+# ---- what was meant by x ----
+LAYERS = {
+    "linear": (nn.Linear(3, 2), (4, 3)),
+    "convolution": (nn.Conv2d(2, 3, 3), (4, 2, 6, 6)),
+    "one sample": (nn.Linear(3, 2), (1, 3)),
+    "batch norm": (nn.BatchNorm2d(2), (4, 2, 6, 6)),
+}
+
+
+@pytest.mark.parametrize("case", LAYERS)
+def test_input_without_time_is_refused_with_the_remedy(case):
+    layer, shape = LAYERS[case]
+    net, x = nn.Sequential(layer, snnfast.IFNode()), torch.rand(shape)
+    with pytest.raises(ValueError, match=rf"x of shape \({shape[0]}, .*read as \[T, B.*unroll\(model, x, timesteps=T"):
+        snnfast.unroll(net, x)
+    assert snnfast.unroll(net, x, timesteps=2).shape[:2] == (2, shape[0])
+
+
+def test_sequence_given_with_timesteps_is_refused_by_a_layer_or_said(recwarn):
+    conv = nn.Sequential(nn.Conv2d(2, 3, 3), snnfast.IFNode())
+    with pytest.raises(ValueError, match=r"timesteps=5 steps; if it is a sequence .*leave timesteps out"):
+        snnfast.unroll(conv, torch.rand(5, 4, 2, 6, 6), 5)
+    linear = nn.Sequential(nn.Linear(3, 2), snnfast.IFNode())
+    snnfast.unroll(linear, torch.rand(6, 3), 6)  # a batch of as many samples is none
+    snnfast.unroll(linear, torch.rand(2, 6, 3), 6)
+    assert not [w for w in recwarn if "unroll" in str(w.message)]
+    _notices._said.clear()
+    with pytest.warns(UserWarning, match=r"x of shape \(6, 4, 3\) was read as \[B.*leave timesteps out") as told:
+        snnfast.unroll(linear, torch.rand(6, 4, 3), 6)
+    assert told[0].filename == __file__
+
+
+def test_images_taken_for_a_sequence_of_one_sample_are_told(monkeypatch):
+    monkeypatch.setattr(_notices, "_said", set())
+    net = nn.Sequential(nn.Flatten(), nn.Linear(12, 2), snnfast.IFNode())
+    snnfast.unroll(net, torch.rand(5, 2, 1, 3, 4))
+    with pytest.warns(UserWarning, match=r"5 time steps of 1 samples of shape \(3, 4\).*timesteps=T"):
+        snnfast.unroll(net, torch.rand(5, 1, 3, 4))
+
+
+def test_errors_that_no_shape_explains_pass_as_they_are():
+    net = nn.Sequential(nn.Linear(3, 2), snnfast.IFNode())
+    with pytest.raises(RuntimeError, match="dtype"):
+        snnfast.unroll(net, torch.rand(5, 4, 3, dtype=torch.float64))

@@ -16,6 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map
 
+from .. import base
+from .._notices import say_once
 from .adapters.base import Fused, find, fused_class, replaced_by
 
 __all__ = ["Report", "Verification", "accelerate", "restore", "verify"]
@@ -75,7 +77,8 @@ def accelerate(model: nn.Module) -> Report:
 
     Args:
         model: a network, or a single neuron. Neurons that cannot be converted are left and named in the report, and
-            so are those that a subclass has changed.
+            so are those that a subclass has changed. Where none is converted, a warning says why. The ``repr`` of a
+            converted neuron tells that it is one.
 
     Raises:
         TypeError: ``model`` is not a module.
@@ -103,7 +106,27 @@ def accelerate(model: nn.Module) -> Report:
             report.replaced.append(Neuron(name, _library_class(module)))
         elif reason:
             report.left.append(Neuron(name, _library_class(module), reason))
+    if not report.replaced:
+        say_once(f"accelerate changed nothing: {_why_nothing(model, report)}")
     return report
+
+
+def _why_nothing(model: nn.Module, report: Report) -> str:
+    """What was looked for in a model without a neuron to convert, and what would do."""
+    if report.left:
+        name, kind, reason = report.left[0]
+        more = f"; so are {len(report.left) - 1} more, which the report names" if len(report.left) > 1 else ""
+        return f"{name} ({kind}) is left as it is: {reason}{more}"
+    looked = f"{type(model).__name__} has no neurons of SpikingJelly, snnTorch, Norse or sinabs"
+    own = [name or "(model)" for name, m in model.named_modules() if isinstance(m, base.MemoryModule)]
+    if own:
+        return f"{looked}; {own[0]} is snnfast's own, which needs no conversion, so there is nothing to do"
+    if any(isinstance(m, nn.ReLU) for m in model.modules()):
+        return f"{looked}; it has ReLUs: snnfast.to_spiking(model, timesteps) makes it a spiking network"
+    return (
+        f"{looked}; for an ANN there is snnfast.to_spiking(model, timesteps), and a neuron of your own can be written "
+        "as an snnfast.neuron.BaseNode"
+    )
 
 
 def restore(model: nn.Module) -> int:

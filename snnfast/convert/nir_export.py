@@ -14,6 +14,7 @@ from ..base import StepModule
 from ..neuron import BaseNode
 from .nir_conventions import Conventions
 from .nir_layers import Builder, Value, WrongTime, is_li
+from .stepping import is_stateful
 
 _CONTAINERS = ("SeqToANNContainer", "MultiStepContainer", "StepModeContainer")  # of Sequential's kind, folding time
 
@@ -142,6 +143,12 @@ class _Walker:
             }.get(type(module).__name__, "replace it, or export the part of the network before it")
             raise ValueError(
                 f"model cannot be written as NIR: it has no node for {type(module).__name__} at {path}; {hint}"
+            )
+        if is_stateful(module):
+            raise ValueError(
+                f"model cannot be written as NIR: {type(module).__name__} at {path} is a neuron of "
+                f"{type(module).__module__.partition('.')[0]}, not of snnfast; export it by that library, or write the "
+                "network with snnfast's neurons (docs/migration.md)"
             )
         return self.walk(module, path, x)
 

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+import inspect
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .. import functional
+from .._arguments import names_of, refuse_unknown
 from ..encoding import check_steps
 from ..neuron import IFNode, LIFNode
+from .stepping import is_stateful
 from .to_spiking_classes import with_mixin
 from .to_spiking_coding import Coding, find_coding
 from .to_spiking_graph import DYNAMIC, STATIC, Converter, NeedsTime
 from .to_spiking_layers import Observer, ScaledNeuron, prepare_neuron, repeat
+from .to_spiking_trace import place
 
 __all__ = ["SpikingNetwork", "to_spiking"]
 
@@ -142,13 +146,15 @@ def to_spiking(
             largest rate of the window. By default ``'keep'``, or ``'rates'`` with ``calibration``.
         other_activations: what to do about GELU, SiLU, ReLU6, sigmoid and so on: ``'error'``, ``'keep'`` (at each
             step, as the gates of squeeze-and-excitation should be) or ``'replace'`` (by neurons; of these a calibrated
-            network approximates ReLU6 only, a neuron's rate being limited as well).
+            network approximates ReLU6 only, a neuron's rate being limited as well). LSTM, GRU, RNN and their cells
+            count among them and can only be kept; attention and softmax are computed at each step and are none.
         readout: called with the logits ``[T, B, C]``; its result is the network's. ``lambda y: y.mean(0)`` makes a
             drop-in for the ANN.
         share_weights: use the model's own parameters and buffers instead of copies.
 
     Raises:
-        ValueError: no ReLU, another activation (the message names the place), a ``T`` or option of another kind.
+        ValueError: no ReLU, another activation or a recurrent layer (the message names the place), a ``T`` or option of
+            another kind.
         TypeError: ``model`` is not a module, or ``neuron`` does not take ``timesteps``.
 
     Example:
@@ -162,6 +168,12 @@ def to_spiking(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    for path, module in model.named_modules():
+        if is_stateful(module):
+            raise ValueError(
+                f"model must be an ordinary ANN, but {place(path, module)} is a spiking module already; "
+                "snnfast.accelerate runs the neurons of other libraries as they are"
+            )
     check_steps("timesteps", timesteps)
     _check_choice("other_activations", other_activations, ("error", "keep", "replace"))
     max_pool = max_pool or ("keep" if calibration is None else "rates")
@@ -178,6 +190,7 @@ def to_spiking(
         neuron = _check_calibrated(neuron, neuron_kwargs)
         neuron_kwargs = neuron_kwargs | {"v_reset": None}
     neuron = neuron or LIFNode
+    check_arguments("to_spiking", neuron, neuron_kwargs, OPTIONS)
     _new_neuron(neuron, timesteps, neuron_kwargs)  # errors in the arguments show before any work
 
     device = next((p.device for p in model.parameters()), None)
@@ -192,7 +205,10 @@ def to_spiking(
         model, make, timesteps if calibration is None else 1, found_coding, other_activations, max_pool, share_weights
     )
     if not converter.neurons:
-        raise ValueError(f"model must have at least one ReLU, found none in {type(model).__name__}")
+        raise ValueError(
+            f"model must have at least one ReLU, found none in {type(model).__name__}; put an nn.ReLU() where a neuron "
+            "shall be"
+        )
     net.__class__ = with_mixin(type(net), SpikingNetwork)
     net._untraced = tuple(converter.untraced)
     net._at_input, net._auto_reset = at_input, True
@@ -204,6 +220,10 @@ def to_spiking(
         net.timesteps = timesteps
     net.coding, net.readout = found_coding, readout
     return net
+
+
+# What to_spiking takes by name, besides a neuron's arguments.
+OPTIONS = [name for name in inspect.signature(to_spiking).parameters if name not in ("model", "neuron_kwargs")]
 
 
 def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
@@ -222,9 +242,20 @@ def _check_calibrated(neuron: Callable[..., nn.Module] | None, neuron_kwargs: di
     return neuron or IFNode
 
 
+def check_arguments(owner: str, neuron: Any, given: dict[str, Any], own: Sequence[str]) -> None:
+    """Refuse what neither ``owner``, which takes ``own`` arguments, nor its neurons know."""
+    neuron = neuron or LIFNode
+    theirs = names_of(neuron) if callable(neuron) and not isinstance(neuron, nn.Module) else None
+    if theirs is not None:
+        refuse_unknown(owner, given, [*own, *(name for name in theirs if name not in own)])
+
+
 def _new_neuron(neuron: Callable[..., nn.Module], timesteps: int, neuron_kwargs: dict[str, Any]) -> nn.Module:
-    if not callable(neuron):
-        raise TypeError(f"neuron must be a class of neurons, such as snnfast.LIFNode, got {neuron!r}")
+    if not callable(neuron) or isinstance(neuron, nn.Module):  # one neuron could not stand for all
+        raise TypeError(
+            f"neuron must be a class of neurons, such as snnfast.LIFNode, got {neuron!r}; its arguments go beside it, "
+            "as in tau=2.0"
+        )
     made = neuron(timesteps=timesteps, **neuron_kwargs)
     if not isinstance(made, nn.Module) or not hasattr(made, "timesteps"):
         raise TypeError(

@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from ..base import MemoryModule
 from .to_spiking_classes import generated
 from .to_spiking_layers import (
     DROPOUT_FUNCTIONS,
@@ -47,7 +46,9 @@ __all__ = ["DYNAMIC", "STATIC", "Converter", "NeedsTime"]
 
 CONSTANT, STATIC, DYNAMIC = range(3)
 
-_ONLY_KEPT = ("TransformerEncoderLayer", "TransformerDecoderLayer", "GLU", "glu")  # a neuron could not stand for these
+_RECURRENT = ("RNN", "LSTM", "GRU", "RNNBase", "RNNCell", "LSTMCell", "GRUCell", "RNNCellBase")
+# A neuron could not stand for these.
+_ONLY_KEPT = (*_RECURRENT, "TransformerEncoderLayer", "TransformerDecoderLayer", "GLU", "glu")
 
 
 class NeedsTime(Exception):
@@ -84,9 +85,8 @@ class Converter:
     # ---- modules ----
     def convert(self, module: nn.Module, path: str, status: int) -> int:
         """Convert ``module``, called with an input of ``status``; returns the status of its output."""
-        if isinstance(module, (MemoryModule, torch.jit.ScriptModule)):
-            kind = "a spiking module already" if isinstance(module, MemoryModule) else "a scripted module"
-            raise ValueError(f"model must be an ordinary ANN, but {place(path, module)} is {kind}")
+        if isinstance(module, torch.jit.ScriptModule):
+            raise ValueError(f"model must be an ordinary ANN, but {place(path, module)} is a scripted module")
         if module in self._visits:
             before, after, changes = self._visits[module]
             if changes:
@@ -168,6 +168,13 @@ class Converter:
             return False
         if self.other_activations == "replace" and activation not in _ONLY_KEPT:
             return True
+        if activation in _RECURRENT:
+            raise ValueError(
+                f"model must be a feed-forward ANN with ReLU activations, but has the recurrent layer {activation} at "
+                f"{where}: no neuron stands for its gates. Put layers with ReLUs in its place (a spiking network's "
+                "memory is in its neurons) and train the model again, or choose: other_activations='keep' runs it as "
+                "it is, with no state from one time step to the next"
+            )
         instead = "" if activation in _ONLY_KEPT else ", and 'replace' puts neurons in their place"
         raise ValueError(
             f"model must have ReLU activations, but has {activation} at {where}; replace it by a ReLU and train the "

@@ -25,6 +25,7 @@ _OTHER_NAMES = (
     "relu6", "gelu", "silu", "mish", "elu", "celu", "selu",
     "leaky_relu", "prelu", "rrelu", "hardtanh", "hardswish", "hardsigmoid",
     "softplus", "softsign", "tanhshrink", "logsigmoid", "sigmoid", "tanh",
+    "threshold", "hardshrink", "softshrink", "glu",
 )  # fmt: skip
 _OTHER_FUNCTIONS = {
     getattr(place, name + suffix): name
@@ -32,7 +33,7 @@ _OTHER_FUNCTIONS = {
     for name in _OTHER_NAMES
     for suffix in ("", "_")
     if hasattr(place, name + suffix)
-}
+} | {torch.special.expit: "sigmoid"}
 _OTHER_METHODS = {name + suffix for name in _OTHER_NAMES for suffix in ("", "_")}
 _OTHER_MODULES = (
     nn.ReLU6, nn.GELU, nn.SiLU, nn.Mish, nn.ELU, nn.CELU, nn.SELU, nn.LeakyReLU, nn.PReLU, nn.RReLU, nn.Hardtanh,
@@ -40,6 +41,7 @@ _OTHER_MODULES = (
     nn.Threshold, nn.Softshrink, nn.Hardshrink,
 )  # fmt: skip
 _TRANSFORMERS = (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)  # their activation is a function inside
+_RECURRENT = (nn.RNNBase, nn.RNNCellBase)  # so are theirs
 
 
 class Untraceable(Exception):
@@ -113,7 +115,9 @@ def activation_of(thing: nn.Module | fx.Node) -> str | None:
     if isinstance(thing, nn.Module):
         if isinstance(thing, nn.ReLU):
             return RELU
-        return type(thing).__name__ if isinstance(thing, (*_OTHER_MODULES, *_TRANSFORMERS)) else None
+        if not isinstance(thing, (*_OTHER_MODULES, *_TRANSFORMERS, *_RECURRENT)):
+            return None
+        return next(c.__name__ for c in type(thing).__mro__ if c.__module__.startswith("torch."))
     if thing.op == "call_function":
         if thing.target in _RELU_FUNCTIONS or _is_clamp(thing, (torch.clamp, torch.clamp_), (torch.clamp_min,)):
             return RELU

@@ -7,9 +7,7 @@ as part of the batch, and neurons run over time in one fused call.
 
 from __future__ import annotations
 
-import inspect
 import operator
-import weakref
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,202 +15,14 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.modules.dropout import _DropoutNd
 from torch.utils._pytree import tree_map
 
+from .._notices import say_once
 from .adapters.base import FinalState
 from .stepping import is_stateful, run_over_time
+from .unroll_graph import CONSTANT, TIMED, Program, program_of
 
 __all__ = ["unroll"]
-
-_PARAMETER, _CONSTANT, _TIMED, _FINAL = "parameter", "constant", "timed", "final"  # how a value depends on time
-
-_REWRITE = """{why}. unroll takes a model whose forward is one time step:
-
-    def forward(self, x, {states}):          # [B, ...], not [T, B, ...]
-        cur = self.fc(x)
-        spk, mem = self.lif(cur, mem)        # or a neuron that keeps its own state
-        return spk, mem                      # no loop over time, nothing collected in lists
-
-    spk, mem = snnfast.unroll(model, x, timesteps=T, state=({example},))   # [T, B, ...] each"""
-
-
-def _loop_error(why: str) -> ValueError:
-    return ValueError(_REWRITE.format(why=why, states="mem", example="torch.zeros(0)"))
-
-
-_CONTAINERS = (nn.Module, nn.Sequential, nn.ModuleList, nn.ModuleDict)
-
-
-class _Tracer(fx.Tracer):
-    """Torch's layers and every neuron are one node each; everything else is looked into, and so is a layer's subclass
-    with a neuron inside."""
-
-    def is_leaf_module(self, m: nn.Module, name: str) -> bool:
-        if is_stateful(m):
-            return True
-        if any(is_stateful(child) for child in m.modules()):
-            return False
-        return any(c.__module__.startswith("torch.nn.") and c not in _CONTAINERS for c in type(m).__mro__)
-
-
-class _Program:
-    """The graph of a model's step and what each of its nodes depends on. It holds names, no modules."""
-
-    def __init__(self, model: nn.Module, given: int) -> None:
-        parameters = list(inspect.signature(model.forward).parameters.values())
-        concrete = {p.name: p.default for p in parameters[1 + given :] if p.default is not p.empty}
-        missing = [
-            p.name for p in parameters[1 + given :] if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD
-        ]
-        if missing:
-            raise TypeError(
-                f"forward also takes {', '.join(missing)}: give what the loop passes before the first step as "
-                f"state=({missing[0]}, ...)"
-            )
-        before = {m: dict(m.__dict__) for m in model.modules() if not is_stateful(m)}
-        buffers = [(m, name, b, b._version, b.detach().clone()) for m in before for name, b in _buffers_of(m)]
-        try:
-            self.graph = _Tracer().trace(model, concrete_args=concrete)
-        except (fx.proxy.TraceError, TypeError) as error:
-            _refuse_norms_with_neurons(model, error)
-            raise _loop_error(
-                f"{type(model).__name__}.forward depends on the values or the length of its input ({error}), as a "
-                "forward with its own loop over time does"
-            ) from error
-        finally:
-            kept = [m for m, held in before.items() if any(isinstance(v, fx.Proxy) for v in m.__dict__.values())]
-            for m in kept:
-                m.__dict__.clear()
-                m.__dict__.update(before[m])
-            written = [
-                (m, name) for m, name, b, version, _ in buffers if m._buffers[name] is not b or b._version != version
-            ]
-            for m, name, b, _, value in buffers:
-                if (m, name) in written:
-                    m._buffers[name] = b
-                    with torch.no_grad():
-                        b.copy_(value)
-        if written:
-            m, name = written[0]
-            _refuse_norms_with_neurons(m, None)
-            raise ValueError(
-                f"{type(m).__name__} writes its buffer {name} in forward, which unroll would do once and the loop does "
-                "at every step"
-            )
-        if kept:
-            raise ValueError(
-                f"{type(kept[0]).__name__} keeps a result of its forward as an attribute: unroll cannot tell state "
-                "from a record. Return it instead, or make the module one of the neurons that unroll knows"
-            )
-        # What fx keeps of tensors made in forward goes into this object, not into the model.
-        made = [name for name in model.__dict__ if name.startswith("_tensor_constant") and name not in before[model]]
-        self.constants = {name: model.__dict__.pop(name) for name in made}
-        self.placeholders = self._placeholders(1 + given)
-        modules = dict(model.named_modules())
-        self.stateful = [n for n in self.graph.nodes if n.op == "call_module" and is_stateful(modules[n.target])]
-        self._check_neurons()
-        self.kinds = self._kinds(modules, constant=True)
-        self.hoists = not any(self._mixes(n) for n in self.graph.nodes)
-        self.kinds_timed = self._kinds(modules, constant=False)
-
-    def _placeholders(self, given: int) -> list[fx.Node]:
-        """The arguments that are given; those with a default leave the graph, with fx's checks of them."""
-
-        def erase(node: fx.Node) -> None:
-            for user in list(node.users):
-                erase(user)
-            self.graph.erase_node(node)
-
-        found = [n for n in self.graph.nodes if n.op == "placeholder"]
-        for node in found[given:]:
-            erase(node)
-        return found[:given]
-
-    def _check_neurons(self) -> None:
-        targets = [n.target for n in self.stateful]
-        twice = [t for t in targets if targets.count(t) > 1]
-        if twice:
-            raise _loop_error(
-                f"{twice[0]} is called {targets.count(twice[0])} times in one forward, as in a loop over time"
-            )
-        self.state_of: dict[fx.Node, fx.Node] = {}
-        for node in self.stateful:
-            for argument in node.all_input_nodes[1:]:
-                if argument not in self.placeholders[1:]:
-                    raise ValueError(
-                        f"the state given to {node.target} is computed inside forward ({argument}): it must be an "
-                        "argument of forward, or be left to the neuron"
-                    )
-                self.state_of[argument] = node
-        for placeholder in self.placeholders[1:]:
-            users = set(placeholder.users)
-            if not users <= {self.state_of.get(placeholder)}:
-                other = next(iter(users - {self.state_of.get(placeholder)}))
-                raise ValueError(
-                    f"{placeholder.target} is used by {other.name}, which is no neuron's state: the step needs what a "
-                    "later layer gave in the step before. Such a recurrence can only be run step by step"
-                )
-
-    def _kinds(self, modules: dict[str, nn.Module], constant: bool) -> dict[fx.Node, str]:
-        kinds: dict[fx.Node, str] = {}
-        for node in self.graph.nodes:
-            if node.op == "placeholder":
-                first = node is self.placeholders[0]
-                kinds[node] = (_CONSTANT if constant else _TIMED) if first else _FINAL
-            elif node.op == "get_attr":
-                kinds[node] = _PARAMETER
-            elif node in self.stateful:
-                kinds[node] = _TIMED
-            elif node.op == "call_module" and isinstance(modules[node.target], _DropoutNd):
-                kinds[node] = _TIMED  # a mask for each step
-            else:
-                found = {kinds[n] for n in node.all_input_nodes}
-                kinds[node] = next((k for k in (_TIMED, _CONSTANT) if k in found), _PARAMETER)
-        return kinds
-
-    def _mixes(self, node: fx.Node) -> bool:
-        """Whether a timed function takes a number that was read from the constant input: its batch size, say."""
-        return (
-            self.kinds[node] == _TIMED
-            and node not in self.stateful
-            and any(self.kinds[n] == _CONSTANT and _reads_shape(n) for n in node.all_input_nodes)
-        )
-
-
-def _reads_shape(node: fx.Node) -> bool:
-    if node.op == "call_method" and node.target in ("size", "dim", "numel"):
-        return True
-    if node.op == "call_function" and node.target in (getattr, len):
-        return True
-    inputs = node.all_input_nodes
-    return node.op == "call_function" and node.target is operator.getitem and any(_reads_shape(n) for n in inputs)
-
-
-def _refuse_norms_with_neurons(model: nn.Module, error: Exception | None) -> None:
-    for name, m in model.named_modules():
-        if isinstance(m, _BatchNorm) and any(map(is_stateful, m.modules())):
-            raise ValueError(
-                f"{name or 'the model'} ({type(m).__name__}) is a batch norm with a neuron inside, which unroll cannot "
-                "take apart: make the neuron a module of its own after it"
-            ) from error
-
-
-def _buffers_of(module: nn.Module) -> list[tuple[str, Tensor]]:
-    return [(name, b) for name, b in module._buffers.items() if b is not None]
-
-
-_programs: weakref.WeakKeyDictionary[nn.Module, dict[Any, _Program]] = weakref.WeakKeyDictionary()
-
-
-def _program(model: nn.Module, given: int) -> _Program:
-    """The traced model, once for each mode and number of states; again when a submodule was exchanged."""
-    known = _programs.setdefault(model, {})
-    key = (given, model.training, tuple(map(id, model.modules())))
-    if key not in known:
-        known.clear()
-        known[key] = _Program(model, given)
-    return known[key]
 
 
 def unroll(
@@ -238,7 +48,7 @@ def unroll(
     Args:
         model: its ``forward`` takes one time step ``[B, ...]``, then states of its neurons, if it takes any.
         x: ``[T, B, ...]``; or, with ``timesteps``, a constant input ``[B, ...]`` for every step.
-        timesteps: ``T`` of a constant input.
+        timesteps: ``T`` of a constant input; for a sequence, which has its own, leave it out.
         state: what the loop passes before the first step for ``forward``'s further arguments, each the state of one
             neuron.
         bn: batch norm in training mode: ``'per_step'`` normalises each step by its own statistics, as the loop does;
@@ -246,7 +56,8 @@ def unroll(
 
     Raises:
         TypeError: ``model`` is not a module; ``x`` is not a tensor; ``forward`` needs states that were not given.
-        ValueError: ``forward`` has its own loop over time, is recurrent, or holds a neuron that is multi-step already.
+        ValueError: ``forward`` has its own loop over time, is recurrent, or holds a neuron that is multi-step already;
+            a layer cannot take the steps of ``x``, which has no time axis, or has one beside ``timesteps``.
 
     Example:
         >>> import snnfast
@@ -269,12 +80,38 @@ def unroll(
     T, batch = (x.shape[0], x.shape[1]) if timesteps is None else (timesteps, x.shape[0])
     if is_stateful(model):
         return _alone(model, x if timesteps is None else x.expand(T, *x.shape), state)
-    program = _program(model, len(state))
+    program = program_of(model, len(state))
+    reading = _reading(tuple(x.shape), timesteps)
+    if _looks_misread(model, program, x, timesteps):
+        say_once(f"unroll: {reading}")
     hoists = timesteps is not None and program.hoists
     if not hoists:
         x = x.flatten(0, 1) if timesteps is None else _repeated(x, T)
     kinds = program.kinds if hoists else program.kinds_timed
-    return _Pass(model, program, kinds, T, batch, bn).run(x, state)
+    return _Pass(model, program, kinds, T, batch, bn, reading).run(x, state)
+
+
+def _reading(shape: tuple[int, ...], timesteps: int | None) -> str:
+    """How ``x`` was understood, for the error of a layer that it does not fit."""
+    if timesteps is None:
+        return (
+            f"x of shape {shape} was read as [T, B, ...], {shape[0]} time steps of {shape[1]} samples of shape "
+            f"{shape[2:]}; if it has no time axis, say how many steps it is to be given: unroll(model, x, timesteps=T)"
+        )
+    return (
+        f"x of shape {shape} was read as [B, ...], {shape[0]} samples of shape {shape[1:]}, each the same at "
+        f"timesteps={timesteps} steps; if it is a sequence [T, B, ...], leave timesteps out: unroll(model, x)"
+    )
+
+
+def _looks_misread(model: nn.Module, program: Program, x: Tensor, timesteps: int | None) -> bool:
+    """Whether a constant was most likely meant as a sequence, or images as a constant, where no layer would refuse it:
+    a linear layer takes the time axis as one more, flattening takes what is there. Other layers refuse."""
+    called = [n for n in program.placeholders[0].users if n.op == "call_module"]
+    first = [model.get_submodule(str(n.target)) for n in called]
+    if timesteps is not None:
+        return x.dim() > 2 and x.shape[0] == timesteps and any(isinstance(m, nn.Linear) for m in first)
+    return x.dim() > 3 and x.shape[1] == 1 and any(isinstance(m, nn.Flatten) for m in first)  # [B, 1, H, W]
 
 
 def _alone(neuron: nn.Module, x: Tensor, state: Sequence[Any]) -> Any:
@@ -306,9 +143,17 @@ class _Pass:
     """One run of a program. Timed values are tensors ``[T * B, ...]``."""
 
     def __init__(
-        self, model: nn.Module, program: _Program, kinds: dict[fx.Node, str], T: int, batch: int, bn: str
+        self,
+        model: nn.Module,
+        program: Program,
+        kinds: dict[fx.Node, str],
+        T: int,
+        batch: int,
+        bn: str,
+        reading: str,
     ) -> None:
         self.model, self.program, self.kinds, self.T, self.batch, self.bn = model, program, kinds, T, batch, bn
+        self.reading = reading
         self.values: dict[fx.Node, Any] = {}
 
     def run(self, x: Tensor, state: Sequence[Any]) -> Any:
@@ -317,11 +162,24 @@ class _Pass:
             if node.op == "output":
                 return _plain(fx.map_arg(node.args[0], self._returned))
             if node not in self.values:
-                self.values[node] = self._value(node)
+                try:
+                    self.values[node] = self._value(node)
+                except (RuntimeError, ValueError, IndexError) as error:
+                    if node in self.program.stateful or not self._fits_but_for_shape(node, error):
+                        raise
+                    raise ValueError(f"{node.name} cannot take what comes to it ({error}). {self.reading}") from error
         raise AssertionError("a graph ends with its output")
 
+    def _fits_but_for_shape(self, node: fx.Node, error: Exception) -> bool:
+        """Whether a call may have failed for its input's shape: dtypes and devices agree, and memory was enough."""
+        found = [v for n in node.all_input_nodes if isinstance(v := self.values[n], Tensor)]
+        if node.op == "call_module":
+            found += self.model.get_submodule(str(node.target)).parameters()
+        kinds = {(t.dtype, t.device) for t in found if t.is_floating_point()}
+        return bool(found) and len(kinds) == 1 and not isinstance(error, torch.OutOfMemoryError)
+
     def _returned(self, node: fx.Node) -> Any:
-        each = {_TIMED: self._unfolded, _CONSTANT: self._expanded}.get(self.kinds[node])
+        each = {TIMED: self._unfolded, CONSTANT: self._expanded}.get(self.kinds[node])
         value = self.values[node]
         if each is None:
             return value
@@ -334,21 +192,21 @@ class _Pass:
     def _expanded(self, t: Tensor, node: fx.Node) -> Tensor:
         return t.unsqueeze(0).expand(self.T, *t.shape)
 
-    def _unfolded(self, t: Tensor, node: fx.Node) -> Tensor:
+    def _unfolded(self, t: Tensor, node: fx.Node, use: str = "forward returns") -> Tensor:
         if not t.dim() or t.shape[0] != self.T * self.batch:
             raise ValueError(
-                f"{node.name}, which forward returns, has shape {tuple(t.shape)} where {self.T} steps of {self.batch} "
-                "samples come: it mixes samples, which unroll cannot take apart"
+                f"{node.name}, which {use}, has shape {tuple(t.shape)} where {self.T} steps of {self.batch} samples "
+                f"come: it mixes samples, which unroll cannot take apart. {self.reading}"
             )
         return t.unflatten(0, (self.T, self.batch))
 
     def _value(self, node: fx.Node) -> Any:
-        timed = self.kinds[node] == _TIMED
+        timed = self.kinds[node] == TIMED
         target: Any = node.target
 
         def value(n: fx.Node) -> Any:
             v = self.values[n]
-            return _repeated(v, self.T) if timed and self.kinds[n] == _CONSTANT and isinstance(v, Tensor) else v
+            return _repeated(v, self.T) if timed and self.kinds[n] == CONSTANT and isinstance(v, Tensor) else v
 
         if node.op == "get_attr":
             constants = self.program.constants
@@ -365,7 +223,7 @@ class _Pass:
         module: Any = self.model.get_submodule(target)
         if node in self.program.stateful:
             used: Any = {n.args[1] for n in node.users} if _unpacked(node) else None
-            x = self._unfolded(args[0], node)
+            x = self._unfolded(args[0], node.all_input_nodes[0], f"{target} takes")
             return run_over_time(module, target, x, args[1:], kwargs, used)
         if isinstance(module, _BatchNorm) and module.training and self.bn == "per_step":
             return self._batch_norm(module, args[0], timed)

@@ -60,6 +60,8 @@ def labels(given: Any, classes: int, values: bool) -> None:
     """Class indices ``[B]`` or probabilities ``[B, C]``; ``values`` to look at the indices too."""
     if not isinstance(given, Tensor):
         raise TypeError(f"labels must be a torch.Tensor, got {type(given).__name__}")
+    if not given.numel():
+        raise ValueError(f"labels must be at least one, got shape {tuple(given.shape)}: leave empty batches out")
     if given.is_floating_point():  # as mixup gives them
         if given.dim() != 2 or given.shape[1] != classes:
             raise ValueError(f"labels as probabilities must be [B, {classes}], got {tuple(given.shape)}")

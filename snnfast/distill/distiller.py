@@ -248,6 +248,11 @@ class Distiller(nn.Module):
             return raw
         if raw.dim() == 2 and self._timed and raw.shape[0] == self._timesteps(temporal) * B:
             return raw.unflatten(0, (-1, B))
+        T = self._timesteps(temporal) if raw.dim() == 2 and self._timed else 0
+        if raw.dim() == 3 or (T and not raw.shape[0] % T):
+            samples = raw.shape[1] if raw.dim() == 3 else raw.shape[0] // T
+            if samples and B not in raw.shape[:2] and raw.shape[-1] == self._classes:
+                raise ValueError(f"labels must be one for each sample, got {B} where the student gives {samples}")
         raise ValueError(
             f"student must return logits of every time step, [T, B, C] with B = {B}, as there are labels (or "
             f"[T * B, C] if it has modules with timesteps), got {tuple(raw.shape)}; leave the mean over time to readout"

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from ..convert.to_spiking import to_spiking
+from ..convert.to_spiking import OPTIONS, check_arguments, to_spiking
 
 Neuron = Callable[..., nn.Module]
 
@@ -22,12 +22,17 @@ def conv1x1(cin: int, cout: int, stride: int = 1) -> nn.Conv2d:
     return nn.Conv2d(cin, cout, 1, stride, bias=False)
 
 
+_OWN = ["num_classes", "in_channels", "timesteps", "neuron", "width"]  # arguments of each model
+
+
 def finish(ann: nn.Module, timesteps: int | None, neuron: Neuron | None, kwargs: dict[str, Any]) -> Any:
     """Initialise ``ann`` and, with ``timesteps``, make it spiking.
 
     Raises:
         ValueError: arguments for neurons, but no ``timesteps``.
+        TypeError: an argument that nobody takes.
     """
+    check_arguments("the model", neuron, kwargs, [*_OWN, *(o for o in OPTIONS if o not in _OWN)])
     for module in ann.modules():
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")

@@ -11,6 +11,7 @@ from typing import Any
 from .augment import KINDS
 from .data import EVENTS, NAMES
 from .errors import InputError, nearest
+from .models import arguments
 
 __all__ = ["LOSSES", "TEACHERLESS", "Config", "flag"]
 
@@ -193,6 +194,8 @@ class Config:
                 raise InputError("--cache-teacher needs --augment none: augmented images have other logits each time")
             if any("feature" in losses for losses in runs):
                 raise InputError("--cache-teacher keeps logits only: leave feature out of --distill")
+        arguments(self.model_args, "--model-args")
+        arguments(self.teacher_args, "--teacher-args")
         for pair in self.feature_pairs:
             if pair.count("=") != 1 or not all(pair.split("=")):
                 raise InputError(f"--feature-pairs must be STUDENT=TEACHER, got {pair!r}")

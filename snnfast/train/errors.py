@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Iterable
+from .._arguments import nearest
 
 __all__ = ["CheckpointError", "InputError", "Interrupted", "NonFiniteError", "TrainError", "nearest"]
 
@@ -36,14 +35,3 @@ class Interrupted(TrainError):
     """Ctrl-C or a termination signal."""
 
     exit_code = 130
-
-
-def nearest(name: str, known: Iterable[str], count: int = 3) -> str:
-    """``"; did you mean 'a' or 'b'?"``, or an empty string where nothing is near.
-
-    Example:
-        >>> nearest("epoch", ["epochs", "seed"])
-        "; did you mean 'epochs'?"
-    """
-    close = difflib.get_close_matches(name, list(known), count, 0.6)
-    return f"; did you mean {' or '.join(map(repr, close))}?" if close else ""

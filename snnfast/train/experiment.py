@@ -131,6 +131,11 @@ class _Networks:
         config = self.config
         extra = models.arguments(config.model_args, "--model-args")
         if ":" not in config.student:
+            if "neuron" in extra:
+                raise InputError(
+                    f"--model-args must not have neuron for {config.student}, got {extra['neuron']!r}: give --neuron "
+                    "if, lif or plif, or a module:function with a neuron of your own"
+                )
             extra = _neuron(config) | extra
             if self.dataset.has_time:
                 extra.setdefault("coding", "temporal")
@@ -243,7 +248,7 @@ def _run(config: Config, fabric: Any, display: Display) -> dict[str, Any]:
     if len(dataset.train) < config.batch_size:
         raise InputError(
             f"--batch-size {config.batch_size} is more than the {len(dataset.train)} training images: there would be "
-            "no batch"
+            f"no batch; give {len(dataset.train)} or less"
         )
     display.say(
         f"{dataset.name}: {len(dataset.train):,} training and {len(dataset.test):,} test images, {dataset.classes} "

@@ -37,12 +37,23 @@ def _function(name: str, what: str) -> Callable[..., nn.Module]:
         sys.path.insert(0, os.getcwd())  # a console script, unlike python -m, does not look here
     try:
         module = importlib.import_module(module_name)
-    except ImportError as error:
-        raise InputError(f"--{what} {name}: cannot import {module_name}: {error}") from None
+    except (ImportError, TypeError, ValueError) as error:  # the latter for a path in place of a module's name
+        why = error if isinstance(error, ImportError) else "it is no module's name, such as mynets or package.nets"
+        raise InputError(
+            f"--{what} {name}: cannot import {module_name}: {why}; it is looked for here ({os.getcwd()}) and among the "
+            "installed packages"
+        ) from None
     if not callable(getattr(module, attribute, None)):
         near = nearest(attribute, [n for n in dir(module) if not n.startswith("_")])
         raise InputError(f"--{what} {name}: {module_name} has no function {attribute!r}{near}")
     return getattr(module, attribute)
+
+
+_SET_HERE = {
+    "timesteps": "--timesteps sets it for the student, and a teacher has no time steps",
+    "num_classes": "the data decide it",
+    "in_channels": "the data decide it",
+}
 
 
 def arguments(pairs: Sequence[str], option: str) -> dict[str, Any]:
@@ -51,12 +62,19 @@ def arguments(pairs: Sequence[str], option: str) -> dict[str, Any]:
     Example:
         >>> arguments(["width=2", "act=relu"], "--model-args")
         {'width': 2, 'act': 'relu'}
+
+    Raises:
+        InputError: no such pair, a key that is there twice, or one that this command sets itself.
     """
     found: dict[str, Any] = {}
     for pair in pairs:
         key, equals, text = pair.partition("=")
         if not equals or not key.isidentifier():
-            raise InputError(f"{option} must be KEY=VALUE, got {pair!r}")
+            raise InputError(f"{option} must be KEY=VALUE without blanks, such as width=2, got {pair!r}")
+        if key in found:
+            raise InputError(f"{option} must name {key} once, got {' '.join(pairs)}")
+        if key in _SET_HERE:
+            raise InputError(f"{option} must not have {key}, got {pair!r}: {_SET_HERE[key]}")
         try:
             found[key] = ast.literal_eval(text)
         except (ValueError, SyntaxError):
@@ -79,6 +97,7 @@ def build(name: str, what: str, classes: int, channels: int, timesteps: int | No
         InputError: no such network, a missing package, or arguments that it does not take.
     """
     options: dict[str, Any] = {"num_classes": classes, **extra}
+    option = "--model-args" if what == "student" else "--teacher-args"
     library, _, rest = name.partition(":")
     if library in ("timm", "torchvision"):
         if timesteps is not None:
@@ -101,15 +120,27 @@ def build(name: str, what: str, classes: int, channels: int, timesteps: int | No
             missing = [k for k in options if k not in parameters]
             if missing == ["timesteps"] and timesteps is None:
                 del options["timesteps"]  # an ordinary ANN need not know of time
+            elif missing and (unknown := [k for k in missing if k in extra]):
+                raise InputError(
+                    f"{option} {unknown[0]}: {name} takes no argument {unknown[0]!r}{nearest(unknown[0], parameters)} "
+                    f"(it takes {', '.join(parameters)})"
+                )
             elif missing:
                 raise InputError(
                     f"--{what} {name} must take {', '.join(options)} as keyword arguments; {', '.join(missing)} is "
                     f"not among ({', '.join(parameters)})"
                 )
+        for key, value in extra.items():
+            default = parameters[key].default if key in parameters else None
+            if isinstance(value, str) and isinstance(default, (int, float)):
+                raise InputError(f"{option} {key} must be a number, such as {default}, got {value!r}")
     try:
         model = function(*args, **options)
     except (TypeError, ValueError, RuntimeError, KeyError) as error:
-        raise InputError(f"--{what} {name} cannot be made with {options}: {error}") from None
+        given = ", ".join(f"{k}={v.__name__ if isinstance(v, type) else repr(v)}" for k, v in options.items())
+        texts = [f"{k}={v}" for k, v in extra.items() if isinstance(v, str)]
+        read = f"; of {option}, {', '.join(texts)} was read as text (Python's are None, True, False)" if texts else ""
+        raise InputError(f"--{what} {name} cannot be made: {error}; it was called with {given}{read}") from None
     if not isinstance(model, nn.Module):
         raise InputError(f"--{what} {name} must return a torch.nn.Module, got {type(model).__name__}")
     return model

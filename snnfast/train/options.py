@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import importlib
+import re
 import sys
 import types
 import typing
@@ -35,6 +36,14 @@ class _Parser(argparse.ArgumentParser):
         if message.startswith("unrecognized arguments:"):
             first = message.split(": ", 1)[1].split()[0]
             message += nearest(first.split("=")[0], [flag(f.name) for f in fields(Config)])
+        option = re.match(r"argument (--[\w-]+): (?:invalid choice: '(.*?)'|expected )", message)
+        known = {flag(f.name): f.metadata for f in fields(Config)}
+        if option is not None and option[1] in known:
+            extra = known[option[1]]
+            if option[2] is not None:
+                message += nearest(option[2].lower(), extra["choices"])
+            else:
+                message += f": {option[1]} {extra.get('metavar', 'NAME')} ({extra['help']})"
         raise InputError(message)
 
 

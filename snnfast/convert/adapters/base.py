@@ -56,6 +56,11 @@ class Fused:
     def _unrolled(self, x_seq: Tensor, args: Any, kwargs: Any, used: set[int] | None) -> Any:
         return NotImplemented
 
+    def __repr__(self) -> str:
+        plan = self.__dict__.get("_snnfast_plan")  # none is made here: it may need values that a meta tensor lacks
+        how = f"not accelerated now: {plan}" if isinstance(plan, str) else "accelerated by snnfast"
+        return f"{super().__repr__()} [{how}]"  # behind what some libraries write themselves
+
     def _apply(self, *args: Any, **kwargs: Any) -> Any:
         self.__dict__.pop("_snnfast_plan", None)
         return super()._apply(*args, **kwargs)  # type: ignore[misc]

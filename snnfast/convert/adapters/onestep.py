@@ -50,7 +50,7 @@ class _Step(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_s: Any, grad_v: Any, grad_i: Any = None) -> tuple[Tensor | None, ...]:
-        saved = ctx.saved_tensors
+        saved = ops._saved(ctx)
         if grad_s is None and grad_v is None and grad_i is None:
             return (None,) * 9
         call, own_gradients = ctx.call

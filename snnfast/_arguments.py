@@ -1,0 +1,121 @@
+"""Arguments and names that are not there: errors that say which ones there are and which was meant."""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import inspect
+import math
+import sys
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, TypeVar
+
+__all__ = ["names_of", "nearest", "refuse_unknown", "says_what_it_takes", "without"]
+
+_Init = TypeVar("_Init", bound=Callable[..., None])
+
+# Arguments of other libraries' neurons in ours; docs/migration.md has the whole.
+_THEIRS = {
+    "beta": "snnTorch's beta is tau = 1 / (1 - beta){tau}, decay_input=False",
+    "threshold": "snnTorch's threshold is v_threshold",
+    "spike_grad": "snnTorch's spike_grad is surrogate_function, such as snnfast.surrogate.ATan()",
+    "reset_mechanism": "snnTorch's 'subtract' is v_reset=None, its 'zero' v_reset=0.0",
+    "init_hidden": "a neuron keeps its state by itself, until functional.reset_net: leave init_hidden out",
+    "learn_beta": "ParametricLIFNode learns its time constant",
+    "tau_mem_inv": "Norse's tau_mem_inv is tau = 1 / (dt * tau_mem_inv){tau}, with its dt of 0.001",
+    "v_th": "Norse's v_th is v_threshold",
+    "tau_mem": "sinabs' tau_mem is tau = 1 / (1 - exp(-1 / tau_mem)){tau}",
+    "spike_threshold": "sinabs' spike_threshold is v_threshold",
+    "surrogate_grad_fn": "sinabs' surrogate_grad_fn is surrogate_function, such as snnfast.surrogate.ATan()",
+    "alpha": "alpha is a surrogate's: surrogate_function=snnfast.surrogate.ATan(alpha=2.0)",
+    "T": "the number of time steps is timesteps",
+    "num_steps": "the number of time steps is timesteps",
+}
+_TAU: dict[str, Callable[[float], float]] = {
+    "beta": lambda beta: 1 / (1 - beta),
+    "tau_mem_inv": lambda rate: 1 / (0.001 * rate),
+    "tau_mem": lambda tau: 1 / (1 - math.exp(-1 / tau)),
+}
+
+
+def nearest(name: str, known: Iterable[str], count: int = 3) -> str:
+    """``"; did you mean 'a' or 'b'?"``, or an empty string where nothing is near.
+
+    Example:
+        >>> nearest("epoch", ["epochs", "seed"])
+        "; did you mean 'epochs'?"
+    """
+    close = difflib.get_close_matches(name, list(known), count, 0.6)
+    return f"; did you mean {' or '.join(map(repr, close))}?" if close else ""
+
+
+def _meant(name: str, value: Any, known: list[str]) -> str:
+    theirs = _THEIRS.get(name)
+    if theirs is None:
+        return nearest(name, known)
+    try:
+        tau = _TAU[name](value) if isinstance(value, (int, float)) else math.nan
+    except (KeyError, ZeroDivisionError, OverflowError):
+        tau = math.nan
+    return f": {theirs.format(tau=f' = {tau:g}' if 1 < tau < math.inf else '')}"
+
+
+def names_of(function: Callable[..., Any]) -> list[str] | None:
+    """The names by which ``function`` takes its arguments, ``None`` if it takes any name or does not tell."""
+    try:
+        parameters = inspect.signature(function).parameters.values()
+    except (TypeError, ValueError):
+        return None
+    if any(p.kind is p.VAR_KEYWORD for p in parameters):
+        return None
+    return [p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+
+
+def refuse_unknown(owner: str, given: Mapping[str, Any], known: list[str]) -> None:
+    """Refuse arguments of a neuron, or of what makes neurons, that it does not take.
+
+    Raises:
+        TypeError: naming each, what was meant if that can be told, and all that there are.
+
+    Example:
+        >>> refuse_unknown("IFNode", {"v_treshold": 2.0}, ["v_threshold", "v_reset"])
+        Traceback (most recent call last):
+        TypeError: IFNode takes no argument 'v_treshold'; did you mean 'v_threshold'? It takes v_threshold, v_reset
+    """
+    unknown = [f"{owner} takes no argument {k!r}{_meant(k, v, known)}" for k, v in given.items() if k not in known]
+    if unknown:
+        told = " ".join(text if text.endswith("?") else f"{text}." for text in unknown)
+        raise TypeError(f"{told} It takes {', '.join(known)}")
+
+
+def says_what_it_takes(init: _Init) -> _Init:
+    """An ``__init__`` of a neuron that refuses unknown arguments by :func:`refuse_unknown`; its signature stays."""
+    known = names_of(init)
+    assert known is not None
+    del known[0]  # self
+
+    @functools.wraps(init)
+    def checked(self: Any, *args: Any, **kwargs: Any) -> None:
+        refuse_unknown(type(self).__name__, kwargs, known)
+        init(self, *args, **kwargs)
+
+    return checked  # type: ignore[return-value]
+
+
+def without(module: str) -> Callable[[str], Any]:
+    """The ``__getattr__`` of a module that stands for SpikingJelly's of that name and has not all that it has."""
+    theirs = f"spikingjelly.activation_based.{module.rpartition('.')[2]}"
+
+    def missing(name: str) -> Any:
+        if name.startswith("_"):
+            raise AttributeError(f"module {module!r} has no attribute {name!r}")
+        told = f"module {module!r} has no attribute {name!r}"
+        if name.startswith("MultiStep"):
+            raise AttributeError(f"{told}: SpikingJelly's older {name} is {name[9:]}(..., step_mode='m')")
+        near = nearest(name, [known for known in dir(sys.modules[module]) if not known.startswith("_")])
+        raise AttributeError(
+            f"{told}{near}{' What' if near else '; what'} SpikingJelly has and this has not keeps its import, {theirs},"
+            " and works beside it"
+        )
+
+    return missing

@@ -1,0 +1,206 @@
+"""The graph of a model's step for :func:`snnfast.unroll`, and how each of its values depends on time."""
+
+from __future__ import annotations
+
+import inspect
+import operator
+import weakref
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.dropout import _DropoutNd
+
+from .stepping import is_stateful
+
+__all__ = ["CONSTANT", "FINAL", "PARAMETER", "TIMED", "Program", "program_of"]
+
+PARAMETER, CONSTANT, TIMED, FINAL = "parameter", "constant", "timed", "final"  # how a value depends on time
+
+_REWRITE = """{why}. unroll takes a model whose forward is one time step:
+
+    def forward(self, x, {states}):          # [B, ...], not [T, B, ...]
+        cur = self.fc(x)
+        spk, mem = self.lif(cur, mem)        # or a neuron that keeps its own state
+        return spk, mem                      # no loop over time, nothing collected in lists
+
+    spk, mem = snnfast.unroll(model, x, timesteps=T, state=({example},))   # [T, B, ...] each"""
+
+
+def _loop_error(why: str) -> ValueError:
+    return ValueError(_REWRITE.format(why=why, states="mem", example="torch.zeros(0)"))
+
+
+_CONTAINERS = (nn.Module, nn.Sequential, nn.ModuleList, nn.ModuleDict)
+
+
+class _Tracer(fx.Tracer):
+    """Torch's layers and every neuron are one node each; everything else is looked into, and so is a layer's subclass
+    with a neuron inside."""
+
+    def is_leaf_module(self, m: nn.Module, name: str) -> bool:
+        if is_stateful(m):
+            return True
+        if any(is_stateful(child) for child in m.modules()):
+            return False
+        return any(c.__module__.startswith("torch.nn.") and c not in _CONTAINERS for c in type(m).__mro__)
+
+
+class Program:
+    """The graph of a model's step and what each of its nodes depends on. It holds names, no modules."""
+
+    def __init__(self, model: nn.Module, given: int) -> None:
+        parameters = list(inspect.signature(model.forward).parameters.values())
+        concrete = {p.name: p.default for p in parameters[1 + given :] if p.default is not p.empty}
+        missing = [
+            p.name for p in parameters[1 + given :] if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD
+        ]
+        if missing:
+            raise TypeError(
+                f"forward also takes {', '.join(missing)}: give what the loop passes before the first step, "
+                f"state=({', '.join(p.name for p in parameters[1 : 1 + given + len(missing)])},)"
+            )
+        before = {m: dict(m.__dict__) for m in model.modules() if not is_stateful(m)}
+        buffers = [(m, name, b, b._version, b.detach().clone()) for m in before for name, b in _buffers_of(m)]
+        try:
+            self.graph = _Tracer().trace(model, concrete_args=concrete)
+        except (fx.proxy.TraceError, TypeError) as error:
+            _refuse_norms_with_neurons(model, error)
+            raise _loop_error(
+                f"{type(model).__name__}.forward depends on the values or the length of its input ({error}), as a "
+                "forward with its own loop over time does"
+            ) from error
+        finally:
+            kept = [m for m, held in before.items() if any(isinstance(v, fx.Proxy) for v in m.__dict__.values())]
+            for m in kept:
+                m.__dict__.clear()
+                m.__dict__.update(before[m])
+            written = [
+                (m, name) for m, name, b, version, _ in buffers if m._buffers[name] is not b or b._version != version
+            ]
+            for m, name, b, _, value in buffers:
+                if (m, name) in written:
+                    m._buffers[name] = b
+                    with torch.no_grad():
+                        b.copy_(value)
+        if written:
+            m, name = written[0]
+            _refuse_norms_with_neurons(m, None)
+            raise ValueError(
+                f"{type(m).__name__} writes its buffer {name} in forward, which unroll would do once and the loop does "
+                "at every step"
+            )
+        if kept:
+            raise ValueError(
+                f"{type(kept[0]).__name__} keeps a result of its forward as an attribute: unroll cannot tell state "
+                "from a record. Return it instead, or make the module one of the neurons that unroll knows"
+            )
+        # What fx keeps of tensors made in forward goes into this object, not into the model.
+        made = [name for name in model.__dict__ if name.startswith("_tensor_constant") and name not in before[model]]
+        self.constants = {name: model.__dict__.pop(name) for name in made}
+        self.placeholders = self._placeholders(1 + given)
+        modules = dict(model.named_modules())
+        self.stateful = [n for n in self.graph.nodes if n.op == "call_module" and is_stateful(modules[n.target])]
+        self._check_neurons()
+        self.kinds = self._kinds(modules, constant=True)
+        self.hoists = not any(self._mixes(n) for n in self.graph.nodes)
+        self.kinds_timed = self._kinds(modules, constant=False)
+
+    def _placeholders(self, given: int) -> list[fx.Node]:
+        """The arguments that are given; those with a default leave the graph, with fx's checks of them."""
+
+        def erase(node: fx.Node) -> None:
+            for user in list(node.users):
+                erase(user)
+            self.graph.erase_node(node)
+
+        found = [n for n in self.graph.nodes if n.op == "placeholder"]
+        for node in found[given:]:
+            erase(node)
+        return found[:given]
+
+    def _check_neurons(self) -> None:
+        targets = [n.target for n in self.stateful]
+        twice = [t for t in targets if targets.count(t) > 1]
+        if twice:
+            raise _loop_error(
+                f"{twice[0]} is called {targets.count(twice[0])} times in one forward, as in a loop over time"
+            )
+        self.state_of: dict[fx.Node, fx.Node] = {}
+        for node in self.stateful:
+            for argument in node.all_input_nodes[1:]:
+                if argument not in self.placeholders[1:]:
+                    raise ValueError(
+                        f"the state given to {node.target} is computed inside forward ({argument}): it must be an "
+                        "argument of forward, or be left to the neuron"
+                    )
+                self.state_of[argument] = node
+        for placeholder in self.placeholders[1:]:
+            users = set(placeholder.users)
+            if not users <= {self.state_of.get(placeholder)}:
+                other = next(iter(users - {self.state_of.get(placeholder)}))
+                raise ValueError(
+                    f"{placeholder.target} is used by {other.name}, which is no neuron's state: the step needs what a "
+                    "later layer gave in the step before. Such a recurrence can only be run step by step"
+                )
+
+    def _kinds(self, modules: dict[str, nn.Module], constant: bool) -> dict[fx.Node, str]:
+        kinds: dict[fx.Node, str] = {}
+        for node in self.graph.nodes:
+            if node.op == "placeholder":
+                first = node is self.placeholders[0]
+                kinds[node] = (CONSTANT if constant else TIMED) if first else FINAL
+            elif node.op == "get_attr":
+                kinds[node] = PARAMETER
+            elif node in self.stateful:
+                kinds[node] = TIMED
+            elif node.op == "call_module" and isinstance(modules[node.target], _DropoutNd):
+                kinds[node] = TIMED  # a mask for each step
+            else:
+                found = {kinds[n] for n in node.all_input_nodes}
+                kinds[node] = next((k for k in (TIMED, CONSTANT) if k in found), PARAMETER)
+        return kinds
+
+    def _mixes(self, node: fx.Node) -> bool:
+        """Whether a timed function takes a number that was read from the constant input: its batch size, say."""
+        return (
+            self.kinds[node] == TIMED
+            and node not in self.stateful
+            and any(self.kinds[n] == CONSTANT and _reads_shape(n) for n in node.all_input_nodes)
+        )
+
+
+def _reads_shape(node: fx.Node) -> bool:
+    if node.op == "call_method" and node.target in ("size", "dim", "numel"):
+        return True
+    if node.op == "call_function" and node.target in (getattr, len):
+        return True
+    inputs = node.all_input_nodes
+    return node.op == "call_function" and node.target is operator.getitem and any(_reads_shape(n) for n in inputs)
+
+
+def _refuse_norms_with_neurons(model: nn.Module, error: Exception | None) -> None:
+    for name, m in model.named_modules():
+        if isinstance(m, _BatchNorm) and any(map(is_stateful, m.modules())):
+            raise ValueError(
+                f"{name or 'the model'} ({type(m).__name__}) is a batch norm with a neuron inside, which unroll cannot "
+                "take apart: make the neuron a module of its own after it"
+            ) from error
+
+
+def _buffers_of(module: nn.Module) -> list[tuple[str, Tensor]]:
+    return [(name, b) for name, b in module._buffers.items() if b is not None]
+
+
+_programs: weakref.WeakKeyDictionary[nn.Module, dict[Any, Program]] = weakref.WeakKeyDictionary()
+
+
+def program_of(model: nn.Module, given: int) -> Program:
+    """The traced model, once for each mode and number of states; again when a submodule was exchanged."""
+    known = _programs.setdefault(model, {})
+    key = (given, model.training, tuple(map(id, model.modules())))
+    if key not in known:
+        known.clear()
+        known[key] = Program(model, given)
+    return known[key]
