@@ -263,10 +263,10 @@ double backward_tile(const Call& c, int64_t begin, int64_t end, const BackwardSc
   return grad_decay;
 }
 
-// The usual call of four steps, one loop over whole vectors of neurons with the tape in registers: the loads of the
-// next neurons overlap the arithmetic of these, and nothing but the gradients is written. Returns where the loop ended.
-template <class Neuron, class T, bool stream, class R>
-int64_t backward_four_steps(const Call& c, int64_t begin, int64_t end, DecaySum<R>& decay) {
+// A large call of four steps, one loop over whole vectors of neurons with the tape in registers: the loads of the next
+// neurons overlap the arithmetic of these. In the caches the rows are as fast. Returns where the loop ended.
+template <class Neuron, class T, class R>
+int64_t stream_four_steps_backward(const Call& c, int64_t begin, int64_t end, DecaySum<R>& decay) {
   constexpr int kT = 4;
   using V = typename VectorOf<R>::type;
   constexpr int64_t lanes = sizeof(V) / sizeof(R), further = kPrefetchBytes / 4 / int64_t(sizeof(T));
@@ -307,7 +307,7 @@ int64_t backward_four_steps(const Call& c, int64_t begin, int64_t end, DecaySum<
         const V tape[1] = {h[t]}, start[1] = {before[t]};
         const V out = Neuron::step_backward(load(grad_s + t * N + i, (V*)nullptr), grad_state, tape, start,
                                             derivative[t], own, p, grads);
-        store<stream>(grad_x + t * N + i, out);
+        store<true>(grad_x + t * N + i, out);
       }
       if (grad_v0) store<false>(grad_v0 + i, grad_state[0]);
       if constexpr (Neuron::kLearnable) decay.add(grads.decay);
@@ -326,12 +326,12 @@ void backward_block(const Call& c, int64_t index, int64_t begin, int64_t end,
   DecaySum<R> in_vectors;
   double grad_decay = 0;
   int64_t done = begin;
-  if constexpr (kFitsRegisters<Neuron, T>) {
+  if constexpr (stream && kFitsRegisters<Neuron, T>) {
     // Stores past the caches need every row aligned.
-    const bool aligned = !stream || (aligned_to(static_cast<T*>(c.grad_x) + begin, kVectorBytes / sizeof(R)) &&
-                                     (c.N * sizeof(T)) % kVectorBytes == 0);
+    const bool aligned = aligned_to(static_cast<T*>(c.grad_x) + begin, kVectorBytes / sizeof(R)) &&
+                         (c.N * sizeof(T)) % kVectorBytes == 0;
     if (c.T == 4 && c.grad_s && !c.grad_v_seq && aligned)
-      done = backward_four_steps<Neuron, T, stream>(c, begin, end, in_vectors);
+      done = stream_four_steps_backward<Neuron, T>(c, begin, end, in_vectors);
   }
   const int64_t tile = c.T <= kFewSteps ? kTile : end - begin;
   for (int64_t b = done; b < end; b += tile)
