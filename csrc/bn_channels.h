@@ -3,6 +3,7 @@
 // float64, as channel_kernel does it on a GPU (cuda_bn_kernels.cuh), rounded once to the state's type.
 #pragma once
 
+#include "bn_formulas.h"
 #include "bn_neuron.h"
 
 namespace snnfast {
@@ -100,30 +101,28 @@ bool norm_statistics(const BatchNorm& n) {
   if (!run_rows(b, kStatistics)) return false;
   const double count = count_of(b);
   for (int64_t i = 0; i < vectors; ++i) {
-    const double away = sums(i, 0) / count, var = sums(i, 1) / count - away * away;
-    n.mean[i] = first.get(0, i) + away;
-    n.var[i] = var < 0 ? 0 : var;
+    const ChannelMoments found = channel_moments(first.get(0, i), sums(i, 0), sums(i, 1), count);
+    n.mean[i] = found.mean;
+    n.var[i] = found.var;
     if (!n.running_mean) continue;
     const int64_t channel = i % b.channels;
-    move_element(n.running_mean, n.running_dtype, channel, n.mean[i], n.momentum);
-    move_element(n.running_var, n.running_dtype, channel, n.var[i] * (count / (count - 1)), n.momentum);
+    move_element(n.running_mean, n.running_dtype, channel, found.mean, n.momentum);
+    move_element(n.running_var, n.running_dtype, channel, unbiased(found.var, count), n.momentum);
   }
   return true;
 }
 
-// shift is made from the rounded scale, so that a large mean does not magnify that rounding.
 enum { kScale, kShift, kCentre, kSlope, kOffset };
 template <class R>
 void make_constants(const BatchNorm& n, ChannelArrays<R>& to, bool centre) {
   for (int64_t i = 0; i < n.norm.groups * n.norm.channels; ++i) {
     const int64_t channel = i % n.norm.channels;
-    double scale = 1.0 / sqrt(n.var[i] + n.eps);
-    if (n.weight) scale *= element(n.weight, n.weight_dtype, channel);
-    const R rounded = R(scale);
-    const double shift = n.bias ? element(n.bias, n.bias_dtype, channel) : 0.0;
-    to.set(kScale, i, rounded);
-    to.set(kShift, i, R(shift - n.mean[i] * double(rounded)));
-    if (centre) to.set(kCentre, i, R(n.mean[i]));
+    const double weight = n.weight ? element(n.weight, n.weight_dtype, channel) : 1.0;
+    const double bias = n.bias ? element(n.bias, n.bias_dtype, channel) : 0.0;
+    const ChannelConstants<R> found = channel_constants<R>(n.mean[i], n.var[i], n.eps, weight, bias);
+    to.set(kScale, i, found.scale);
+    to.set(kShift, i, found.shift);
+    if (centre) to.set(kCentre, i, found.centre);
   }
 }
 
@@ -160,15 +159,13 @@ bool norm_backward(const BatchNorm& n) {
   for (int64_t channel = 0; channel < b.channels; ++channel) {
     double grad_weight = 0, grad_bias = 0;
     for (int64_t i = channel; i < b.groups * b.channels; i += b.channels) {
-      const double scale = double(constants.get(kScale, i)), rstd = 1.0 / sqrt(n.var[i] + n.eps);
-      const double offcentre = n.mean[i] - double(constants.get(kCentre, i));  // what rounding the mean left
-      const double sum_gx = sums(i, 1) - offcentre * sums(i, 0);
-      grad_weight += sum_gx * rstd;
-      grad_bias += sums(i, 0);
+      const ChannelGradients<R> found = channel_gradients<R>(n.mean[i], n.var[i], n.eps, constants.get(kScale, i),
+                                                             constants.get(kCentre, i), sums(i, 0), sums(i, 1), count);
+      grad_weight += found.weight;
+      grad_bias += found.bias;
       if (!b.batch_statistics) continue;
-      const double slope = scale * rstd * rstd * sum_gx / -count;
-      constants.set(kSlope, i, R(slope));
-      constants.set(kOffset, i, R(scale * sums(i, 0) / -count - slope * offcentre));
+      constants.set(kSlope, i, found.slope);
+      constants.set(kOffset, i, found.offset);
     }
     static_cast<R*>(n.grad_weight)[channel] = R(grad_weight);
     static_cast<R*>(n.grad_bias)[channel] = R(grad_bias);

@@ -13,6 +13,7 @@
 
 #include <type_traits>
 
+#include "bn_formulas.h"
 #include "cuda_bn.h"
 #include "cuda_kernels.cuh"
 
@@ -222,31 +223,28 @@ __device__ inline void finish_statistics(const BatchNormJob& job) {
     double sums[2];
     add_partials(job, group, channel, sums);
     if (threadIdx.x != 0) continue;
-    const double away = sums[0] / count, square = sums[1] / count - away * away, var = square < 0 ? 0 : square;
-    const double mean = first_of(job, group, channel) + away;
-    b.mean[group * channels + channel] = mean;
-    b.var[group * channels + channel] = var;
+    const ChannelMoments found = channel_moments(first_of(job, group, channel), sums[0], sums[1], count);
+    b.mean[group * channels + channel] = found.mean;
+    b.var[group * channels + channel] = found.var;
     if (!b.running_mean) continue;
-    move_element(b.running_mean, b.running_dtype, channel, mean, b.momentum);
-    move_element(b.running_var, b.running_dtype, channel, var * (count / (count - 1)), b.momentum);
+    move_element(b.running_mean, b.running_dtype, channel, found.mean, b.momentum);
+    move_element(b.running_var, b.running_dtype, channel, unbiased(found.var, count), b.momentum);
   }
 }
 
-// A thread for each group and channel. shift is made from the rounded scale, so that a large mean does not magnify that
-// rounding.
+// A thread for each group and channel.
 template <class R>
 SNNFAST_DEVICE void make_constants(const BatchNormJob& job) {
   const BatchNorm& b = job.b;
   const int64_t i = int64_t(blockIdx.x) * kThreads + threadIdx.x;
   if (i >= b.norm.groups * b.norm.channels) return;
   const int64_t channel = i % b.norm.channels;
-  double scale = 1.0 / sqrt(b.var[i] + b.eps);
-  if (b.weight) scale *= element(b.weight, b.weight_dtype, channel);
-  const R rounded = R(scale);
-  const double shift = b.bias ? element(b.bias, b.bias_dtype, channel) : 0.0;
-  static_cast<R*>(job.scale)[i] = rounded;
-  static_cast<R*>(job.shift)[i] = R(shift - b.mean[i] * double(rounded));
-  static_cast<R*>(job.centre)[i] = R(b.mean[i]);
+  const double weight = b.weight ? element(b.weight, b.weight_dtype, channel) : 1.0;
+  const double bias = b.bias ? element(b.bias, b.bias_dtype, channel) : 0.0;
+  const ChannelConstants<R> found = channel_constants<R>(b.mean[i], b.var[i], b.eps, weight, bias);
+  static_cast<R*>(job.scale)[i] = found.scale;
+  static_cast<R*>(job.shift)[i] = found.shift;
+  static_cast<R*>(job.centre)[i] = found.centre;
 }
 
 // A block for each channel, and one for the decay: gradients of the norm's parameters and, for the second reading,
@@ -268,16 +266,15 @@ __device__ inline void finish_backward(const BatchNormJob& job) {
     double sums[2];
     add_partials(job, group, channel, sums);
     const int64_t i = group * b.norm.channels + channel;
-    const double centre = double(static_cast<const R*>(job.centre)[i]), offcentre = b.mean[i] - centre;
-    const double rstd = 1.0 / sqrt(b.var[i] + b.eps), scale = double(static_cast<const R*>(job.scale)[i]);
-    const double sum_gx = sums[1] - offcentre * sums[0];
-    grad_weight += sum_gx * rstd;
-    grad_bias += sums[0];
-    if (threadIdx.x != 0) continue;
     const double count = double(b.norm.call.T / b.norm.groups) * double(job.grid.rows) * double(b.norm.inner);
-    const double slope = b.norm.batch_statistics ? scale * rstd * rstd * sum_gx / -count : 0.0;
-    static_cast<R*>(job.slope)[i] = R(slope);
-    static_cast<R*>(job.offset)[i] = R(b.norm.batch_statistics ? scale * sums[0] / -count - slope * offcentre : 0.0);
+    const ChannelGradients<R> found =
+        channel_gradients<R>(b.mean[i], b.var[i], b.eps, static_cast<const R*>(job.scale)[i],
+                             static_cast<const R*>(job.centre)[i], sums[0], sums[1], count);
+    grad_weight += found.weight;
+    grad_bias += found.bias;
+    if (threadIdx.x != 0) continue;
+    static_cast<R*>(job.slope)[i] = b.norm.batch_statistics ? found.slope : R(0);
+    static_cast<R*>(job.offset)[i] = b.norm.batch_statistics ? found.offset : R(0);
   }
   if (threadIdx.x != 0) return;
   static_cast<R*>(b.grad_weight)[channel] = R(grad_weight);
