@@ -7,7 +7,7 @@
 namespace snnfast {
 namespace {
 
-constexpr int64_t kMostConstantSteps = 16;  // CONSTANT_STEPS in snnfast/ops.py
+constexpr int64_t kMostConstantSteps = 16;  // CONSTANT_STEPS in snnfast/constant_input.py
 
 template <class Neuron>
 constexpr bool kTakesConstantInput = Neuron::kOwn == 0 && Neuron::kStates == 1 && Neuron::kTape == 1;

@@ -31,6 +31,7 @@ from .network import (
     temporal_efficient_training_cross_entropy,
 )
 from .surrogate import Sigmoid, SurrogateLike, is_fused, recognise
+from .tensors import time_major
 
 __all__ = [
     "chunk_multi_step_forward",
@@ -229,7 +230,7 @@ def multi_step(
                 neuron, surrogate_function, v_init,
                 tau, decay_input, v_threshold, v_reset, v_leak, detach_reset, strict, multi_spike, resets, store_v_seq,
             )  # fmt: skip
-            inputs = Inputs(ops.time_major(x_seq), v0, i if isinstance(i, Tensor) else None, decay, *own)
+            inputs = Inputs(time_major(x_seq), v0, i if isinstance(i, Tensor) else None, decay, *own)
             s, v, i, v_seq = ops.multi_step(inputs, constants, chosen)
             return s, (v, i) if isinstance(state, tuple) else v, v_seq
         if backend not in ("auto", "reference"):

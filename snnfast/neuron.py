@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
-from . import backends, dynamics, functional, ops
+from . import backends, constant_input, dynamics, functional, ops
 from ._arguments import says_what_it_takes, without
 from .base import MemoryModule
 from .dynamics import Constants, Neuron, Parameters
@@ -255,7 +255,7 @@ class BaseNode(MemoryModule):
             and not any(_ALL_MODULES_HOOKS)
             and not self._store_v_seq
             and self._backend in ("auto", "native")
-            and ops.takes_constant_input(x, self.timesteps)
+            and constant_input.serves(x, self.timesteps)
             and is_fused(recognise(self.surrogate_function))
         )
         if fits:
@@ -265,7 +265,7 @@ class BaseNode(MemoryModule):
     def _run_constant(self, x: Tensor) -> Tensor:
         """``[B, *]``, the same at every step -> spikes ``[T * B, *]``."""
         v0, v_init, decay = self._state_and_decay(x.unsqueeze(0))
-        s, self.v = ops.constant_input(x, self.timesteps, v0, decay, self._constants(v_init))  # type: ignore[arg-type]
+        s, self.v = constant_input.multi_step(x, self.timesteps, v0, decay, self._constants(v_init))  # type: ignore[arg-type]
         self.v_seq = None
         return s.flatten(0, 1)
 

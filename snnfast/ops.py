@@ -17,6 +17,7 @@ from torch.autograd import forward_ad
 from . import backends, dynamics
 from .dynamics import NEURONS, STORE_V_SEQ, Constants, Inputs
 from .surrogate import SURROGATES, Scaled, apply
+from .tensors import empty_sequence, empty_state, is_plain, is_time_major, laid_out_as, nothing, saveable, time_major
 
 _INPUTS = (
     "Tensor x, Tensor? v0, Tensor? i0, Tensor? decay, Tensor? threshold, Tensor? beta, Tensor? current_decay, "
@@ -32,47 +33,6 @@ _library.define(
 )
 _OUTPUTS, _GIVEN = 4, len(Inputs._fields)
 _FIRST_OWN = 4  # index in Inputs: before it x, v0, i0, decay
-
-
-# ---- layout ----
-def is_time_major(x: Tensor) -> bool:
-    """Whether ``x`` fills its memory without gaps and time is its outermost stride (channels_last is fine)."""
-    if x.is_contiguous():
-        return True
-    expected = 1
-    for stride, size in sorted(zip(x.stride()[1:], x.shape[1:], strict=True)):
-        if size != 1:
-            if stride != expected:
-                return False
-            expected *= size
-    return x.shape[0] == 1 or x.stride(0) == expected
-
-
-def time_major(x: Tensor) -> Tensor:
-    """``x`` itself where kernels can walk through it, else a contiguous copy."""
-    return x if is_time_major(x) else x.contiguous()
-
-
-def _empty_state(x: Tensor) -> Tensor:
-    """One state per neuron, laid out as one time step of ``x``."""
-    if x.dtype is torch.float32:  # the usual call, in less time
-        return x.new_empty_strided(x.shape[1:], x.stride()[1:])
-    return torch.empty_strided(x.shape[1:], x.stride()[1:], dtype=dynamics.state_dtype(x.dtype), device=x.device)
-
-
-def _empty_sequence(x: Tensor) -> Tensor:
-    return torch.empty_strided(x.shape, x.stride(), dtype=dynamics.state_dtype(x.dtype), device=x.device)
-
-
-def _nothing(x: Tensor) -> Tensor:
-    return torch.empty(0, dtype=dynamics.state_dtype(x.dtype), device=x.device)
-
-
-def _laid_out_as(t: Tensor | None, like: Tensor, dtype: torch.dtype) -> Tensor | None:
-    """``t`` in the memory layout and dtype of ``like``: gradients and states may come in any."""
-    if t is None or (t.dtype == dtype and t.stride() == like.stride()):
-        return t
-    return torch.empty_strided(like.shape, like.stride(), dtype=dtype, device=like.device).copy_(t)
 
 
 # ---- the ops ----
@@ -93,16 +53,16 @@ def _prepared(inputs: Inputs) -> Inputs:
     if _fits(v0, stride, dtype) and own[0] is None:
         return inputs  # what nearly every call looks like, so it shall cost nothing
     step = x[0]
-    own = [t if t is None or t.numel() == 1 else _laid_out_as(t.expand_as(step), step, dtype) for t in own]
-    return Inputs(x, _laid_out_as(v0, step, dtype), _laid_out_as(i0, step, dtype), decay, *own)
+    own = [t if t is None or t.numel() == 1 else laid_out_as(t.expand_as(step), step, dtype) for t in own]
+    return Inputs(x, laid_out_as(v0, step, dtype), laid_out_as(i0, step, dtype), decay, *own)
 
 
 def _run_forward(inputs: Inputs, constants: Constants, backend: int) -> Outputs:
     inputs = _prepared(inputs)
     x = inputs.x
-    s, v = torch.empty_like(x), _empty_state(x)
-    i = _empty_state(x) if len(NEURONS[constants.neuron].states) > 1 else None
-    v_seq = _empty_sequence(x) if constants.flags & STORE_V_SEQ else None
+    s, v = torch.empty_like(x), empty_state(x)
+    i = empty_state(x) if len(NEURONS[constants.neuron].states) > 1 else None
+    v_seq = empty_sequence(x) if constants.flags & STORE_V_SEQ else None
     if x.numel():
         backends.KERNELS[backend].forward(constants, inputs, s, v, i, v_seq)
     return s, v, i, v_seq
@@ -118,18 +78,18 @@ def _run_backward(
 ) -> tuple[Tensor | None, ...]:
     inputs = _prepared(given)
     x = inputs.x
-    states = tuple(None if t is None else _empty_state(x) for t in inputs[1:3])
+    states = tuple(None if t is None else empty_state(x) for t in inputs[1:3])
     grad_x = torch.empty_like(x)
     grad_decay = None if inputs.decay is None else torch.zeros_like(inputs.decay)
-    own = tuple(_empty_state(x) if own_gradients and t is not None else None for t in inputs[_FIRST_OWN:])
+    own = tuple(empty_state(x) if own_gradients and t is not None else None for t in inputs[_FIRST_OWN:])
     if x.numel():
         dtype = dynamics.state_dtype(x.dtype)
         grad_s, grad_v, grad_i, grad_v_seq = grads
         grads = (
-            _laid_out_as(grad_s, x, x.dtype),
-            None if grad_v is None else _laid_out_as(grad_v, x[0], dtype),
-            None if grad_i is None else _laid_out_as(grad_i, x[0], dtype),
-            _laid_out_as(grad_v_seq, x, dtype),
+            laid_out_as(grad_s, x, x.dtype),
+            None if grad_v is None else laid_out_as(grad_v, x[0], dtype),
+            None if grad_i is None else laid_out_as(grad_i, x[0], dtype),
+            laid_out_as(grad_v_seq, x, dtype),
         )
         backends.KERNELS[backend].backward(constants, grads, inputs, grad_x, *states, grad_decay, *own)
     own_sums = (
@@ -140,7 +100,7 @@ def _run_backward(
 
 def _or_nothing(x: Tensor, *results: Tensor | None) -> tuple[Tensor, ...]:
     """An op has a fixed number of outputs; empty ones stand for those that there are not."""
-    return tuple(_nothing(x) if r is None else r for r in results)
+    return tuple(nothing(x) if r is None else r for r in results)
 
 
 def _split(args: Sequence[Any]) -> tuple[Inputs, Constants, int]:
@@ -164,9 +124,9 @@ _library.impl("multi_step_backward", _multi_step_backward, "CompositeExplicitAut
 def _multi_step_fake(*args: Any) -> tuple[Tensor, ...]:
     inputs, constants, _ = _split(args)
     x = time_major(inputs.x)
-    i = _empty_state(x) if len(NEURONS[constants.neuron].states) > 1 else _nothing(x)
-    v_seq = _empty_sequence(x) if constants.flags & STORE_V_SEQ else _nothing(x)
-    return torch.empty_like(x), _empty_state(x), i, v_seq
+    i = empty_state(x) if len(NEURONS[constants.neuron].states) > 1 else nothing(x)
+    v_seq = empty_sequence(x) if constants.flags & STORE_V_SEQ else nothing(x)
+    return torch.empty_like(x), empty_state(x), i, v_seq
 
 
 @torch.library.register_fake("snnfast::multi_step_backward")
@@ -175,10 +135,10 @@ def _multi_step_backward_fake(*args: Any) -> tuple[Tensor, ...]:
     x = time_major(inputs.x)
     return (
         torch.empty_like(x),
-        *(_nothing(x) if t is None else _empty_state(x) for t in inputs[1:3]),
-        _nothing(x) if inputs.decay is None else torch.empty_like(inputs.decay),
+        *(nothing(x) if t is None else empty_state(x) for t in inputs[1:3]),
+        nothing(x) if inputs.decay is None else torch.empty_like(inputs.decay),
         *(
-            summed(_empty_state(x), t.shape) if own_gradients and t is not None else _nothing(x)
+            summed(empty_state(x), t.shape) if own_gradients and t is not None else nothing(x)
             for t in inputs[_FIRST_OWN:]
         ),
     )
@@ -397,30 +357,6 @@ def _reference(inputs: Inputs, c: Constants) -> Outputs:
     return (s, *state, v_seq) if isinstance(state, tuple) else (s, state, None, v_seq)
 
 
-def is_unwatched() -> bool:
-    """Whether nobody looks at calls now: no compilation or trace, no torch.func transform or tangents, no mode."""
-    return (
-        not torch.compiler.is_compiling()
-        and not torch._C._are_functorch_transforms_active()
-        and not torch._C._len_torch_dispatch_stack()
-        and forward_ad._current_level < 0
-        and torch._C._get_tracing_state() is None
-    )
-
-
-def _is_plain(x: Tensor) -> bool:
-    """Whether nobody looks at a call with this tensor, which is no subclass and has its own values in memory."""
-    return type(x) is Tensor and is_unwatched() and not x.is_neg() and (x.is_cpu or x.device.type != "meta")
-
-
-def saveable(tensors: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
-    """Copies of those that inference mode made, a state say, for autograd saves no such tensor."""
-    for t in tensors:
-        if t is not None and t.is_inference():
-            return [None if t is None else t.clone() if t.is_inference() else t for t in tensors]
-    return tensors
-
-
 def multi_step(inputs: Inputs, constants: Constants, backend: int) -> Outputs:
     """Run a fused neuron over time: ``(s, v, i, v_seq)``, with ``i`` and ``v_seq`` ``None`` where there is none.
 
@@ -428,7 +364,7 @@ def multi_step(inputs: Inputs, constants: Constants, backend: int) -> Outputs:
     :data:`snnfast.backends.KERNELS`.
     """
     needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
-    if _is_plain(inputs.x):
+    if is_plain(inputs.x):
         if needs_grad:
             return _EagerMultiStep.apply(constants, backend, *saveable(inputs))
         return _run_forward(inputs, constants, backend)
@@ -439,98 +375,6 @@ def multi_step(inputs: Inputs, constants: Constants, backend: int) -> Outputs:
         s, v, i, v_seq = _forward_op(*args)
     has_i = len(NEURONS[constants.neuron].states) > 1
     return s, v, i if has_i else None, v_seq if constants.flags & STORE_V_SEQ else None
-
-
-# ---- an input that is the same at every step ----
-CONSTANT_STEPS = 16  # the most that the kernels take
-
-
-def _constant_call(
-    x: Tensor, T: int, v0: Tensor | None, decay: Tensor | None, constants: Constants
-) -> tuple[Constants, Inputs]:
-    flags = constants.flags | dynamics.CONSTANT_INPUT
-    inputs = Inputs(x.expand(T, *x.shape), _laid_out_as(v0, x, x.dtype), None, decay)
-    return constants._replace(flags=flags), inputs
-
-
-def _run_constant(
-    x: Tensor, T: int, v0: Tensor | None, decay: Tensor | None, constants: Constants
-) -> tuple[Tensor, Tensor]:
-    s, v = x.new_empty_strided((T, *x.shape), (x.numel(), *x.stride())), torch.empty_like(x)
-    backends.KERNELS[backends.NATIVE].forward(*_constant_call(x, T, v0, decay, constants), s, v, None, None)
-    return s, v
-
-
-class _ConstantInput(torch.autograd.Function):
-    """``x`` ``[*]`` stands for ``T`` steps of itself: it is kept, and its gradient made, once."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, T: int, v0: Tensor | None, decay: Tensor | None, constants: Constants
-    ) -> tuple[Tensor, Tensor]:
-        ctx.save_for_backward(x, v0, decay)
-        ctx.call = constants, T
-        ctx.set_materialize_grads(False)
-        return _run_constant(x, T, v0, decay, constants)
-
-    @staticmethod
-    def backward(ctx: Any, grad_s: Tensor | None, grad_v: Tensor | None) -> tuple[Any, ...]:
-        x, v0, decay = _saved(ctx)
-        constants, T = ctx.call
-        if grad_s is None and grad_v is None:
-            return (None,) * 5
-        if torch.is_grad_enabled():  # create_graph: by the ordinary function, on a repeated input
-            given = Inputs(x.expand(T, *x.shape).contiguous(), v0, None, decay)
-            found = _MultiStepBackward.apply(grad_s, grad_v, None, None, *given, *constants, backends.NATIVE, False)
-            grad_x, grad_v0, _, grad_decay, *_ = _wanted(found, given, False)
-            return grad_x.sum(0), None, grad_v0, grad_decay, None
-        grad_x, grad_v0 = torch.empty_like(x), None if v0 is None else torch.empty_like(x)
-        grad_decay = None if decay is None else torch.zeros_like(decay)
-        strides = (x.numel(), *x.stride())
-        if grad_s is not None and grad_s.stride() != strides:
-            grad_s = x.new_empty_strided((T, *x.shape), strides).copy_(grad_s)
-        grads = grad_s, _laid_out_as(grad_v, x, x.dtype), None, None
-        constants, inputs = _constant_call(x, T, v0, decay, constants)
-        outputs = grad_x, grad_v0, None, grad_decay, None, None, None
-        backends.KERNELS[backends.NATIVE].backward(constants, grads, inputs, *outputs)
-        return grad_x, None, grad_v0, grad_decay, None
-
-
-def takes_constant_input(x: Tensor, T: int) -> bool:
-    """Whether :func:`constant_input` serves ``x``; else it is to be repeated."""
-    dense = x.is_contiguous() or (x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last))
-    return (
-        x.is_cpu
-        and x.dtype is torch.float32
-        and 1 < T <= CONSTANT_STEPS
-        and x.dim() > 0
-        and x.numel() > 0
-        and dense
-        and _is_plain(x)
-        and backends.choose("auto", x.device) == backends.NATIVE
-    )
-
-
-def constant_input(
-    x: Tensor, T: int, v0: Tensor | None, decay: Tensor | None, constants: Constants
-) -> tuple[Tensor, Tensor]:
-    """Spikes ``[T, *]`` and final potential of a neuron with one state that gets ``x`` ``[*]`` at each of ``T`` steps.
-
-    For neurons without parameters of their own; states and decay in float32.
-
-    Raises:
-        ValueError: the kernels cannot take ``x`` (:func:`takes_constant_input`), which is then to be repeated.
-    """
-    if not takes_constant_input(x, T):
-        raise ValueError(
-            f"x must be a dense float32 tensor on the CPU, and T from 2 to {CONSTANT_STEPS}, got {x.dtype} of shape "
-            f"{tuple(x.shape)} with strides {x.stride()} on {x.device}, T = {T}; repeat it for multi_step"
-        )
-    tensors = x, v0, decay
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
-        x, v0, decay = saveable(tensors)  # type: ignore[assignment]
-        return _ConstantInput.apply(x, T, v0, decay, constants)
-    return _run_constant(x, T, v0, decay, constants)
 
 
 class _Guard(torch.autograd.Function):
@@ -557,7 +401,7 @@ class _Guard(torch.autograd.Function):
 def guard(s: Tensor, state: Any, v_seq: Tensor | None) -> tuple[Tensor, Any, Tensor | None]:
     """``(s, state, v_seq)`` of a reference path, whose backward after a forgotten reset names ``reset_net``."""
     states = state if isinstance(state, tuple) else (state,)
-    if states[0].requires_grad and _is_plain(states[0]):
+    if states[0].requires_grad and is_plain(states[0]):
         s, v_seq, *states = _Guard.apply(s, v_seq, *states)
         return s, tuple(states) if isinstance(state, tuple) else states[0], v_seq
     return s, state, v_seq

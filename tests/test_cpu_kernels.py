@@ -18,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_parity import gradients
 
-from snnfast import backends, dynamics, functional, ops, surrogate
+from snnfast import backends, constant_input, dynamics, functional, surrogate
 from snnfast.dynamics import NEURONS
 
 _C = pytest.importorskip("snnfast._C", reason="the compiled extension is not built here")
@@ -144,8 +144,8 @@ def test_constant_input_is_a_repeated_one(cpu_set, stores, T):
             a, b, k = given[0], given[1] if v0 is not None else None, given[-1]
             k = k if neuron.learnable else None
             if constant:
-                assert ops.takes_constant_input(a, T)
-                s, v = ops.constant_input(a, T, b, k, constants)
+                assert constant_input.serves(a, T)
+                s, v = constant_input.multi_step(a, T, b, k, constants)
             else:
                 state = 0.25 if b is None else b
                 s, v, _ = functional.multi_step(
@@ -164,9 +164,9 @@ def test_constant_input_is_a_repeated_one(cpu_set, stores, T):
             elif got is not None or want is not None:
                 scale = want.abs().max().clamp(min=1.0)
                 assert (got - want).abs().max() <= (1e-6 if want.numel() > 1 else 1e-4) * scale
-    assert not ops.takes_constant_input(x, 17)
-    assert not ops.takes_constant_input(x.bfloat16(), 4)
-    assert not ops.takes_constant_input(torch.randn(4, 6)[:, ::2], 4)
+    assert not constant_input.serves(x, 17)
+    assert not constant_input.serves(x.bfloat16(), 4)
+    assert not constant_input.serves(torch.randn(4, 6)[:, ::2], 4)
 
 
 @settings(max_examples=60, deadline=None, derandomize=True)

@@ -300,8 +300,8 @@ def test_the_kernels_repeat_the_input_unless_someone_looks(monkeypatch):
     if snnfast.backends.native.missing(torch.device("cpu")) is not None:
         pytest.skip("the CPU kernels are not built")
     calls = []
-    run = snnfast.ops.constant_input
-    monkeypatch.setattr(snnfast.ops, "constant_input", lambda *args: calls.append(len(args[0])) or run(*args))
+    run = snnfast.constant_input.multi_step
+    monkeypatch.setattr(snnfast.constant_input, "multi_step", lambda *args: calls.append(len(args[0])) or run(*args))
     ann = nn.Sequential(nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.ReLU(), nn.Flatten())
     x = torch.randn(B, 2, 9, 9)
     results = []
@@ -355,7 +355,7 @@ def test_a_constant_input_is_of_one_call():
     neuron._takes_constant(x)  # a call that never came
     assert torch.equal(neuron(x[:4].bfloat16()), repeated(neuron, x[:4].bfloat16()))
     with pytest.raises(ValueError, match="x must be a dense float32 tensor on the CPU, and T from 2 to 16, got"):
-        snnfast.ops.constant_input(x, 17, None, None, neuron._constants(0.0))
+        snnfast.constant_input.multi_step(x, 17, None, None, neuron._constants(0.0))
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float32])

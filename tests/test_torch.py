@@ -10,8 +10,9 @@ from conftest import flat, kernel_backends, own_parameters
 from torch import nn
 
 import snnfast
-from snnfast import backends, dynamics, functional, ops, surrogate
+from snnfast import backends, dynamics, functional, surrogate
 from snnfast.dynamics import NEURONS, Inputs
+from snnfast.tensors import is_time_major
 
 NATIVE_CPU = backends.native.missing(torch.device("cpu"))
 STRICT = (dynamics.BOX_LIF, dynamics.CURRENT_LIF, *NEURONS[dynamics.LEAKY.id :])  # whose kernels compare so always
@@ -232,7 +233,7 @@ def test_layouts_go_through_and_come_back(backend, device):
         got = functional.lif_multi_step(got_x, strided_v, 3.0, store_v_seq=True, backend=backend)
         for g, w in zip(got, want, strict=True):
             assert torch.equal(g, w), name
-        if ops.is_time_major(x):
+        if is_time_major(x):
             assert got[0].stride() == x.stride(), name
         weight = torch.randn_like(base).flatten()[: x.numel()].view(*x.shape[::-1]).permute(*range(x.dim())[::-1])
         losses = [(o[0] * weight).sum() + o[0].sum() + o[2].mean() + (o[1] * v).sum() for o in (want, got)]

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from .. import layer
 from ..backends.native_batch_norm import Running, move
 from ..neuron import BaseNode, IFNode, LIFNode, ParametricLIFNode
-from ..ops import _is_plain
 from ..surrogate import is_fused, recognise
+from ..tensors import is_plain
 from . import kernels
 from .ops import Connect, batch_norm_multi_step, connected
 
@@ -77,7 +77,7 @@ def _sequence(norm: Any, neuron: Any, x: Any, per_step: bool) -> Tensor | None:
         return None
     if misfit(norm, neuron) is not None or torch._C._are_functorch_transforms_active():
         return None
-    if not (torch.compiler.is_compiling() or _is_plain(x)):
+    if not (torch.compiler.is_compiling() or is_plain(x)):
         return None
     if x.layout is not torch.strided or not kernels.serves(neuron.backend, x.device):
         return None
@@ -102,7 +102,7 @@ def _matches(skip: Any, x: Tensor) -> bool:
         return False
     if (skip.shape, skip.dtype, skip.device, skip.layout) != (x.shape, x.dtype, x.device, x.layout):
         return False
-    return torch.compiler.is_compiling() or _is_plain(skip)
+    return torch.compiler.is_compiling() or is_plain(skip)
 
 
 def _dimensions(norm: nn.Module) -> tuple[int, ...]:
@@ -129,7 +129,7 @@ def _momentum(norm: Any, batches: int) -> float:
 def _running(norm: Any, x_seq: Tensor, groups: int) -> Running | None:
     """The running statistics where the kernels can move them; ``None``: :func:`_move_running` does, afterwards."""
     mean, var = norm.running_mean, norm.running_var
-    if not _is_plain(x_seq) or mean.dtype != var.dtype or (norm.momentum is None and groups > 1):
+    if not is_plain(x_seq) or mean.dtype != var.dtype or (norm.momentum is None and groups > 1):
         return None
     for t in (mean, var):
         if t.device != x_seq.device or not t.is_contiguous() or t.is_inference():

@@ -15,11 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import backends, dynamics, ops
+from .. import backends, dynamics
 from ..backends import native_batch_norm, triton_batch_norm
 from ..backends.native_batch_norm import NormCall, Running
 from ..dynamics import NEURONS, Constants
-from ..ops import time_major
+from ..tensors import empty_state, is_plain, laid_out_as, nothing, time_major
 
 __all__ = ["DEVICES", "Connect", "multi_step", "multi_step_backward", "serves", "statistics"]
 
@@ -110,9 +110,9 @@ def _call(args: Any) -> NormCall:
         var.double().contiguous(),
         None if weight is None else weight.contiguous(),
         None if bias is None else bias.contiguous(),
-        ops._laid_out_as(v0, x[0], state),
+        laid_out_as(v0, x[0], state),
         None if decay is None else decay.to(state),
-        ops._laid_out_as(skip, x, x.dtype),
+        laid_out_as(skip, x, x.dtype),
         int(connect),
         eps,
         Constants._make(constants),
@@ -121,7 +121,7 @@ def _call(args: Any) -> NormCall:
 
 def _multi_step(*args: Any) -> tuple[Tensor, Tensor]:
     call = _call(args)
-    s, v = torch.empty_like(call.x), ops._empty_state(call.x)
+    s, v = torch.empty_like(call.x), empty_state(call.x)
     _kernels(call.x).forward(call, s, v)
     return s, v
 
@@ -134,7 +134,7 @@ def _multi_step_backward(*args: Any) -> tuple[Tensor, ...]:
         call = call._replace(skip=None)
     grad_x = torch.empty_like(x)
     grad_weight, grad_bias = (torch.empty(x.shape[2], dtype=state, device=x.device) for _ in range(2))
-    grad_v0 = None if call.v0 is None else ops._empty_state(x)
+    grad_v0 = None if call.v0 is None else empty_state(x)
     grad_decay = None if call.decay is None else torch.empty_like(call.decay)
     grad_skip = None
     if call.connect not in (Connect.NONE, Connect.ADD):
@@ -142,8 +142,8 @@ def _multi_step_backward(*args: Any) -> tuple[Tensor, ...]:
     _kernels(x).backward(
         call,
         batch_statistics,
-        ops._laid_out_as(grad_s, x, x.dtype),
-        ops._laid_out_as(grad_v, x[0], state),
+        laid_out_as(grad_s, x, x.dtype),
+        laid_out_as(grad_v, x[0], state),
         grad_x,
         grad_weight,
         grad_bias,
@@ -151,7 +151,7 @@ def _multi_step_backward(*args: Any) -> tuple[Tensor, ...]:
         grad_decay,
         grad_skip,
     )
-    grad_v0, grad_decay, grad_skip = (ops._nothing(x) if t is None else t for t in (grad_v0, grad_decay, grad_skip))
+    grad_v0, grad_decay, grad_skip = (nothing(x) if t is None else t for t in (grad_v0, grad_decay, grad_skip))
     return grad_x, grad_weight, grad_bias, grad_v0, grad_decay, grad_skip
 
 
@@ -170,7 +170,7 @@ def _statistics_fake(x: Tensor, per_step: bool) -> tuple[Tensor, Tensor]:
 @torch.library.register_fake("snnfast::bn_multi_step")
 def _multi_step_fake(*args: Any) -> tuple[Tensor, Tensor]:
     x = time_major(args[0])
-    return torch.empty_like(x), ops._empty_state(x)
+    return torch.empty_like(x), empty_state(x)
 
 
 @torch.library.register_fake("snnfast::bn_multi_step_backward")
@@ -181,9 +181,9 @@ def _multi_step_backward_fake(*args: Any) -> tuple[Tensor, ...]:
         torch.empty_like(x),
         x.new_empty(x.shape[2], dtype=dtype),
         x.new_empty(x.shape[2], dtype=dtype),
-        ops._nothing(x) if v0 is None else ops._empty_state(x),
-        ops._nothing(x) if decay is None else torch.empty_like(decay),
-        ops._nothing(x) if connect in (Connect.NONE, Connect.ADD) else torch.empty_like(x),
+        nothing(x) if v0 is None else empty_state(x),
+        nothing(x) if decay is None else torch.empty_like(decay),
+        nothing(x) if connect in (Connect.NONE, Connect.ADD) else torch.empty_like(x),
     )
 
 
@@ -191,17 +191,17 @@ def _multi_step_backward_fake(*args: Any) -> tuple[Tensor, ...]:
 def statistics(x: Tensor, per_step: bool, running: Running | None = None) -> tuple[Tensor, Tensor]:
     """Mean and biased variance ``[G, C]`` of each channel, over all time steps or for each; eager calls move
     ``running``."""
-    return _statistics(x, per_step, running) if ops._is_plain(x) else torch.ops.snnfast.bn_statistics(x, per_step)
+    return _statistics(x, per_step, running) if is_plain(x) else torch.ops.snnfast.bn_statistics(x, per_step)
 
 
 def multi_step(x: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
     """What comes out, and the final potentials; the arguments are those of ``bn_multi_step``."""
-    run: Callable[..., Any] = _multi_step if ops._is_plain(x) else torch.ops.snnfast.bn_multi_step.default
+    run: Callable[..., Any] = _multi_step if is_plain(x) else torch.ops.snnfast.bn_multi_step.default
     return run(x, *args)
 
 
 def multi_step_backward(grad_s: Tensor | None, grad_v: Tensor | None, x: Tensor, *args: Any) -> tuple[Tensor, ...]:
     """All gradients; the arguments are those of ``bn_multi_step_backward``."""
     op = torch.ops.snnfast.bn_multi_step_backward.default
-    run: Callable[..., Any] = _multi_step_backward if ops._is_plain(x) else op
+    run: Callable[..., Any] = _multi_step_backward if is_plain(x) else op
     return run(grad_s, grad_v, x, *args)

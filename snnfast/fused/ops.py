@@ -15,7 +15,7 @@ from torch import Tensor
 from .. import dynamics, ops
 from ..backends.native_batch_norm import Running
 from ..dynamics import Constants, Inputs
-from ..ops import time_major
+from ..tensors import time_major
 from . import kernels
 from .kernels import Connect
 

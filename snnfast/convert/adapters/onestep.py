@@ -16,6 +16,7 @@ from torch import Tensor
 from ... import backends, functional, ops
 from ...backends import native
 from ...dynamics import Constants, Inputs
+from ...tensors import is_unwatched, saveable
 from .base import Plan
 
 
@@ -107,12 +108,12 @@ def one_step(
         or not x.is_cpu
         or backends.choose("auto", x.device) != backends.NATIVE
         or type(x) is not Tensor
-        or not ops.is_unwatched()
+        or not is_unwatched()
     ):
         return _general(plan, x, state, own, decay)
     prepared = plan.prepared  # of the last call: own tensors that cannot change come as the same tuple
     if prepared is None or prepared[0] is not own or prepared[1] != x.shape:
-        prepared = own, x.shape, tuple(ops.saveable(_prepared(own, x)))
+        prepared = own, x.shape, tuple(saveable(_prepared(own, x)))
         if not torch.is_inference_mode_enabled():  # whose tensors no later training step could use
             plan.prepared = prepared
     v_init = 0.0
@@ -141,7 +142,7 @@ def one_step(
             or (decay is not None and decay.requires_grad)
         ):
             if any(t is not None and t.is_inference() for t in (x, v, i, decay)):
-                tensors = ops.saveable(tensors)
+                tensors = saveable(tensors)
             found = _Step.apply(call, own_gradients, *tensors)
         else:
             found = _forward(call, tensors)

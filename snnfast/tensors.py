@@ -1,0 +1,89 @@
+"""How the tensors of a call lie in memory, and who looks at them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from . import dynamics
+
+__all__ = [
+    "empty_sequence",
+    "empty_state",
+    "is_plain",
+    "is_time_major",
+    "is_unwatched",
+    "laid_out_as",
+    "nothing",
+    "saveable",
+    "time_major",
+]
+
+
+# ---- in memory ----
+def is_time_major(x: Tensor) -> bool:
+    """Whether ``x`` fills its memory without gaps and time is its outermost stride (channels_last is fine)."""
+    if x.is_contiguous():
+        return True
+    expected = 1
+    for stride, size in sorted(zip(x.stride()[1:], x.shape[1:], strict=True)):
+        if size != 1:
+            if stride != expected:
+                return False
+            expected *= size
+    return x.shape[0] == 1 or x.stride(0) == expected
+
+
+def time_major(x: Tensor) -> Tensor:
+    """``x`` itself where kernels can walk through it, else a contiguous copy."""
+    return x if is_time_major(x) else x.contiguous()
+
+
+def empty_state(x: Tensor) -> Tensor:
+    """One state per neuron, laid out as one time step of ``x``."""
+    if x.dtype is torch.float32:  # the usual call, in less time
+        return x.new_empty_strided(x.shape[1:], x.stride()[1:])
+    return torch.empty_strided(x.shape[1:], x.stride()[1:], dtype=dynamics.state_dtype(x.dtype), device=x.device)
+
+
+def empty_sequence(x: Tensor) -> Tensor:
+    return torch.empty_strided(x.shape, x.stride(), dtype=dynamics.state_dtype(x.dtype), device=x.device)
+
+
+def nothing(x: Tensor) -> Tensor:
+    return torch.empty(0, dtype=dynamics.state_dtype(x.dtype), device=x.device)
+
+
+def laid_out_as(t: Tensor | None, like: Tensor, dtype: torch.dtype) -> Tensor | None:
+    """``t`` in the memory layout and dtype of ``like``: gradients and states may come in any."""
+    if t is None or (t.dtype == dtype and t.stride() == like.stride()):
+        return t
+    return torch.empty_strided(like.shape, like.stride(), dtype=dtype, device=like.device).copy_(t)
+
+
+# ---- who looks ----
+def is_unwatched() -> bool:
+    """Whether nobody looks at calls now: no compilation or trace, no torch.func transform or tangents, no mode."""
+    return (
+        not torch.compiler.is_compiling()
+        and not torch._C._are_functorch_transforms_active()
+        and not torch._C._len_torch_dispatch_stack()
+        and forward_ad._current_level < 0
+        and torch._C._get_tracing_state() is None
+    )
+
+
+def is_plain(x: Tensor) -> bool:
+    """Whether nobody looks at a call with this tensor, which is no subclass and has its own values in memory."""
+    return type(x) is Tensor and is_unwatched() and not x.is_neg() and (x.is_cpu or x.device.type != "meta")
+
+
+def saveable(tensors: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
+    """Copies of those that inference mode made, a state say, for autograd saves no such tensor."""
+    for t in tensors:
+        if t is not None and t.is_inference():
+            return [None if t is None else t.clone() if t.is_inference() else t for t in tensors]
+    return tensors
