@@ -65,6 +65,7 @@ class BaseNode(MemoryModule):
 
     dynamics: ClassVar[Neuron | None] = None  # the registry's entry that the kernels run, None for the reference path
     v: Any  # a number or a tensor
+    _constant_input: Tensor | None = None  # what the next call repeats itself, if that is its input
     tau: float = 2.0
     decay_input: bool = True
 
@@ -259,7 +260,7 @@ class BaseNode(MemoryModule):
             and is_fused(recognise(self.surrogate_function))
         )
         if fits:
-            self.__dict__["_constant_input"] = x
+            self._constant_input = x
         return fits
 
     def _run_constant(self, x: Tensor) -> Tensor:
@@ -280,9 +281,11 @@ class BaseNode(MemoryModule):
 
     def multi_step_forward(self, x_seq: Tensor) -> Tensor:
         """All time steps: ``[T, *]`` -> spikes ``[T, *]``; with ``timesteps`` ``[T * B, *]`` -> ``[T * B, *]``."""
-        constant = self.__dict__.pop("_constant_input", None)
-        if constant is not None and constant is x_seq:
-            return self._run_constant(x_seq)
+        constant = self._constant_input
+        if constant is not None:
+            self._constant_input = None
+            if constant is x_seq:
+                return self._run_constant(x_seq)
         T = self.timesteps
         functional.check_input("x_seq", x_seq, 1, folded=T is not None)
         if T is None:

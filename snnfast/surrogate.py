@@ -329,7 +329,6 @@ SURROGATES: tuple[type[SurrogateFunction], ...] = (
     Erf,
     Rect,
 )
-_KINDS = frozenset(SURROGATES)
 
 
 class Scaled(SurrogateFunction):
@@ -416,7 +415,7 @@ def recognise(surrogate: SurrogateLike) -> SurrogateLike:
 def is_fused(surrogate: SurrogateLike) -> bool:
     """Whether the kernels know this surrogate: one of the eight, unchanged and spiking, or one of those scaled."""
     kind: Any = type(surrogate)
-    if kind in _KINDS:
+    if kind in SURROGATES:
         return surrogate.spiking  # type: ignore[union-attr]
     if isinstance(surrogate, Scaled):
         return surrogate.spiking and is_fused(surrogate.surrogate)
