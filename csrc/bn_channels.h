@@ -38,8 +38,7 @@ void set_element(void* to, int dtype, int64_t i, double value) {
   }
 }
 void move_element(void* to, int dtype, int64_t i, double towards, double momentum) {
-  const double now = element(to, dtype, i);
-  set_element(to, dtype, i, now + momentum * (towards - now));
+  set_element(to, dtype, i, (1.0 - momentum) * element(to, dtype, i) + momentum * towards);
 }
 
 // Arrays of [groups, constants] of one call.

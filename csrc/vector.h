@@ -334,13 +334,24 @@ SNNFAST_FN void store_spike_parts(BFloat16* to, const Float32Vector (&from)[2]) 
   store_bits<stream>(to, (UInt32Vector)from[0] >> 16 | (UInt32Vector)from[1]);
 }
 
+// Lanes of a, and behind them of b, by number.
+SNNFAST_FN Float32Vector shuffle(Float32Vector a, Float32Vector b, Int32Vector from) {
+#if defined(__clang__)  // which has no __builtin_shuffle, and finds the instruction by itself
+  constexpr int lanes = sizeof(Float32Vector) / sizeof(float);
+  Float32Vector found;
+  for (int i = 0; i < lanes; ++i) found[i] = from[i] < lanes ? a[from[i]] : b[from[i] - lanes];
+  return found;
+#else
+  return __builtin_shuffle(a, b, from);
+#endif
+}
 SNNFAST_FN void split(Float32Vector& first, Float32Vector& second) {
   constexpr int lanes = sizeof(Float32Vector) / sizeof(float);
   Int32Vector even, odd;
   for (int i = 0; i < lanes; ++i) even[i] = 2 * i, odd[i] = 2 * i + 1;
   const Float32Vector a = first, b = second;
-  first = __builtin_shuffle(a, b, even);
-  second = __builtin_shuffle(a, b, odd);
+  first = shuffle(a, b, even);
+  second = shuffle(a, b, odd);
 }
 SNNFAST_FN void join(Float32Vector& even, Float32Vector& odd) {
   constexpr int lanes = sizeof(Float32Vector) / sizeof(float);
@@ -350,8 +361,8 @@ SNNFAST_FN void join(Float32Vector& even, Float32Vector& odd) {
     high[i] = low[i] + lanes / 2;
   }
   const Float32Vector a = even, b = odd;
-  even = __builtin_shuffle(a, b, low);
-  odd = __builtin_shuffle(a, b, high);
+  even = shuffle(a, b, low);
+  odd = shuffle(a, b, high);
 }
 // Between memory in the usual order and the parts of a row.
 template <class R, class V>

@@ -36,6 +36,7 @@ def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     if os.environ.get("SNNFAST_POISON", "1") == "1":
         for name in ("empty", "empty_like", "empty_strided"):
             monkeypatch.setattr(torch, name, poison(getattr(torch, name)))
+        monkeypatch.setattr(torch.Tensor, "new_empty_strided", poison(torch.Tensor.new_empty_strided))
 
 
 @pytest.fixture(autouse=True)

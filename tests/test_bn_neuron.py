@@ -225,6 +225,27 @@ def test_running_statistics(momentum, track):
     assert not track or norm.num_batches_tracked == 3
 
 
+def test_running_statistics_of_another_size_have_torchs_error():
+    norm = nn.BatchNorm2d(4096)
+    norm.running_mean, norm.running_var = torch.zeros(8), torch.ones(8)
+    with pytest.raises(RuntimeError, match="running_mean should contain 4096 elements"):
+        BatchNormNode(norm, snnfast.IFNode(timesteps=T))(torch.randn(2 * T, 4096, 2, 2))
+    assert norm.num_batches_tracked <= 1  # torch counts first
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_running_statistics_that_are_far_away_and_of_other_dtypes(dtype):
+    x = random_input(T * 4, 6, 7, 7)
+    norm = norm_for(x, momentum=1.0)
+    norm.running_mean, norm.running_var = torch.full((6,), 1e30, dtype=dtype), torch.full((6,), 1e30, dtype=dtype)
+    before = norm.running_mean._version
+    BatchNormNode(norm, snnfast.IFNode(timesteps=T))(x)
+    var, mean = torch.var_mean(x.double(), (0, 2, 3))
+    assert torch.allclose(norm.running_mean, mean.to(dtype))
+    assert torch.allclose(norm.running_var, var.to(dtype))
+    assert norm.running_mean._version > before
+
+
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
 def test_statistics_of_each_step(memory_format, count_fused):
     x = random_input(T * 6, 5, 7, 7, memory_format=memory_format) + torch.arange(T).repeat_interleave(6).view(

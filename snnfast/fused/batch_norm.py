@@ -90,10 +90,16 @@ def _sequence(norm: Any, neuron: Any, x: Any, per_step: bool) -> Tensor | None:
         x_seq = x.unsqueeze(0)
     else:
         x_seq = None if x.shape[0] % neuron.timesteps else x.unflatten(0, (neuron.timesteps, -1))
-    if x_seq is None or x_seq.shape[2] != norm.num_features:
+    if x_seq is None or x_seq.shape[2] != norm.num_features or not _has_statistics(norm):
         return None
     each = x_seq.numel() // (norm.num_features * (x_seq.shape[0] if per_step else 1))
     return x_seq if each > 1 or not _takes_batch_statistics(norm) else None  # torch has the error for one element
+
+
+def _has_statistics(norm: Any) -> bool:
+    """Whether both running statistics are there as they should be, or none is; torch has the errors for the rest."""
+    mean, var, shape = norm.running_mean, norm.running_var, (norm.num_features,)
+    return mean is var is None or (mean is not None and var is not None and mean.shape == var.shape == shape)
 
 
 def _matches(skip: Any, x: Tensor) -> bool:
@@ -132,9 +138,11 @@ def _running(norm: Any, x_seq: Tensor, groups: int) -> Running | None:
     if not is_plain(x_seq) or mean.dtype != var.dtype or (norm.momentum is None and groups > 1):
         return None
     for t in (mean, var):
-        if t.device != x_seq.device or not t.is_contiguous() or t.is_inference():
+        usable = is_plain(t) and t.device == x_seq.device and t.is_contiguous()
+        if not usable or t.is_inference() or t.requires_grad:
             return None
-        torch.autograd.graph.increment_version(t)
+    torch.autograd.graph.increment_version(mean)
+    torch.autograd.graph.increment_version(var)
     return Running(mean, var, _momentum(norm, groups))
 
 
