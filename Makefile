@@ -4,6 +4,7 @@
 # make gpu      on a machine with a GPU, torch, triton, pybind11, ninja and nvcc: build, tests, sanitizer, benchmarks
 # make lint     ruff, clang-format, mypy
 # make sanitize the CPU kernels' tests under AddressSanitizer and UBSan
+# make oldest   the tests that torch's version matters to, on the oldest torch that is promised
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -11,7 +12,7 @@ BIN := $(VENV)/bin
 PIP := PIP_CONSTRAINT=$(CURDIR)/constraints.txt PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/pip install --quiet
 SOURCES := setup.py pyproject.toml constraints.txt $(wildcard csrc/*)
 
-.PHONY: demo test bench gpu lint sanitize clean
+.PHONY: demo test bench gpu lint sanitize oldest clean
 
 # torch first and by its pinned version: an unpinned requirement would take another build.
 $(VENV)/torch.stamp: constraints.txt
@@ -70,5 +71,12 @@ sanitize: $(VENV)/test.stamp
 	  $(CURDIR)/$(BIN)/python -m pytest --rootdir=$(CURDIR)/tests -c $(CURDIR)/pyproject.toml -p no:cacheprovider -q \
 	  $(CURDIR)/tests/test_parity.py $(CURDIR)/tests/test_cpu_kernels.py -k "not fork"
 
+# Not a part of CI: that torch comes with CUDA packages, five gigabytes. The kernels are those of the other environment.
+OLDEST_TESTS := $(addprefix tests/test_,$(addsuffix .py,torch neuron layer fuse bn_neuron residual to_spiking unroll inference memory))
+oldest: $(VENV)/snnfast.stamp
+	$(PYTHON) -m venv .venv-oldest
+	.venv-oldest/bin/pip install --quiet --disable-pip-version-check torch==2.6.0 numpy pytest hypothesis
+	.venv-oldest/bin/python -m pytest -q -p no:cacheprovider -k "not spikingjelly" $(OLDEST_TESTS)
+
 clean:
-	rm -rf $(VENV) build *.egg-info snnfast/_C*
+	rm -rf $(VENV) .venv-oldest build *.egg-info snnfast/_C*
