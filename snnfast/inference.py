@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -15,7 +14,7 @@ from torch.nn.utils import parametrize
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 from torch.utils._pytree import tree_map
 
-from . import functional, layer
+from . import functional, layer, network
 from ._notices import say_once
 from .fused.batch_norm import PLAIN_NORMS, STEP_NORMS, has_hooks
 from .fused.fuse import _LEAVES, _shared_parameters, _Tracer, fuse, unfuse
@@ -222,7 +221,7 @@ def optimize_for_inference(model: nn.Module) -> tuple[Any, InferenceReport]:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-    net = copy.deepcopy(model).eval().requires_grad_(False)
+    net = network.copy_of(model).eval().requires_grad_(False)
     unfuse(net)
     functional.reset_net(net)
     names: dict[nn.Module, list[str]] = {}

@@ -5,6 +5,7 @@ Public through :mod:`snnfast.functional`. Those on networks treat SpikingJelly's
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -94,6 +95,21 @@ def detach_net(net: nn.Module) -> None:
     """Cut the autograd history of every state in ``net`` and keep its value (truncated BPTT)."""
     for module in _modules_with(net, "detach"):
         module.detach()
+
+
+def copy_of(model: nn.Module) -> Any:
+    """A deep copy.
+
+    Raises:
+        RuntimeError: a neuron's state belongs to a graph, so that it cannot be copied; the message names the remedy.
+    """
+    try:
+        return copy.deepcopy(model)
+    except RuntimeError as error:
+        raise RuntimeError(
+            "the model cannot be copied, most likely because a neuron's state still belongs to a graph: call "
+            "snnfast.functional.reset_net(model) first"
+        ) from error
 
 
 def holds_single_steps(module: nn.Module) -> bool:

@@ -369,3 +369,18 @@ def test_captured_replays_are_independent():
 def test_capture_wants_weights_on_the_device():
     with pytest.raises(RuntimeError, match="but weight is on cpu"):
         snnfast.capture(nn.Linear(3, 2).eval(), torch.ones(1, 3, device="cuda"))
+
+
+def test_a_state_that_belongs_to_a_graph_names_the_reset():
+    net = nn.Sequential(nn.Conv2d(1, 2, 3), PeerLikeNeuron())
+    net(torch.randn(1, 1, 5, 5))
+    with pytest.raises(RuntimeError, match="reset_net"):
+        snnfast.optimize_for_inference(net)
+
+
+class PeerLikeNeuron(nn.Module):
+    """Keeps what it computed, as neurons of other libraries do; ours detach it in a copy."""
+
+    def forward(self, x):
+        self.v = x
+        return x

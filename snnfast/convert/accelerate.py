@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map
 
-from .. import base
+from .. import base, network
 from .._notices import say_once
 from .adapters.base import Fused, find, fused_class, replaced_by
 
@@ -296,13 +296,7 @@ def verify(
             return model(x)
 
     generators = torch.get_rng_state()
-    try:
-        plain = copy.deepcopy(model)
-    except RuntimeError as error:
-        raise RuntimeError(
-            "the model cannot be copied, most likely because a neuron's state still belongs to a graph: reset the "
-            "model before verify"
-        ) from error
+    plain = network.copy_of(model)
     restore(plain)
     fast = copy.deepcopy(plain)
     report = accelerate(fast)

@@ -277,7 +277,10 @@ def fuse(model: nn.Module) -> FuseReport:
         elif neuron is None:
             untraced = "the forward around it cannot be traced, or does not call it"
             if any(map(_is_of_a_peer, model.modules())):
-                untraced += "; neurons of other libraries, accelerated or not, are not taken: exchange their import"
+                untraced = (
+                    "neurons of other libraries, accelerated or not, are not taken: exchange their import; or "
+                    f"{untraced}"
+                )
             report.left_alone[name] = found.reasons.get(norm, untraced)
         elif (reason := _why_not(norm, neuron, found, shared)) is not None:
             report.left_alone[name] = reason

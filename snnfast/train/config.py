@@ -60,7 +60,10 @@ class Config:
     tau: float = _option("networks", 2.0, "time constant of lif and plif, in time steps", metavar="TAU")
     timesteps: int = _option("networks", 4, "time steps T of the student (T_s)", metavar="T")
     model_args: list[str] = _option(
-        "networks", [], "further arguments of the student's function, such as width=2", metavar="KEY=VALUE"
+        "networks",
+        [],
+        "further arguments of the student's function, such as width=8 (the channels that snnfast.models begin with)",
+        metavar="KEY=VALUE",
     )
     teacher_args: list[str] = _option(
         "networks", [], "further arguments of the teacher's function", metavar="KEY=VALUE"
