@@ -1,8 +1,8 @@
 """Whole training steps of spiking networks: forward, loss, backward, optimiser, with each library's neurons in place.
 
 VGG-11 and ResNet-18 with CIFAR's shapes, T = 4, B = 16. Neurons of the same arithmetic must give the same logits
-before anything is timed. ``free neurons`` is the same network with ReLUs, contiguous and unfused;
-the breakdown says where the rest goes. On a CPU some are measured once more in a process that keeps the memory it has freed
+before anything is timed. ``free neurons`` is the same network with ReLUs, contiguous and unfused; the breakdown says
+where the rest goes. On a CPU some are measured once more in a process that keeps the memory it has freed
 (``snnfast.keep_freed_memory``); ``python -m benchmarks.network NAME --kept`` is that process.
 """
 

@@ -248,7 +248,7 @@ def optimize_for_inference(model: nn.Module) -> tuple[Any, InferenceReport]:
     report.fused = fused.fused
     for name, reason in fused.left_alone.items():
         report.left_alone[name] = f"not folded: {reasons[name]}; not fused: {reason}"
-    net.train = partial(_only_evaluates, net)  # type: ignore[method-assign]
+    net.train = partial(_only_evaluates, net)
     return net, report
 
 
