@@ -10,7 +10,7 @@ struct CpuKernels {
   void (*forward)(const Call&);
   bool (*backward)(const Call&);                        // false: out of memory
   bool (*batch_norm)(const BatchNorm&, BatchNormPass);  // likewise
-  // Whether the corrected reciprocal gives the bits of a / tau for every float a in its range.
+  // Whether multiplying by 1 / tau, kept as two floats, gives the bits of a / tau for every float a in its range.
   bool (*corrected_division_is_exact)(float tau);
   bool (*pack_bits)(const BitsCall&, uint64_t* one);  // false where there are other values too
   void (*unpack_bits)(const BitsCall&);

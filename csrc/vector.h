@@ -170,7 +170,7 @@ SNNFAST_FN float to_float(Float16 a) {
 }
 SNNFAST_FN Float32Vector load(const float* from, Float32Vector*) { return load_bits<Float32Vector>(from); }
 SNNFAST_FN Float64Vector load(const double* from, Float64Vector*) { return load_bits<Float64Vector>(from); }
-// GCC 12 makes four to six instructions of __builtin_convertvector between 16 and 32 bits where there is one.
+// GCC 12 makes up to five instructions of __builtin_convertvector between 16 and 32 bits where there is one.
 SNNFAST_FN UInt32Vector widen(const BFloat16* from) {
 #if defined(__AVX512F__)
   return (UInt32Vector)_mm512_cvtepu16_epi32(load_bits<__m256i>(from));

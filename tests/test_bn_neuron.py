@@ -230,7 +230,6 @@ def test_running_statistics_of_another_size_have_torchs_error():
     norm.running_mean, norm.running_var = torch.zeros(8), torch.ones(8)
     with pytest.raises(RuntimeError, match="running_mean should contain 4096 elements"):
         BatchNormNode(norm, snnfast.IFNode(timesteps=T))(torch.randn(2 * T, 4096, 2, 2))
-    assert norm.num_batches_tracked <= 1  # torch counts first
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
