@@ -434,3 +434,8 @@ def test_recurrent_containers_are_theirs(kind, step_mode):
     assert net(x[:, :1] if step_mode == "m" else x[0, :1]).shape[-2] == 1  # another batch starts afresh
     with pytest.raises(ValueError, match="sub_module must be in step mode 's', got 'm'"):
         layer.ElementWiseRecurrentContainer(snnfast.IFNode(step_mode="m"), torch.add)
+
+
+def test_an_input_that_is_no_tensor_is_refused_by_name():
+    with pytest.raises(TypeError, match=r"x must be a torch.Tensor for Conv2d, got list"):
+        layer.Conv2d(1, 2, 3, step_mode="m")([1.0, 2.0])

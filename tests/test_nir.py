@@ -722,3 +722,9 @@ def test_import_names_unknown_types_in_a_file(tmp_path):
         f["node/nodes/linear/type"] = "Resonator"
     with pytest.raises(ValueError, match=r"unknown type: linear \(Resonator\)"):
         from_nir(path, DT)
+
+
+def test_a_neuron_of_another_library_is_refused_by_name():
+    snntorch = pytest.importorskip("snntorch", reason="snntorch is not installed")
+    with pytest.raises(ValueError, match=r"Leaky at .* is a neuron of snntorch, not of snnfast"):
+        to_nir(nn.Sequential(nn.Linear(4, 3), snntorch.Leaky(beta=0.9, init_hidden=True)), torch.rand(1, 4), dt=1e-3)
