@@ -12,6 +12,9 @@ import torch
 
 from snnfast import backends, dynamics, surrogate
 
+# Their assertions say what they compared, as those in tests do.
+pytest.register_assert_rewrite("memory_checks", "peer_checks", "spiking_loops")
+
 
 @pytest.fixture(autouse=True)
 def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -49,6 +52,14 @@ def one_thread():
     """For tests on tiny tensors, where a second thread only waits."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def keeps_threads():
+    """For what sets the number of threads for good, as snnfast-train does."""
+    threads = torch.get_num_threads()
     yield
     torch.set_num_threads(threads)
 

@@ -21,11 +21,12 @@ import torch
 pytest.importorskip("safetensors", reason="snnfast[train] is not installed")
 pytest.importorskip("lightning_fabric", reason="snnfast[train] is not installed")
 
+from train_runs import environment
+
 from snnfast.train import checkpoint, cli, trainer
 from snnfast.train.checkpoint import Checkpoints, random_state, restore_random_state
 from snnfast.train.errors import CheckpointError
 
-TESTS = Path(__file__).parent
 # Dropout, augmentation, adapters and two networks: every kind of state that a resumed run must bring back.
 RUN = [
     "--data",
@@ -63,40 +64,16 @@ RUN = [
 
 
 @pytest.fixture(scope="module")
-def data(small_mnist: Path) -> Path:
-    return small_mnist
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _networks():
-    sys.path.insert(0, str(TESTS))
-    yield
-    sys.path.remove(str(TESTS))
-
-
-@pytest.fixture
-def one_thread():
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture(scope="module")
-def uninterrupted(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def uninterrupted(small_mnist: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("uninterrupted") / "run"
     threads = torch.get_num_threads()
-    assert _main(data, out, "--checkpoint-steps", "100") == 0
+    assert _main(small_mnist, out, "--checkpoint-steps", "100") == 0
     torch.set_num_threads(threads)
     return out
 
 
-def _environment() -> dict[str, str]:
-    path = os.pathsep.join(filter(None, (str(TESTS.parent), str(TESTS), os.environ.get("PYTHONPATH"))))
-    return {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
-
-
-def _main(data: Path, out: Path, *more: str) -> int:
-    return cli.main([*RUN, "--data-dir", str(data), "--out", str(out), *more])
+def _main(folder: Path, out: Path, *more: str) -> int:
+    return cli.main([*RUN, "--data-dir", str(folder), "--out", str(out), *more])
 
 
 def assert_same_run(a: Path, b: Path) -> None:
@@ -165,22 +142,33 @@ while True:
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
-def test_killed_at_random_times_ends_with_the_same_bits(data: Path, uninterrupted: Path, tmp_path: Path) -> None:
+def test_killed_at_random_times_ends_with_the_same_bits(small_mnist: Path, uninterrupted: Path, tmp_path: Path) -> None:
     out = tmp_path / "killed"
     seed = random.SystemRandom().randrange(10**6)
-    command = [sys.executable, "-c", KILLER, str(seed), *RUN, "--data-dir", str(data), "--out", str(out), "--resume"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=200, check=False, env=_environment())
+    command = [
+        sys.executable,
+        "-c",
+        KILLER,
+        str(seed),
+        *RUN,
+        "--data-dir",
+        str(small_mnist),
+        "--out",
+        str(out),
+        "--resume",
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200, check=False, env=environment())
     assert done.returncode == 0, f"seed {seed}: {done.stdout}{done.stderr}"
     assert int(done.stdout.split()[0]) >= 3, f"too few kills, seed {seed}: {done.stdout}{done.stderr}"
     assert "goes on at step" in done.stderr
     assert_same_run(uninterrupted, out)
 
 
-@pytest.mark.usefixtures("one_thread")
-def test_killed_as_a_user_would(data: Path, uninterrupted: Path, tmp_path: Path) -> None:
+@pytest.mark.usefixtures("keeps_threads")
+def test_killed_as_a_user_would(small_mnist: Path, uninterrupted: Path, tmp_path: Path) -> None:
     out = tmp_path / "killed"
-    command = [sys.executable, "-m", "snnfast.train", *RUN, "--data-dir", str(data), "--out", str(out)]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=_environment())
+    command = [sys.executable, "-m", "snnfast.train", *RUN, "--data-dir", str(small_mnist), "--out", str(out)]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment())
     deadline = time.monotonic() + 60
     while not list(out.glob("teacher/checkpoints/step-*")):
         assert time.monotonic() < deadline
@@ -190,13 +178,17 @@ def test_killed_as_a_user_would(data: Path, uninterrupted: Path, tmp_path: Path)
     process.wait()
     assert process.returncode == -signal.SIGKILL
     assert not (out / "report.json").exists()
-    assert _main(data, out, "--resume") == 0
+    assert _main(small_mnist, out, "--resume") == 0
     assert_same_run(uninterrupted, out)
 
 
-@pytest.mark.usefixtures("one_thread")
+@pytest.mark.usefixtures("keeps_threads")
 def test_interrupted_between_any_two_steps(
-    data: Path, uninterrupted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+    small_mnist: Path,
+    uninterrupted: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
 ) -> None:
     """Ctrl-C every third step: a checkpoint, exit code 130, and the same bits in the end."""
     step = trainer.Trainer._step
@@ -214,7 +206,7 @@ def test_interrupted_between_any_two_steps(
     out = tmp_path / "run"
     codes = []
     while not codes or codes[-1] == 130:
-        codes.append(_main(data, out, "--resume"))
+        codes.append(_main(small_mnist, out, "--resume"))
         assert len(codes) < 40
         if codes[-1] == 130:
             assert "go on with --resume" in capsys.readouterr().err
@@ -224,9 +216,13 @@ def test_interrupted_between_any_two_steps(
     assert_same_run(uninterrupted, out)
 
 
-@pytest.mark.usefixtures("one_thread")
+@pytest.mark.usefixtures("keeps_threads")
 def test_full_disk_keeps_the_last_checkpoint(
-    data: Path, uninterrupted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+    small_mnist: Path,
+    uninterrupted: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
 ) -> None:
     write = checkpoint._write
     written = 0
@@ -241,22 +237,22 @@ def test_full_disk_keeps_the_last_checkpoint(
 
     monkeypatch.setattr(checkpoint, "_write", full)
     out = tmp_path / "run"
-    assert _main(data, out) == 4
+    assert _main(small_mnist, out) == 4
     message = capsys.readouterr().err
     assert "No space left on device" in message
     assert "is intact: make room, then go on with --resume" in message
     monkeypatch.undo()
     assert not list(out.glob("*/checkpoints/.tmp*"))
-    assert _main(data, out, "--resume") == 0
+    assert _main(small_mnist, out, "--resume") == 0
     assert_same_run(uninterrupted, out)
 
 
-@pytest.mark.usefixtures("one_thread")
+@pytest.mark.usefixtures("keeps_threads")
 def test_nan_loss_stops_and_keeps_the_last_checkpoint(
-    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+    small_mnist: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     out = tmp_path / "run"
-    assert _main(data, out, "--student", "train_networks:not_a_number", "--distill", "none") == 3
+    assert _main(small_mnist, out, "--student", "train_networks:not_a_number", "--distill", "none") == 3
     message = capsys.readouterr().err
     assert "the loss is not finite at epoch 1, step 5" in message
     assert "the checkpoint of step 4 is intact" in message
@@ -265,16 +261,18 @@ def test_nan_loss_stops_and_keeps_the_last_checkpoint(
     assert all(t.isfinite().all() for t in weights.values())
 
 
-@pytest.mark.usefixtures("one_thread")
-def test_resuming_something_else_is_refused(data: Path, uninterrupted: Path, capsys: pytest.CaptureFixture) -> None:
-    assert _main(data, uninterrupted) == 2
+@pytest.mark.usefixtures("keeps_threads")
+def test_resuming_something_else_is_refused(
+    small_mnist: Path, uninterrupted: Path, capsys: pytest.CaptureFixture
+) -> None:
+    assert _main(small_mnist, uninterrupted) == 2
     assert "holds checkpoints: add --resume" in capsys.readouterr().err
-    assert _main(data, uninterrupted, "--resume", "--lr", "0.5") == 2
+    assert _main(small_mnist, uninterrupted, "--resume", "--lr", "0.5") == 2
     assert "lr (0.002 there, 0.5 now)" in capsys.readouterr().err
     fcntl = pytest.importorskip("fcntl")
     with (uninterrupted / ".lock").open() as file:
         fcntl.flock(file, fcntl.LOCK_EX)
-        assert _main(data, uninterrupted, "--resume") == 2
+        assert _main(small_mnist, uninterrupted, "--resume") == 2
     assert "another run is writing there" in capsys.readouterr().err
 
 

@@ -1,4 +1,4 @@
-"""Spikes kept in one bit each (snnfast.memory): the gradients' bits, and what is recognised, kept and let go."""
+"""Spikes kept in one bit each (snnfast.memory): the gradients' bits, in-place changes, and what is let go."""
 
 from __future__ import annotations
 
@@ -9,67 +9,14 @@ import weakref
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from memory_checks import DTYPES, FORMATS, T, assert_equal, gradients, needs_kernels, network
 from torch import nn
 
 import snnfast
 from snnfast import functional, memory, packed_spikes
 from snnfast.analysis import saved_bytes
-from snnfast.backends import native
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-T = 4
-DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
-FORMATS = [torch.contiguous_format, torch.channels_last]
-_C = native._C
-needs_kernels = pytest.mark.skipif(_C is None, reason="the compiled extension is not built here")
-
-
-class Residual(nn.Module):
-    """Spikes that go two ways, of which one is added to and one is pooled."""
-
-    def __init__(self):
-        super().__init__()
-        self.conv, self.neuron = nn.Conv2d(8, 8, 3, padding=1), snnfast.LIFNode(timesteps=T)
-
-    def forward(self, x):
-        return self.neuron(self.conv(x) + x)
-
-
-def network():
-    return nn.Sequential(
-        nn.Conv2d(3, 8, 3, padding=1),
-        nn.BatchNorm2d(8),
-        snnfast.LIFNode(timesteps=T),
-        Residual(),
-        nn.MaxPool2d(2),
-        nn.Conv2d(8, 8, 3),
-        snnfast.fused.BatchNormNode(nn.BatchNorm2d(8), snnfast.ParametricLIFNode(timesteps=T)),
-        nn.Flatten(),
-        nn.Linear(8 * 36, 16),
-        snnfast.IFNode(timesteps=T),
-        nn.Linear(16, 3),
-    )
-
-
-def gradients(net, x, context, autocast=False):
-    """Output, and the gradients of the input and of every parameter."""
-    functional.reset_net(net)
-    net.zero_grad()
-    x = x.detach().requires_grad_()
-    with context, torch.autocast(x.device.type, torch.bfloat16, enabled=autocast):
-        y = net(x)
-    y.float().square().sum().backward()
-    return [y.detach(), x.grad, *(p.grad.clone() for p in net.parameters())]
-
-
-def assert_equal(got, want):
-    assert len(got) == len(want)
-    for a, b in zip(got, want, strict=True):
-        assert a.dtype == b.dtype
-        assert torch.equal(a, b)
 
 
 def check_network(device, dtype, memory_format, autocast=False):
@@ -136,104 +83,6 @@ def test_the_target_of_half_of_what_spikingjelly_keeps():
         assert found["snnfast + fuse + packed_spikes"] <= 0.5 * found["SpikingJelly, GPU"]
 
 
-# ---- round trips ----
-def bits_of(t):
-    return t.contiguous().view({2: torch.int16, 4: torch.int32, 8: torch.int64}[t.element_size()])
-
-
-def spikes_like(shape, dtype=torch.float32, value=1.0):
-    return (torch.rand(shape) < 0.3).to(dtype) * value
-
-
-@settings(max_examples=60, deadline=None)
-@given(
-    shape=st.lists(st.integers(1, 17), min_size=1, max_size=5),
-    order=st.randoms(use_true_random=False),
-    dtype=st.sampled_from(DTYPES),
-    value=st.sampled_from([1.0, 0.25, -0.0, float("inf"), float("nan")]),
-    cut=st.booleans(),
-)
-def test_any_layout_comes_back(shape, order, dtype, value, cut):
-    dimensions = list(range(len(shape)))
-    order.shuffle(dimensions)
-    t = spikes_like([*shape, 3], dtype)
-    t = torch.where(t > 0, torch.tensor(value, dtype=dtype), torch.tensor(0.0, dtype=dtype))
-    t = t[..., 1:].permute(*dimensions, len(shape)) if cut else t.permute(len(shape), *dimensions)
-    packed = memory._as_bits(t)
-    back = packed.unpack()
-    assert (back.shape, back.stride(), back.dtype) == (t.shape, t.stride(), t.dtype)
-    assert torch.equal(bits_of(back), bits_of(t))
-    assert packed.nbytes <= t.numel() / 8 + 8
-
-
-@needs_kernels
-@pytest.mark.parametrize("name", _C.cpu_sets() if _C else [])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_every_instruction_set_packs_alike(name, dtype):
-    before = _C.cpu_set()
-    _C.set_cpu_set(name)
-    try:
-        for n in (0, 1, 63, 64, 65, 1000, 16384, 16385, 100_003):
-            t = spikes_like(n, dtype)
-            bits = torch.full(((n + 63) // 64 * 8,), 255, dtype=torch.uint8)
-            assert native.pack_bits(t, bits) is not None
-            ones = ((bits.unsqueeze(1) >> torch.arange(8, dtype=torch.uint8)) & 1).flatten().bool()
-            assert torch.equal(ones[:n], t != 0)
-            assert not ones[n:].any()
-            back = torch.full((n + 8,), 7.0, dtype=dtype)
-            native.unpack_bits(bits, memory._ONES[dtype], back[:n])
-            assert torch.equal(back[:n], t)
-            assert bool((back[n:] == 7).all()), "written beyond the end"
-            for place in {0, n // 2, n - 1} if n > 2 else ():
-                other = torch.ones_like(t)
-                other[place] = 0.5
-                assert native.pack_bits(other, bits) is None
-    finally:
-        _C.set_cpu_set(before)
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_without_kernels_torch_packs_the_same_bits(dtype, monkeypatch):
-    t = spikes_like((5, 7, 33), dtype).transpose(0, 1)
-    want = memory._as_bits(t)
-    monkeypatch.setattr(native, "missing", lambda device: "for this test")
-    got = memory._as_bits(t)
-    assert torch.equal(got.bits, want.bits)
-    assert torch.equal(got.unpack(), t)
-    assert got.unpack().stride() == t.stride()
-    assert memory._as_bits(t + 0.5) is None
-
-
-def test_indices_of_a_pooling_take_as_few_bytes_as_hold_them():
-    for most, size in ((200, 1), (1000, 2), (40_000, 4)):
-        t = torch.randint(0, most, (64, 64))
-        t[0, 0] = most
-        packed = memory.made_smaller(t)
-        assert packed.nbytes == t.numel() * size
-        assert torch.equal(packed.unpack(), t)
-    assert memory.made_smaller(torch.randint(0, 2**40, (64, 64))) is None
-    assert memory.made_smaller(torch.full((64, 64), -1)) is None
-
-
-@pytest.mark.parametrize("memory_format", FORMATS, ids=["contiguous", "channels_last"])
-def test_what_was_repeated_is_kept_once(memory_format):
-    from snnfast.convert.to_spiking_layers import repeat
-
-    x = torch.randn(2, 3, 16, 16, requires_grad=True)
-    y = repeat((x * 1).contiguous(memory_format=memory_format), T)
-    for t in (y, y.unflatten(0, (T, 2)), y.flatten(2), x.repeat(3, 1, 1, 1).transpose(1, 2)):
-        times = 3 if len(t) == 6 else T
-        packed = memory.made_smaller(t)
-        assert packed.nbytes == t.numel() * 4 // times
-        assert torch.equal(packed.unpack(), t)
-        assert packed.unpack().stride() == t.stride()
-    changed = x.repeat(3, 1, 1, 1)
-    with torch.no_grad():
-        changed[0] += 1
-    for t in (y[2:], x.repeat(2, 2, 1, 1), changed, y * 2, y.unflatten(0, (T, 2))[:, :1], y.flip(0)):
-        assert memory.made_smaller(t) is None
-
-
 def test_the_first_neuron_of_a_converted_network_keeps_its_input_once():
     net = snnfast.to_spiking(nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3)), T)
     x = torch.randn(2, 3, 16, 16) * 2
@@ -252,30 +101,6 @@ def test_the_first_neuron_keeps_its_constant_input_once_without_packing():
     kept = saved_bytes(net, x)
     net[1].register_forward_hook(lambda *_: None)
     assert saved_bytes(net, x) - kept == (T - 1) * 2 * 8 * 14 * 14 * 4
-
-
-# ---- what is kept as it is ----
-def test_what_has_other_values_is_kept():
-    for t in (
-        spikes_like((64, 64)) + spikes_like((64, 64)),  # sums of spikes, as SEW blocks make
-        torch.randn(64, 64),
-        spikes_like((64, 64)).expand(3, 64, 64),
-        spikes_like((64, 64)).requires_grad_(),  # a parameter: it is there anyway
-        spikes_like((8, 8)),  # too small to matter
-        torch.zeros(64, 64).index_fill_(0, torch.tensor([3]), 2.0) + torch.eye(64),
-    ):
-        assert memory.made_smaller(t) is None
-
-
-def test_neurons_that_spike_several_times_at_once_are_kept():
-    from snnfast import dynamics
-
-    x = (torch.randn(T, 64, 64) * 4).requires_grad_()
-    own = (torch.tensor(1.0), torch.tensor(0.9))
-    s, _, _ = functional.multi_step(dynamics.EXPONENTIAL_LIF, x, 0.0, None, own, multi_spike=True)
-    assert s.max() > 1
-    assert not memory.is_spikes(s)
-    assert memory.made_smaller(s) is None
 
 
 # ---- in-place changes ----
@@ -492,150 +317,3 @@ def test_deep_copies_and_pickles_of_the_network_are_not_disturbed():
         y = net(torch.randn(T * 2, 3, 16, 16))
         copy.deepcopy(net)
     y.sum().backward()
-
-
-# ---- spikes by the graph alone, as on a GPU ----
-def test_spikes_that_the_graph_shows():
-    conv = nn.Conv2d(3, 8, 3)
-    x = torch.randn(T * 2, 3, 12, 12)
-    fused = snnfast.fused.BatchNormNode(nn.BatchNorm2d(8), snnfast.LIFNode(timesteps=T))
-    for neuron in (snnfast.LIFNode(timesteps=T), fused):
-        s = neuron(conv(x))
-        if s._version:  # conftest fills fresh memory
-            s = s.clone()
-        p = nn.MaxPool2d(2)(s)
-        changed = s.clone()
-        with torch.no_grad():
-            changed.mul_(0.5)  # the graph does not know
-        assert not memory.is_spikes(changed)
-        for t in (
-            *(s, s.flatten(1), s.unflatten(0, (T, 2)), s[:3], s.transpose(0, 1), s.contiguous(), s.bfloat16()),
-            *(p, p.flatten(1).to(torch.float64), torch.cat([s, s]), torch.stack([s, s])),
-            *(s.repeat(2, 1, 1, 1), s.to(memory_format=torch.channels_last), s.chunk(2)[1], nn.MaxPool2d(3, 2, 1)(s)),
-        ):
-            assert memory.is_spikes(t), t.grad_fn
-            assert bool(((t == 0) | (t == 1)).all())
-        for t in (
-            *(s + s, s * 1.0, nn.AvgPool2d(2)(s), s.mean(0), conv(x), torch.cat([s, conv(x)]), s.detach()),
-            *(nn.functional.dropout(s), s.cumsum(0), nn.functional.pad(s, (1, 1), value=2.0), s.sum()),
-            *(getattr(neuron, "neuron", neuron).v, s.clone().mul_(2.0), torch.cat([s, torch.randn_like(s)])),
-        ):
-            assert not memory.is_spikes(t), t.grad_fn
-
-
-@pytest.mark.parametrize(("connect", "spikes"), [("CHARGE", True), ("ADD", False), ("AND", False), ("IAND", False)])
-def test_spikes_that_met_a_residual_connection_are_none_by_the_graph(connect, spikes):
-    node = snnfast.fused.BatchNormNode(nn.BatchNorm2d(8), snnfast.LIFNode(timesteps=T), connect=connect)
-    x = torch.randn(T * 2, 8, 12, 12, requires_grad=True)
-    y = node(x, torch.randn_like(x) + 0.5)
-    assert memory._gives_spikes(y.grad_fn, y.output_nr, 16) == spikes
-    assert bool(((y == 0) | (y == 1)).all()) == spikes
-
-
-def test_the_graph_alone_gives_the_same_gradients(monkeypatch):
-    """The way of a GPU, on the CPU: what is not shown to be spikes is not packed."""
-    net = network()
-    x = torch.randn(T * 2, 3, 16, 16) * 2
-    want = gradients(net, x, torch.enable_grad())
-    pack, seen = memory._as_bits, []
-
-    def by_graph(t):
-        # The fixture that poisons fresh memory counts as a change.
-        seen.append(t.grad_fn is not None and memory._gives_spikes(t.grad_fn, t.output_nr, 16))
-        return pack(t) if seen[-1] else None
-
-    monkeypatch.setattr(memory, "_as_bits", by_graph)
-    assert_equal(gradients(net, x, packed_spikes()), want)
-    assert sum(seen) == 4
-
-
-@pytest.mark.parametrize(
-    "pool", [nn.MaxPool2d(2), nn.MaxPool2d(3, 2, 1), nn.MaxPool2d(3, 1, ceil_mode=True, dilation=2)]
-)
-@pytest.mark.parametrize("side", [7, 16, 200])
-def test_indices_of_a_pooling_are_narrowed_without_a_look(pool, side, monkeypatch):
-    """The way of a GPU, on the CPU."""
-    x = torch.randn(2, 3, side, side, requires_grad=True)
-    want = torch.autograd.grad(pool(x).sin().sum(), x)[0]
-    monkeypatch.setattr(memory, "_narrowed", lambda t: None)
-    kept = []
-    monkeypatch.setattr(memory, "_Kept", lambda t, make=memory._Kept: kept.append(make(t)) or kept[-1])
-    with packed_spikes():
-        y = pool(x)
-        before = {k.tensor.dtype for k in kept}
-        memory._narrow_pooling(y.flatten(1).grad_fn, 16)
-        y = y.sin().sum()
-    after = {k.tensor.dtype for k in kept}
-    assert before == {torch.float32, torch.int64}
-    assert after == {torch.float32, torch.int64 if side == 200 else torch.int16}
-    assert torch.equal(torch.autograd.grad(y, x)[0], want)
-
-
-# ---- the CUDA kernels, compiled for the CPU ----
-DRIVER = """
-#include "cuda_bits.cuh"
-dim3 threadIdx, blockIdx, blockDim, gridDim;
-namespace host_shim {
-int64_t first_block = 0;
-void wait_for_block() {}
-double exchange_down(double value, int) { return value; }
-void run_grid(dim3 grid, dim3 block, const std::function<void()>& body) {
-  for (unsigned b = 0; b < grid.x; ++b)
-    for (unsigned t = 0; t < block.x; ++t) {
-      blockIdx = dim3(b), threadIdx = dim3(t);
-      body();
-    }
-}
-}  // namespace host_shim
-extern "C" int run(int pack, int64_t n, int element_bytes, void* elements, void* bits, uint64_t one, void* other) {
-  snnfast::BitsCall c{};
-  c.n = n, c.element_bytes = element_bytes, c.elements = elements, c.bits = bits, c.one = one, c.other = other;
-  return snnfast::launch_bits(c, pack, nullptr);
-}
-"""
-
-
-@pytest.fixture(scope="module")
-def cuda_bits(tmp_path_factory):
-    import ctypes
-    import subprocess
-
-    from cuda_host import GXX, ROOT, SHIM
-
-    if GXX is None:
-        pytest.skip("there is no g++ here")
-    folder = tmp_path_factory.mktemp("cuda_bits")
-    (folder / "driver.cpp").write_text(DRIVER)
-    command = [GXX, "-std=c++17", "-O1", "-fPIC", "-shared", "-Wno-psabi", f"-I{SHIM}", f"-I{ROOT / 'csrc'}"]
-    subprocess.run([*command, str(folder / "driver.cpp"), "-o", str(folder / "bits.so")], check=True)
-    run = ctypes.CDLL(str(folder / "bits.so")).run
-    run.argtypes = [
-        *(ctypes.c_int, ctypes.c_int64, ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint64),
-        ctypes.c_void_p,
-    ]
-    return run
-
-
-@pytest.mark.parametrize("shift", [0, 1], ids=["aligned", "shifted"])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_the_cuda_kernels_on_the_host(cuda_bits, dtype, shift):
-    one, size = memory._ONES[dtype], dtype.itemsize
-    for n in (0, 1, 7, 8, 64, 65, 1000, 4099):
-        words = (n + 63) // 64 * 8
-        t = spikes_like(n + shift, dtype)[shift:]
-        bits = torch.full((words + 8,), 85, dtype=torch.uint8)
-        bits[words:] = 0
-        flag = bits.data_ptr() + words
-        assert cuda_bits(1, n, size, t.data_ptr(), bits.data_ptr(), one, flag) == 0
-        assert not bits[words:].any()
-        packed = memory._as_bits(t)
-        assert torch.equal(bits[:words], packed.bits[:words])
-        back = torch.full((n + shift + 8,), 7.0, dtype=dtype)
-        assert cuda_bits(0, n, size, back[shift:].data_ptr(), bits.data_ptr(), one, flag) == 0
-        assert torch.equal(back[shift : n + shift], t)
-        assert bool((back[n + shift :] == 7).all())
-        if n:
-            t[n // 2] = 2.0
-            assert cuda_bits(1, n, size, t.data_ptr(), bits.data_ptr(), one, flag) == 0
-            assert cuda_bits(0, n, size, back[shift:].data_ptr(), bits.data_ptr(), one, flag) == 0
-            assert bool(back[shift : n + shift].isnan().all()), "wrong values must show"

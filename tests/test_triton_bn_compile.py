@@ -8,13 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from test_triton_compile import SM80, SM90, TYPES, accesses, own_cache, spilled_bytes, tool
+from test_triton_compile import LONG, SM80, SM90, TYPES, accesses, constants, own_cache, spilled_bytes, tool
 
 from snnfast import dynamics
 from snnfast.backends import triton_batch_norm as backend
 from snnfast.dynamics import DECAY_INPUT, DETACH_RESET, SOFT_RESET, STRICT, Constants, Neuron
 from snnfast.fused.ops import Connect
-from snnfast.surrogate import SURROGATES
 
 triton = pytest.importorskip("triton", reason="triton is not installed")
 from triton.compiler import ASTSource  # noqa: E402
@@ -22,12 +21,7 @@ from triton.compiler import ASTSource  # noqa: E402
 __all__ = ["own_cache"]  # the fixture
 NEURONS = [n for n in dynamics.NEURONS if not n.own]
 CHANNELS_LAST, CHANNELS_FIRST = (4, 8, 64, 16, 16), (4, 8, 64, 32, 32)
-LONG = 34
 neurons = pytest.mark.parametrize("neuron", NEURONS, ids=lambda n: n.name)
-
-
-def constants(neuron: Neuron, flags: int = DECAY_INPUT, surrogate: int = 1, tau: float = 3.0) -> Constants:
-    return Constants(neuron.id, surrogate, flags, 1.0, 0.0, tau, SURROGATES[surrogate]().alpha, 1.5, 0.25, 0.0)
 
 
 def compile_kernel(

@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from peer_checks import assert_close, tensors
 from torch import nn
 from torch.nn import functional as F
+from unroll_networks import FullyConnected
 
 import snnfast
-from snnfast import _notices
 
 snntorch = pytest.importorskip("snntorch", reason="snntorch is not installed")
 norse = pytest.importorskip("norse.torch", reason="norse is not installed")
@@ -64,22 +64,6 @@ def assert_unrolls(model, x, timesteps=None, state=(), unrolled=None, bn="per_st
     for (name, p), q in zip(model.named_buffers(), other.buffers(), strict=True):
         assert torch.allclose(p, q, rtol=1e-6, atol=1e-7), name
     return got
-
-
-class FullyConnected(nn.Module):
-    """The network of snnTorch's tutorial 5, one time step: states in, states out."""
-
-    def __init__(self, **keywords):
-        super().__init__()
-        self.fc1 = nn.Linear(12, 16)
-        self.lif1 = snntorch.Leaky(beta=0.5, **keywords)
-        self.fc2 = nn.Linear(16, 5)
-        self.lif2 = snntorch.Leaky(beta=0.75, **keywords)
-
-    def forward(self, x, mem1, mem2):
-        spk1, mem1 = self.lif1(self.fc1(x), mem1)
-        spk2, mem2 = self.lif2(self.fc2(spk1), mem2)
-        return spk2, mem1, mem2
 
 
 def convolutional():
@@ -271,48 +255,6 @@ def test_training_and_evaluation_mode_and_an_exchanged_layer():
     assert snnfast.unroll(model, x).shape == (5, 3, 2)
 
 
-# ---- refused ----
-class OwnLoop(nn.Module):
-    def __init__(self, fixed):
-        super().__init__()
-        self.fc, self.lif, self.fixed = nn.Linear(6, 6), snntorch.Leaky(beta=0.5), fixed
-
-    def forward(self, x):
-        mem, found = self.lif.init_leaky(), []
-        for t in range(5 if self.fixed else x.size(0)):
-            spk, mem = self.lif(self.fc(x if self.fixed else x[t]), mem)
-            found.append(spk)
-        return torch.stack(found)
-
-
-class Recurrent(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.fc, self.back, self.lif = nn.Linear(6, 6), nn.Linear(6, 6), snnfast.IFNode()
-
-    def forward(self, x, before):
-        return self.lif(self.fc(x) + self.back(before))
-
-
-class KeepsState(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.fc, self.v = nn.Linear(6, 6), 0.0
-
-    def forward(self, x):
-        self.v = self.v * 0.5 + self.fc(x)
-        return self.v
-
-
-class Mixes(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.lif = snnfast.IFNode()
-
-    def forward(self, x):
-        return self.lif(x).mean(0)
-
-
 class ConvWithNeuron(nn.Conv2d):
     def __init__(self, *args):
         super().__init__(*args)
@@ -320,26 +262,6 @@ class ConvWithNeuron(nn.Conv2d):
 
     def forward(self, x):
         return self.lif(super().forward(x) * 4)
-
-
-class NormWithNeuron(nn.BatchNorm1d):
-    def __init__(self, features):
-        super().__init__(features)
-        self.lif = snnfast.LIFNode()
-
-    def forward(self, x):
-        return self.lif(super().forward(x))
-
-
-class Counts(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.lif = snnfast.LIFNode()
-        self.register_buffer("calls", torch.zeros(()))
-
-    def forward(self, x):
-        self.calls.add_(1)
-        return self.lif(x)
 
 
 class FunctionalNorm(nn.Module):
@@ -371,99 +293,3 @@ def test_layers_that_are_not_quite_torchs(make, shape, training):
     assert torch.equal(snnfast.unroll(net, x), want)
     for a, b in zip(net.buffers(), loop.buffers(), strict=True):
         assert torch.allclose(a, b)
-
-
-def test_a_buffer_that_forward_writes_is_refused_and_stays():
-    net = Counts()
-    with pytest.raises(ValueError, match="Counts writes its buffer calls in forward"):
-        snnfast.unroll(net, torch.randn(5, 3, 6))
-    assert net.calls == 0
-
-
-@pytest.mark.parametrize(
-    ("make", "state", "message"),
-    [
-        (lambda: nn.Sequential(NormWithNeuron(6)), (), r"0 \(NormWithNeuron\) is a batch norm with a neuron inside"),
-        (lambda: OwnLoop(True), (), r"(?s)lif is called 5 times.*def forward.*snnfast.unroll"),
-        (lambda: OwnLoop(False), (), r"(?s)own loop over time.*def forward.*snnfast.unroll"),
-        (Recurrent, (torch.zeros(3, 6),), "recurrence"),
-        (KeepsState, (), "KeepsState keeps a result"),
-        (Mixes, (), "mixes samples"),
-        (lambda: nn.Sequential(snnfast.IFNode(step_mode="m")), (), "step mode 'm'"),
-        (lambda: norse.SequentialState(norse.LIF()), (), "takes all time steps"),
-    ],
-)
-def test_refused_with_the_reason(make, state, message):
-    model = make()
-    before = {m: set(m.__dict__) for m in model.modules()}
-    with pytest.raises(ValueError, match=message):
-        snnfast.unroll(model, torch.randn(5, 3, 6), state=state)
-    assert before == {m: set(m.__dict__) for m in model.modules()}  # nothing of the trace stays behind
-
-
-def test_arguments_are_checked():
-    model = nn.Sequential(snnfast.IFNode())
-    with pytest.raises(TypeError, match=r"takes mem2: .*state=\(mem1, mem2,\)"):
-        snnfast.unroll(FullyConnected(), torch.rand(5, 3, 12), state=(torch.zeros(0),))
-    with pytest.raises(TypeError, match="mem1, mem2"):
-        snnfast.unroll(FullyConnected(), torch.randn(5, 3, 12))
-    with pytest.raises(ValueError, match="timesteps must be"):
-        snnfast.unroll(model, torch.randn(3, 6), 0)
-    with pytest.raises(ValueError, match="bn must be"):
-        snnfast.unroll(model, torch.randn(3, 6), 2, bn="none")
-    with pytest.raises(ValueError, match="T, B"):
-        snnfast.unroll(model, torch.randn(3))
-    with pytest.raises(TypeError, match="x must be"):
-        snnfast.unroll(model, [1.0])
-
-
-def test_sinabs_layers_take_all_steps_already():
-    layers = pytest.importorskip("sinabs.layers", reason="sinabs is not installed")
-    with pytest.raises(ValueError, match="takes all time steps"):
-        snnfast.unroll(nn.Sequential(nn.Linear(6, 6), layers.IAF()), torch.randn(5, 3, 6))
-
-
-# ---- what was meant by x ----
-LAYERS = {
-    "linear": (nn.Linear(3, 2), (4, 3)),
-    "convolution": (nn.Conv2d(2, 3, 3), (4, 2, 6, 6)),
-    "one sample": (nn.Linear(3, 2), (1, 3)),
-    "batch norm": (nn.BatchNorm2d(2), (4, 2, 6, 6)),
-}
-
-
-@pytest.mark.parametrize("case", LAYERS)
-def test_input_without_time_is_refused_with_the_remedy(case):
-    layer, shape = LAYERS[case]
-    net, x = nn.Sequential(layer, snnfast.IFNode()), torch.rand(shape)
-    with pytest.raises(ValueError, match=rf"x of shape \({shape[0]}, .*read as \[T, B.*unroll\(model, x, timesteps=T"):
-        snnfast.unroll(net, x)
-    assert snnfast.unroll(net, x, timesteps=2).shape[:2] == (2, shape[0])
-
-
-def test_sequence_given_with_timesteps_is_refused_by_a_layer_or_said(recwarn):
-    conv = nn.Sequential(nn.Conv2d(2, 3, 3), snnfast.IFNode())
-    with pytest.raises(ValueError, match=r"timesteps=5 steps; if it is a sequence .*leave timesteps out"):
-        snnfast.unroll(conv, torch.rand(5, 4, 2, 6, 6), 5)
-    linear = nn.Sequential(nn.Linear(3, 2), snnfast.IFNode())
-    snnfast.unroll(linear, torch.rand(6, 3), 6)  # a batch of as many samples is none
-    snnfast.unroll(linear, torch.rand(2, 6, 3), 6)
-    assert not [w for w in recwarn if "unroll" in str(w.message)]
-    _notices._said.clear()
-    with pytest.warns(UserWarning, match=r"x of shape \(6, 4, 3\) was read as \[B.*leave timesteps out") as told:
-        snnfast.unroll(linear, torch.rand(6, 4, 3), 6)
-    assert told[0].filename == __file__
-
-
-def test_images_taken_for_a_sequence_of_one_sample_are_told(monkeypatch):
-    monkeypatch.setattr(_notices, "_said", set())
-    net = nn.Sequential(nn.Flatten(), nn.Linear(12, 2), snnfast.IFNode())
-    snnfast.unroll(net, torch.rand(5, 2, 1, 3, 4))
-    with pytest.warns(UserWarning, match=r"5 time steps of 1 samples of shape \(3, 4\).*timesteps=T"):
-        snnfast.unroll(net, torch.rand(5, 1, 3, 4))
-
-
-def test_errors_that_no_shape_explains_pass_as_they_are():
-    net = nn.Sequential(nn.Linear(3, 2), snnfast.IFNode())
-    with pytest.raises(RuntimeError, match="dtype"):
-        snnfast.unroll(net, torch.rand(5, 4, 3, dtype=torch.float64))
