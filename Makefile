@@ -72,7 +72,8 @@ sanitize: $(VENV)/test.stamp
 	  $(CURDIR)/tests/test_parity.py $(CURDIR)/tests/test_cpu_kernels.py -k "not fork"
 
 # Not a part of CI: that torch comes with CUDA packages, five gigabytes. The kernels are those of the other environment.
-OLDEST_TESTS := $(addprefix tests/test_,$(addsuffix .py,torch neuron layer fuse bn_neuron residual to_spiking unroll inference memory))
+OLDEST_TESTS := $(addprefix tests/test_,$(addsuffix .py,torch neuron layer layer_networks fuse bn_neuron bn_neuron_statistics \
+  residual to_spiking to_spiking_constant to_spiking_copies unroll unroll_refusals inference memory memory_bits memory_recognised))
 oldest: $(VENV)/snnfast.stamp
 	$(PYTHON) -m venv .venv-oldest
 	.venv-oldest/bin/pip install --quiet --disable-pip-version-check torch==2.6.0 numpy pytest hypothesis

@@ -73,12 +73,12 @@ def test_everything_in_one_command(small_mnist: Path, tmp_path: Path, capsys: py
     assert _accuracy(small_mnist, networks.student(10, 1, 2), weights) == found["results"][names[3]]["test_accuracy"]
 
 
-def _accuracy(small_mnist: Path, network: torch.nn.Module, weights: dict) -> float:
+def _accuracy(folder: Path, network: torch.nn.Module, weights: dict) -> float:
     """By hand, from the files."""
     network.load_state_dict(weights)
 
     def images(name: str) -> torch.Tensor:
-        raw = np.frombuffer((small_mnist / f"{name}-images-idx3-ubyte").read_bytes(), np.uint8, offset=16)
+        raw = np.frombuffer((folder / f"{name}-images-idx3-ubyte").read_bytes(), np.uint8, offset=16)
         return torch.from_numpy(raw.copy()).view(-1, 1, 28, 28).float() / 255
 
     x = (images("t10k") - images("train").mean()) / images("train").std(unbiased=False)
