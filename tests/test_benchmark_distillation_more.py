@@ -10,7 +10,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
 for name in ("lightning_fabric", "safetensors", "rich", "matplotlib"):
     pytest.importorskip(name, reason="snnfast[train] is not installed")
@@ -21,12 +20,9 @@ from benchmarks import distillation_cost_report as report
 
 
 @pytest.fixture(autouse=True)
-def _setting(monkeypatch):
-    threads = torch.get_num_threads()
+def _setting(monkeypatch, keeps_threads):
     for module in (cifar10, distillation, distillation_cost, distillation_noise, mnist_full):
         monkeypatch.setattr(module, "environment", dict)
-    yield
-    torch.set_num_threads(threads)
 
 
 # ---- noise ----

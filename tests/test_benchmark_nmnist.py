@@ -52,27 +52,24 @@ def test_comparison_is_paired_by_fold_and_recording():
     assert found["half interval of folds"] == pytest.approx(12.706 * 0.25, rel=1e-3)
 
 
+@pytest.mark.usefixtures("keeps_threads")
 def test_it_runs_resumes_and_reports(recordings, tmp_path, monkeypatch, capsys):
     for name, value in (("environment", dict), ("FOLDS", 2), ("BATCH", 10)):
         monkeypatch.setattr(nmnist, name, value)
-    threads = torch.get_num_threads()
     command = ["tssd", "--data-dir", str(recordings), "--epochs", "3", "--out", str(tmp_path / "runs")]
     command += ["--report", str(tmp_path)]
-    try:
-        nmnist.main(command)
-        first = json.loads((tmp_path / "runs" / "tssd-fold0.json").read_text())
-        (tmp_path / "runs" / "tssd-fold0.json").unlink()
-        capsys.readouterr()
-        nmnist.main(command)
-        assert capsys.readouterr().out.count("fold ") == 1  # the one that was missing
-        again = json.loads((tmp_path / "runs" / "tssd-fold0.json").read_text())
-        assert {k: v for k, v in first.items() if "seconds" not in k} == {
-            k: v for k, v in again.items() if "seconds" not in k
-        }
-        with pytest.raises(SystemExit, match="other settings"):
-            nmnist.main([*command, "--epochs", "2"])
-    finally:
-        torch.set_num_threads(threads)
+    nmnist.main(command)
+    first = json.loads((tmp_path / "runs" / "tssd-fold0.json").read_text())
+    (tmp_path / "runs" / "tssd-fold0.json").unlink()
+    capsys.readouterr()
+    nmnist.main(command)
+    assert capsys.readouterr().out.count("fold ") == 1  # the one that was missing
+    again = json.loads((tmp_path / "runs" / "tssd-fold0.json").read_text())
+    assert {k: v for k, v in first.items() if "seconds" not in k} == {
+        k: v for k, v in again.items() if "seconds" not in k
+    }
+    with pytest.raises(SystemExit, match="other settings"):
+        nmnist.main([*command, "--epochs", "2"])
     assert set(first["terms of the last batch"]) == {"task", "temporal_self_kd", "spatial_self_kd.spike2"}
     found = json.loads((tmp_path / "nmnist.json").read_text())
     assert [row["variant"] for row in found["rows"]] == ["plain", "tssd"]

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks import distillation
@@ -47,31 +46,28 @@ def test_a_folder_without_the_files_is_refused(tmp_path):
         distillation.load(tmp_path)
 
 
+@pytest.mark.usefixtures("keeps_threads")
 def test_a_run_goes_on_where_it_stopped_and_is_paired(tmp_path, monkeypatch, capsys):
     try:
         mnist_data.data_file()
     except FileNotFoundError as error:
         pytest.skip(str(error))
     monkeypatch.setattr(distillation, "environment", dict)
-    threads = torch.get_num_threads()
     command = ["if-plain", "if-response", "--quick", "--seeds", "1", "--out", str(tmp_path), "--report", str(tmp_path)]
-    try:
-        distillation.main(command)
-        first = json.loads((tmp_path / "if-plain-seed0.json").read_text())
-        (tmp_path / "if-response-seed0.json").unlink()
-        capsys.readouterr()
-        distillation.main(command)
-        assert capsys.readouterr().out.count("seed 0") == 1  # the one that was missing
-        (tmp_path / "if-plain-seed0.json").unlink()
-        distillation.main(command)
-        again = json.loads((tmp_path / "if-plain-seed0.json").read_text())
-        assert {k: v for k, v in first.items() if "seconds" not in k} == {
-            k: v for k, v in again.items() if "seconds" not in k
-        }
-        with pytest.raises(SystemExit, match="other settings"):
-            distillation.main([*command, "--shift", "1"])
-    finally:
-        torch.set_num_threads(threads)
+    distillation.main(command)
+    first = json.loads((tmp_path / "if-plain-seed0.json").read_text())
+    (tmp_path / "if-response-seed0.json").unlink()
+    capsys.readouterr()
+    distillation.main(command)
+    assert capsys.readouterr().out.count("seed 0") == 1  # the one that was missing
+    (tmp_path / "if-plain-seed0.json").unlink()
+    distillation.main(command)
+    again = json.loads((tmp_path / "if-plain-seed0.json").read_text())
+    assert {k: v for k, v in first.items() if "seconds" not in k} == {
+        k: v for k, v in again.items() if "seconds" not in k
+    }
+    with pytest.raises(SystemExit, match="other settings"):
+        distillation.main([*command, "--shift", "1"])
     report = json.loads((tmp_path / "distillation.json").read_text())
     assert [row["variant"] for row in report["rows"]] == ["if-plain", "if-response"]
     assert report["rows"][1]["teacher accuracy"] > 0
