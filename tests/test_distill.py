@@ -1,4 +1,4 @@
-"""Distillation: each loss against its formula written out in NumPy, also with more time steps for the teacher."""
+"""Distillation: each loss against its formula written out in NumPy, also where training runs more time steps."""
 
 from __future__ import annotations
 
