@@ -6,6 +6,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include <memory>
 #include <new>
 #include <stdexcept>
 #include <string>
@@ -280,6 +281,32 @@ void cpu_unpack_bits(int threads, int element_bytes, int64_t n, uintptr_t elemen
   kernels->unpack_bits(call);
 }
 
+// ---- the loss of feature distillation ----
+void cpu_feature_loss(int threads, int64_t T, int64_t images, int64_t from, int64_t to, int64_t places,
+                      uintptr_t student, uintptr_t teacher, uintptr_t weight, uintptr_t bias, uintptr_t loss,
+                      uintptr_t mean, uintptr_t grad_student, uintptr_t grad_weight, uintptr_t grad_bias) {
+  py::gil_scoped_release release;
+  FeatureCall call{};
+  call.T = T;
+  call.images = images;
+  call.from = from;
+  call.to = to;
+  call.places = places;
+  call.student = pointer(student);
+  call.teacher = pointer(teacher);
+  call.weight = pointer(weight);
+  call.bias = pointer(bias);
+  call.loss = pointer(loss);
+  call.mean = pointer(mean);
+  call.grad_student = pointer(grad_student);
+  call.grad_weight = pointer(grad_weight);
+  call.grad_bias = pointer(grad_bias);
+  call.threads = threads;
+  const std::unique_ptr<float[]> partial(new float[feature_partial_floats(call)]);
+  call.partial = partial.get();
+  if (!kernels->feature_loss(call)) throw std::bad_alloc();
+}
+
 #ifdef SNNFAST_CUDA
 void throw_if(const std::string& error) {
   if (!error.empty()) throw std::runtime_error("snnfast: CUDA: " + error);
@@ -341,13 +368,14 @@ PYBIND11_MODULE(_C, m) {
   m.def("cpu_batch_norm", &cpu_batch_norm);
   m.def("cpu_pack_bits", &cpu_pack_bits);
   m.def("cpu_unpack_bits", &cpu_unpack_bits);
+  m.def("cpu_feature_loss", &cpu_feature_loss);
   m.def("corrected_division_is_exact", [](float tau) { return kernels->corrected_division_is_exact(tau); });
   m.def("cpu_sets", &cpu_sets, "Instruction sets of this build that this processor has, best first.");
   m.def("cpu_set", [] { return kernels->name; });
   m.def("set_cpu_set", &set_cpu_set, "For tests and benchmarks: use this instruction set from now on.");
   m.def("stream_stores_from", [] { return stream_stores_from; }, "Bytes of output from which stores stream.");
   m.def("set_stream_stores_from", [](int64_t bytes) { stream_stores_from = bytes; });
-  m.attr("calls") = 7;  // raise it with every change of a signature here; native.py refuses another build's
+  m.attr("calls") = 9;  // raise it with every change of a signature here; native.py refuses another build's
   m.attr("surrogates") = py::dict();
   m.attr("neurons") = py::dict();
 #define SNNFAST_NAME(id, name) m.attr("surrogates")[#name] = id;

@@ -240,8 +240,7 @@ struct NoScratch {
 };
 
 int batch_norm_threads(const BatchNormCall& b) {
-  constexpr int64_t serial_below = 32768;  // as kSerialBelow in cpu.cpp
-  return b.call.T * b.call.N < serial_below ? 1 : int(smaller(b.call.threads, Chunks(b.call.N).count));
+  return b.call.T * b.call.N < kSerialBelow ? 1 : int(smaller(b.call.threads, Chunks(b.call.N).count));
 }
 
 // ---- statistics ----

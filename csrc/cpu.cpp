@@ -8,12 +8,12 @@
 #include "bn_channels.h"
 #include "cpu_bits.h"
 #include "cpu_constant_input.h"
+#include "cpu_features.h"
 
 namespace snnfast {
 namespace {
 
 constexpr int64_t kForwardBlock = 2048;
-constexpr int64_t kSerialBelow = 32768;  // elements; a thread team costs more than it brings, and forks stay safe
 
 // A large call of four steps, one loop over neurons with the state in a register: every row is one long stream. In the
 // caches the rows of forward_block are as fast, and faster where a step is a long chain of dependent operations.
@@ -216,6 +216,7 @@ extern const CpuKernels SNNFAST_NAME(SNNFAST_CPU_SET) = {
     corrected_division_is_exact,
     pack_bits,
     unpack_bits,
+    feature_loss,
 };
 
 }  // namespace snnfast

@@ -10,6 +10,7 @@ namespace snnfast {
 namespace {
 
 constexpr int64_t kPrefetchBytes = 4096;  // how far ahead short rows are asked for
+constexpr int64_t kSerialBelow = 32768;   // elements; a thread team costs more than it brings, and forks stay safe
 
 // float64 and float16 are rare: they have the open loops alone, not those of four steps, nor streaming stores.
 template <class T>

@@ -105,6 +105,26 @@ struct BitsCall {
   int threads;   // CPU only
 };
 
+// The loss of feature distillation for one pair (cpu_features.h), float32, everything contiguous: the mean over
+// [images, to, places] of (weight * mean over time of student + bias - teacher)^2, and its gradients.
+struct FeatureCall {
+  int64_t T, images, from, to, places;
+  const void *student, *teacher;  // [T, images, from, places], [images, to, places]
+  const void *weight, *bias;      // [to, from], [to]
+
+  // outputs: a number; and where gradients are wanted the mean over time and they, of student that of one step
+  void *loss, *mean, *grad_student, *grad_weight, *grad_bias;
+
+  float* partial;  // feature_partial_floats()
+  int threads;
+};
+constexpr int64_t kFeatureChunks =
+    16;  // at most; they depend on the shape alone, so that no sum depends on the threads
+inline int64_t feature_partial_floats(const FeatureCall& c) {
+  constexpr int64_t most_lanes = 16;
+  return kFeatureChunks * ((c.from + most_lanes - 1) / most_lanes * most_lanes + 1) * c.to;
+}
+
 namespace {
 
 inline double initial_state(const Call& c, int k) { return k == 0 ? c.v_init : 0.0; }

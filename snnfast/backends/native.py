@@ -20,7 +20,7 @@ from torch import Tensor
 from ..dynamics import NEURONS, Constants, Inputs
 from ..surrogate import SURROGATES
 
-_CALLS = 7  # csrc/bindings.cpp: what this module calls
+_CALLS = 9  # csrc/bindings.cpp: what this module calls
 try:
     _C: Any = importlib.import_module("snnfast._C")
 except ImportError as error:
@@ -222,6 +222,26 @@ def pack_bits(t: Tensor, bits: Tensor) -> int | None:
 def unpack_bits(bits: Tensor, one: int, to: Tensor) -> None:
     """The reverse of :func:`pack_bits` into a dense tensor."""
     _C.cpu_unpack_bits(torch.get_num_threads(), to.element_size(), to.numel(), to.data_ptr(), bits.data_ptr(), one)
+
+
+# ---- the loss of feature distillation ----
+def feature_loss(student: Tensor, teacher: Tensor, weight: Tensor, bias: Tensor, gradients: bool) -> tuple[Tensor, ...]:
+    """The mean of ``(weight * student's mean over time + bias - teacher)^2``.
+
+    With ``gradients`` also that mean over time, and the gradients of one step of ``student``, of ``weight`` and of
+    ``bias``. Everything is contiguous float32 on the CPU: ``[T, B, C, *]``, ``[B, C_teacher, *]``,
+    ``[C_teacher, C, 1, 1]`` and ``[C_teacher]``.
+    """
+    T, B, C = student.shape[:3]
+    step = student[0]
+    loss = torch.empty((), dtype=torch.float32)
+    wanted = tuple(map(torch.empty_like, (step, step, weight, bias))) if gradients else ()
+    _C.cpu_feature_loss(
+        *(torch.get_num_threads(), T, B, C, teacher.shape[1], step.numel() // (B * C)),
+        *(t.data_ptr() for t in (student, teacher, weight, bias, loss)),
+        *((t.data_ptr() for t in wanted) if gradients else (0, 0, 0, 0)),
+    )
+    return loss, *wanted
 
 
 def _cuda_bits(call: Any, t: Tensor, bits: Tensor, one: int) -> None:

@@ -18,6 +18,7 @@ from torch import Size, Tensor, nn
 from ..encoding import check_steps
 from ..functional import check_number
 from .extend import BATCH_NORM
+from .features import convolved_mse, time_mean
 
 __all__ = [
     "ConfidenceKD",
@@ -63,12 +64,6 @@ def divergence(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
     log_p = F.log_softmax(teacher.detach().to(dtype) / temperature, -1).expand_as(log_q)
     total = F.kl_div(log_q, log_p, reduction="sum", log_target=True)
     return total * (temperature**2 * log_q.shape[-1] / log_q.numel())
-
-
-def time_mean(x: Tensor) -> Tensor:
-    """Features ``[T, B, *]`` -> their mean over time ``[B, *]``."""
-    # Divided after the sum: the backward of mean() divides once for every step.
-    return x[0] if len(x) == 1 else x.sum(0) / len(x)
 
 
 def check_weight(name: str, value: Any) -> float:
@@ -301,11 +296,14 @@ class FeatureAdapter(nn.Module):
             self.bridge = nn.Linear(student[-1], teacher[-1])
 
     def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
-        """Mean squared difference of features ``[B, *]``."""
+        """Mean squared difference of ``student``'s mean over time, ``[T, B, *]``, and ``teacher`` ``[B, *]``."""
         if self.space is not None:  # the larger is pooled to the smaller, before the convolution: cheaper, and the same
-            student = F.adaptive_avg_pool2d(student, self.space)
+            student = F.adaptive_avg_pool2d(time_mean(student), self.space).unsqueeze(0)
             teacher = F.adaptive_avg_pool2d(teacher, self.space)
-        return F.mse_loss(self.bridge(student), teacher.to(student.dtype))
+        teacher = teacher.to(student.dtype)
+        if isinstance(self.bridge, nn.Conv2d):
+            return convolved_mse(student, teacher, self.bridge)
+        return F.mse_loss(self.bridge(time_mean(student)), teacher)
 
 
 class FeatureKD(DistillationLoss):
@@ -339,7 +337,7 @@ class FeatureKD(DistillationLoss):
     def forward(self, batch: Batch) -> Terms:
         terms: Terms = {}
         for (s, t), adapter in zip(self.layers.items(), self.adapters, strict=True):
-            terms[f"{self.name}.{s}"] = (self.weight, adapter(time_mean(batch.student[s]), time_mean(batch.teacher[t])))
+            terms[f"{self.name}.{s}"] = (self.weight, adapter(batch.student[s], time_mean(batch.teacher[t])))
         return terms
 
 
