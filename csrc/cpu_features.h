@@ -85,27 +85,26 @@ class FeatureScratch {
   float* memory_;
 };
 
-// What a chunk of images adds to the parameters' gradients: [to, turned_row], and [to] behind it.
+// What a chunk of images adds to the parameters' gradients: [to, turned_row], and behind it a vector for each bias.
 float* partial_gradients(const FeatureCall& c, int64_t chunk) {
-  return c.partial + chunk * (padded_floats(c.from) + 1) * c.to;
+  return c.partial + chunk * (padded_floats(c.from) + kFloats) * c.to;
 }
 
-// difference = what the convolution gave + bias - teacher for one channel; returns the sum of its squares.
-SNNFAST_FN double subtract_teacher(const float* teacher, float bias, int64_t places, float* difference, float& sum) {
+// difference = what the convolution gave + bias - teacher for one channel; adds up its squares and itself.
+SNNFAST_FN void subtract_teacher(const float* teacher, float bias, int64_t places, float* difference,
+                                 Float32Vector& squares, Float32Vector& sum) {
   for (int64_t i = 0; i < places; ++i) difference[i] += bias - teacher[i];
   for (int64_t i = places; i < padded_floats(places); ++i) difference[i] = 0.0f;
-  Float32Vector squares{}, all{};
   for (int64_t i = 0; i < places; i += kFloats) {
     const auto d = load_bits<Float32Vector>(difference + i);
     squares = multiply_add(d, d, squares);
-    all += d;
+    sum += d;
   }
-  double total = 0;
-  for (int i = 0; i < kFloats; ++i) {
-    total += squares[i];
-    sum += all[i];
-  }
-  return total;
+}
+SNNFAST_FN double sum_of_lanes(Float32Vector v) {
+  double sum = 0;
+  for (int i = 0; i < kFloats; ++i) sum += v[i];
+  return sum;
 }
 
 double feature_tile(const FeatureCall& c, const FeatureScratch& s, float* grad_weight, int64_t image, int64_t place) {
@@ -128,9 +127,17 @@ double feature_tile(const FeatureCall& c, const FeatureScratch& s, float* grad_w
   multiply<false>({weight, c.from, 1, s.student, kPlaces, s.difference, kPlaces, c.to, columns, c.from});
   float* const grad_bias = grad_weight + c.to * s.turned_row;
   double squares = 0;
-  for (int64_t o = 0; o < c.to; ++o)
-    squares += subtract_teacher(static_cast<const float*>(c.teacher) + row(c.to, o), bias[o], places,
-                                s.difference + o * kPlaces, grad_bias[o]);
+  Float32Vector of_channels{};  // eight of them, for adding lanes up takes longer than a channel
+  for (int64_t o = 0; o < c.to; ++o) {
+    Float32Vector sum = load_bits<Float32Vector>(grad_bias + o * kFloats);
+    subtract_teacher(static_cast<const float*>(c.teacher) + row(c.to, o), bias[o], places, s.difference + o * kPlaces,
+                     of_channels, sum);
+    if (o % 8 == 7 || o + 1 == c.to) {
+      squares += sum_of_lanes(of_channels);
+      of_channels = Float32Vector{};
+    }
+    store_bits<false>(grad_bias + o * kFloats, sum);
+  }
   if (!c.grad_weight) return squares;
 
   multiply<false>({weight, 1, c.from, s.difference, kPlaces, s.grad_student, kPlaces, c.from, columns, c.to});
@@ -161,7 +168,7 @@ bool feature_loss(const FeatureCall& c) {
     for (int64_t chunk = 0; chunk < chunks; ++chunk) {
       if (!s.allocated()) continue;
       float* const grads = partial_gradients(c, chunk);
-      memset(grads, 0, (row + 1) * c.to * sizeof(float));
+      memset(grads, 0, (row + kFloats) * c.to * sizeof(float));
       double sum = 0;
       for (int64_t image = chunk * c.images / chunks; image < (chunk + 1) * c.images / chunks; ++image)
         for (int64_t place = 0; place < c.places; place += kPlaces) sum += feature_tile(c, s, grads, image, place);
@@ -184,7 +191,7 @@ bool feature_loss(const FeatureCall& c) {
     for (int64_t chunk = 0; chunk < chunks; ++chunk) {
       const float* const part = partial_gradients(c, chunk);
       for (int64_t i = 0; i < c.from; ++i) grad[i] += part[o * row + i];
-      of_bias += part[c.to * row + o];
+      of_bias += float(sum_of_lanes(load_bits<Float32Vector>(part + c.to * row + o * kFloats)));
     }
     for (int64_t i = 0; i < c.from; ++i) grad[i] *= scale;
     static_cast<float*>(c.grad_bias)[o] = scale * of_bias;

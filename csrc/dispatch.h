@@ -122,7 +122,7 @@ constexpr int64_t kFeatureChunks =
     16;  // at most; they depend on the shape alone, so that no sum depends on the threads
 inline int64_t feature_partial_floats(const FeatureCall& c) {
   constexpr int64_t most_lanes = 16;
-  return kFeatureChunks * ((c.from + most_lanes - 1) / most_lanes * most_lanes + 1) * c.to;
+  return kFeatureChunks * ((c.from + most_lanes - 1) / most_lanes * most_lanes + most_lanes) * c.to;
 }
 
 namespace {

@@ -70,5 +70,7 @@ def labels(given: Any, classes: int, values: bool) -> None:
         raise TypeError(f"labels must be int64, got {str(given.dtype).removeprefix('torch.')}; use labels.long()")
     if given.dim() != 1:
         raise ValueError(f"labels must be [B], got {tuple(given.shape)}")
-    if values and not bool(((given >= 0) & (given < classes) | (given == _IGNORED)).all()):
+    if not values or all(0 <= int(end) < classes for end in given.aminmax()):
+        return
+    if not bool(((given >= 0) & (given < classes) | (given == _IGNORED)).all()):
         raise ValueError(f"labels must be from 0 to {classes - 1}, got {given.min().item()} to {given.max().item()}")
