@@ -187,6 +187,23 @@ def test_options_of_the_machine_change_little(
 
 
 @pytest.mark.usefixtures("no_report")
+def test_fused_training(small_mnist: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Response and feature distillation of a student whose norms and neurons run as one, and going on afterwards."""
+    from snnfast.fused import batch_norm
+
+    calls, run = [], batch_norm.run
+    monkeypatch.setattr(batch_norm, "run", lambda norm, *args, **kw: calls.append(norm) or run(norm, *args, **kw))
+    more = ["--distill", "logit,feature", "--no-tensorboard", "--no-plain"]
+    assert train(small_mnist, tmp_path / "apart", *more) == 0
+    assert not calls
+    assert train(small_mnist, tmp_path / "fused", *more, "--fuse") == 0
+    assert len(set(calls)) == 2
+    name = "distilled-logit-feature"
+    assert losses(tmp_path / "fused", name) == pytest.approx(losses(tmp_path / "apart", name), rel=2e-2)
+    assert train(small_mnist, tmp_path / "apart", *more, "--fuse", "--resume") == 2  # other weights come out
+
+
+@pytest.mark.usefixtures("no_report")
 def test_compiled_training(small_mnist: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # What inductor makes of neurons is test_torch's to see; here it would take half a minute.
     compiler = functools.partialmethod(torch.nn.Module.compile, backend="aot_eager")

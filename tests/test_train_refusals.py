@@ -58,6 +58,7 @@ pytestmark = pytest.mark.usefixtures("keeps_threads")
         ("--teacher-checkpoint nowhere.pt", "--teacher-checkpoint nowhere.pt is missing"),
         ("--device cuda:99", "--device cuda:99"),
         ("--precision 16-mixed", "--precision 16-mixed needs a GPU"),
+        ("--fuse --model-args norm=False", r"--fuse finds no batch norm of --student .* \(it has none\); leave it out"),
     ],
 )
 def test_refused_before_training_starts(

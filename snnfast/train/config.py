@@ -130,6 +130,9 @@ class Config:
     threads: int | None = _option("machine", None, "CPU threads; results depend on their number", metavar="N")
     precision: str = _option("machine", "32-true", "arithmetic", choices=("32-true", "bf16-mixed", "16-mixed"))
     channels_last: bool = _option("machine", False, "images as NHWC, faster for convolutions on GPUs")
+    fuse: bool = _option(
+        "machine", False, "each batch norm of the student and the neuron behind it in one kernel (snnfast.fuse)"
+    )
     compile: bool = _option(
         "machine", False, "torch.compile the teacher's and the plain student's training; distilled ones run as they are"
     )
@@ -264,7 +267,7 @@ class Config:
         if kind == "teacher":
             names |= teacher | ({"timesteps"} if self.data in EVENTS else set())
         else:
-            names |= student
+            names |= student | ({"fuse"} if self.fuse else set())  # checkpoints of before know no such option
         if kind == "distilled":
             names |= {f.name for f in fields(self) if f.metadata["group"] == "distillation"} - {"distill", "no_plain"}
             names |= {"teacher", "teacher_args"}

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from .. import functional
 from ..analysis._modules import evaluating
+from ..fused import fuse
 from ..memory import keep_freed_memory
 from . import data, models
 from .augment import Augment
@@ -140,8 +141,19 @@ class _Networks:
             if self.dataset.has_time:
                 extra.setdefault("coding", "temporal")
         network = self._build("student", config.student, config.timesteps, extra, _STUDENT)
+        if config.fuse:
+            self._fuse(network)
         self._check("student", config.student, network, (config.timesteps, self.count, self.dataset.classes))
         return network
+
+    def _fuse(self, network: nn.Module) -> None:
+        report = fuse(network)
+        if not report.fused:
+            reasons = "; ".join(f"{name}: {reason}" for name, reason in report.left_alone.items())
+            raise InputError(
+                f"--fuse finds no batch norm of --student {self.config.student} that can be fused "
+                f"({reasons or 'it has none'}); leave it out"
+            )
 
     def teacher(self) -> nn.Module:
         """The teacher, untrained or with the weights of ``--teacher-checkpoint``."""
