@@ -69,7 +69,7 @@ sanitize: $(VENV)/test.stamp
 	cd build/sanitize && LD_PRELOAD="$$($${CXX:-c++} -print-file-name=libasan.so) $$($${CXX:-c++} -print-file-name=libubsan.so)" \
 	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 PYTHONPATH=$(CURDIR)/build/sanitize:$(CURDIR)/tests SNNFAST_POISON=0 \
 	  $(CURDIR)/$(BIN)/python -m pytest --rootdir=$(CURDIR)/tests -c $(CURDIR)/pyproject.toml -p no:cacheprovider -q \
-	  $(CURDIR)/tests/test_parity.py $(CURDIR)/tests/test_cpu_kernels.py -k "not fork"
+	  $(CURDIR)/tests/test_parity.py $(CURDIR)/tests/test_cpu_kernels.py $(CURDIR)/tests/test_pooling.py -k "not fork"
 
 # Not a part of CI: that torch comes with CUDA packages, five gigabytes. The kernels are those of the other environment.
 OLDEST_TESTS := $(addprefix tests/test_,$(addsuffix .py,torch neuron layer fuse bn_neuron residual to_spiking unroll inference memory))

@@ -8,6 +8,7 @@
 #include "bn_channels.h"
 #include "cpu_bits.h"
 #include "cpu_constant_input.h"
+#include "cpu_pool.h"
 
 namespace snnfast {
 namespace {
@@ -216,6 +217,7 @@ extern const CpuKernels SNNFAST_NAME(SNNFAST_CPU_SET) = {
     corrected_division_is_exact,
     pack_bits,
     unpack_bits,
+    max_pool,
 };
 
 }  // namespace snnfast

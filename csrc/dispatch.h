@@ -105,6 +105,20 @@ struct BitsCall {
   int threads;   // CPU only
 };
 
+// Max-pooling of 2x2 windows side by side: x [planes, H, W, C] and y [planes, H / 2, W / 2, C], dense. Channels first
+// is many planes of C = 1.
+struct PoolCall {
+  int dtype;
+  int64_t planes, H, W, C;  // H and W at least 2
+  const void* x;
+  void* y;
+  void* chosen;  // a byte for each output: the row, times 2, and the column of the window's element that came out;
+                 // null where no backward will ask
+  const void* grad_y;
+  void* grad_x;
+  int threads;
+};
+
 namespace {
 
 inline double initial_state(const Call& c, int k) { return k == 0 ? c.v_init : 0.0; }

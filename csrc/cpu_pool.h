@@ -1,0 +1,441 @@
+// Max-pooling of 2x2 windows that lie side by side. The backward needs which of a window's four elements was chosen,
+// one byte for each output, and neither the input nor the output.
+//
+// Chosen is, as torch chooses, the first of the largest in the order of rows, or the last NaN where there is one. What
+// comes out is that element's bits: nothing is rounded.
+#pragma once
+
+#include "cpu_rows.h"
+
+namespace snnfast {
+namespace {
+
+// ---- lanes of any size of vector ----
+template <int size>
+struct BitsOf;
+template <>
+struct BitsOf<2> {
+  using Unsigned = uint16_t;
+  using Signed = int16_t;
+};
+template <>
+struct BitsOf<4> {
+  using Unsigned = uint32_t;
+  using Signed = int32_t;
+};
+template <>
+struct BitsOf<8> {
+  using Unsigned = uint64_t;
+  using Signed = int64_t;
+};
+template <class R, int bytes>
+struct LanesOf {
+  typedef R type __attribute__((vector_size(bytes)));
+};
+template <class R>
+struct LanesOf<R, sizeof(R)> {
+  using type = R;
+};
+
+// A vector of `bytes` of T's bits; of bytes = sizeof(T), a scalar.
+template <class T, int bytes>
+struct Pool {
+  static constexpr int kBytes = bytes, kLanes = bytes / int(sizeof(T));
+  using Element = typename BitsOf<sizeof(T)>::Unsigned;
+  using Bits = typename LanesOf<Element, bytes>::type;
+  using Signed = typename LanesOf<typename BitsOf<sizeof(T)>::Signed, bytes>::type;
+
+  static SNNFAST_FN Bits load(const T* from) { return load_bits<Bits>(from); }
+  static SNNFAST_FN void store(T* to, Bits v) { memcpy(to, &v, sizeof(v)); }
+
+  // Lanes of 0 to 3 as bytes, and back. GCC 12 makes of __builtin_convertvector what takes longer than all the rest.
+  static SNNFAST_FN void store_bytes(uint8_t* to, Bits v) {
+    if constexpr (kLanes == 1) {
+      *to = uint8_t(v);
+#if defined(__AVX512F__)
+    } else if constexpr (bytes == 64) {
+      const auto lanes = bits_as<__m512i>(v);
+      if constexpr (sizeof(T) == 2) store_bits<false>(to, _mm512_cvtepi16_epi8(lanes));
+      if constexpr (sizeof(T) == 4) store_bits<false>(to, _mm512_cvtepi32_epi8(lanes));
+      if constexpr (sizeof(T) == 8) _mm_storel_epi64((__m128i*)to, _mm512_cvtepi64_epi8(lanes));
+#endif
+#if defined(__AVX2__)
+    } else if constexpr (bytes == 32 && sizeof(T) < 8) {
+      auto lanes = bits_as<__m256i>(v);
+      if constexpr (sizeof(T) == 4) lanes = _mm256_packs_epi32(lanes, lanes);
+      const __m256i packed = _mm256_packus_epi16(lanes, lanes);  // within 128 bits each
+      const __m128i low = _mm256_castsi256_si128(packed), high = _mm256_extracti128_si256(packed, 1);
+      if constexpr (sizeof(T) == 4) _mm_storel_epi64((__m128i*)to, _mm_unpacklo_epi32(low, high));
+      if constexpr (sizeof(T) == 2) _mm_storeu_si128((__m128i*)to, _mm_unpacklo_epi64(low, high));
+#endif
+#if defined(__SSE2__)
+    } else if constexpr (bytes == 16 && sizeof(T) < 8) {
+      auto lanes = bits_as<__m128i>(v);
+      if constexpr (sizeof(T) == 4) lanes = _mm_packs_epi32(lanes, lanes);
+      const __m128i packed = _mm_packus_epi16(lanes, lanes);
+      if constexpr (sizeof(T) == 4) store_bits<false>(to, _mm_cvtsi128_si32(packed));
+      if constexpr (sizeof(T) == 2) _mm_storel_epi64((__m128i*)to, packed);
+#endif
+    } else {
+      for (int i = 0; i < kLanes; ++i) to[i] = uint8_t(v[i]);
+    }
+  }
+  static SNNFAST_FN Bits load_bytes(const uint8_t* from) {
+    if constexpr (kLanes == 1) {
+      return *from;
+#if defined(__AVX512F__)
+    } else if constexpr (bytes == 64) {
+      if constexpr (sizeof(T) == 2) return bits_as<Bits>(_mm512_cvtepu8_epi16(load_bits<__m256i>(from)));
+      if constexpr (sizeof(T) == 4) return bits_as<Bits>(_mm512_cvtepu8_epi32(load_bits<__m128i>(from)));
+      if constexpr (sizeof(T) == 8) return bits_as<Bits>(_mm512_cvtepu8_epi64(_mm_loadl_epi64((const __m128i*)from)));
+#endif
+#if defined(__AVX2__)
+    } else if constexpr (bytes == 32 && sizeof(T) < 8) {
+      if constexpr (sizeof(T) == 2) return bits_as<Bits>(_mm256_cvtepu8_epi16(load_bits<__m128i>(from)));
+      if constexpr (sizeof(T) == 4) return bits_as<Bits>(_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)from)));
+#endif
+#if defined(__SSE2__)
+    } else if constexpr (bytes == 16 && sizeof(T) < 8) {
+      const __m128i zero = _mm_setzero_si128();
+      if constexpr (sizeof(T) == 2)
+        return bits_as<Bits>(_mm_unpacklo_epi8(_mm_loadl_epi64((const __m128i*)from), zero));
+      if constexpr (sizeof(T) == 4) {
+        const __m128i few = _mm_unpacklo_epi8(_mm_cvtsi32_si128(load_bits<int>(from)), zero);
+        return bits_as<Bits>(_mm_unpacklo_epi16(few, zero));
+      }
+#endif
+    } else {
+      Bits v{};
+      for (int i = 0; i < kLanes; ++i) v[i] = from[i];
+      return v;
+    }
+  }
+  static SNNFAST_FN Bits where(Signed mask, Bits v) { return v & (Bits)mask; }
+  static SNNFAST_FN Signed equals(Bits a, Element b) {
+    if constexpr (kLanes == 1)
+      return a == b ? -1 : 0;
+    else
+      return a == b;
+  }
+};
+
+// ---- which is larger ----
+// The numbers behind the bits in a form that can be compared; `beats` is whether v comes out although `most` was found
+// before it.
+template <class T, int bytes>
+struct Order {
+  using P = Pool<T, bytes>;
+  using Real = typename LanesOf<T, bytes>::type;
+  using Key = Real;
+  static SNNFAST_FN Key key(typename P::Bits v) { return bits_as<Real>(v); }
+  static SNNFAST_FN auto beats(Key v, Key most) { return (v > most) | (v != v); }
+};
+// Of 16 bits: integers in the order of the numbers, both zeros being 0 and every NaN the largest.
+template <class T, int bytes, int infinity>
+struct OrderOfHalves {
+  using P = Pool<T, bytes>;
+  using Key = typename P::Signed;
+  static constexpr int16_t kNaN = 0x7fff;
+  static SNNFAST_FN Key key(typename P::Bits v) {
+    const Key magnitude = (Key)(v & 0x7fff);
+    const Key ordered = select((Key)v < 0, Key(-magnitude), magnitude);
+    return select(magnitude > int16_t(infinity), Key(Key{} + kNaN), ordered);
+  }
+  static SNNFAST_FN auto beats(Key v, Key most) { return (v > most) | (v == kNaN); }
+};
+template <int bytes>
+struct Order<BFloat16, bytes> : OrderOfHalves<BFloat16, bytes, 0x7f80> {};
+template <int bytes>
+struct Order<Float16, bytes> : OrderOfHalves<Float16, bytes, 0x7c00> {};
+
+// The largest of a window's elements, in the order of rows, and the number of it.
+template <class T, int bytes>
+SNNFAST_FN typename Pool<T, bytes>::Bits largest(const typename Pool<T, bytes>::Bits (&window)[4],
+                                                 typename Pool<T, bytes>::Bits& chosen) {
+  using O = Order<T, bytes>;
+  using Bits = typename Pool<T, bytes>::Bits;
+  Bits found = window[0];
+  auto most = O::key(found);
+  chosen = Bits{};
+  for (int k = 1; k < 4; ++k) {
+    const auto key = O::key(window[k]);
+    const auto beats = O::beats(key, most);
+    found = select(beats, window[k], found);
+    most = select(beats, key, most);
+    chosen = select(beats, Bits(Bits{} + typename Pool<T, bytes>::Element(k)), chosen);
+  }
+  return found;
+}
+
+// As torch adds it to 0, which makes -0 a 0.
+template <class T, int bytes>
+SNNFAST_FN typename Pool<T, bytes>::Bits added_to_zero(typename Pool<T, bytes>::Bits g) {
+  using P = Pool<T, bytes>;
+  using U = typename P::Element;
+  constexpr U minus_zero = U(U(1) << (8 * sizeof(U) - 1));
+  return P::where(~P::equals(g, minus_zero), g);
+}
+
+// ---- neighbours ----
+// Runs of `run` lanes of a, and behind them of b, to even and odd ones, and back.
+template <class V>
+SNNFAST_FN V pick(V a, V b, const V& from) {
+#if defined(__clang__)
+  constexpr int lanes = sizeof(V) / sizeof(a[0]);
+  V found;
+  for (int i = 0; i < lanes; ++i) found[i] = from[i] < lanes ? a[from[i]] : b[from[i] - lanes];
+  return found;
+#else
+  return __builtin_shuffle(a, b, from);
+#endif
+}
+template <int run, class V>
+SNNFAST_FN void split_runs(V a, V b, V& even, V& odd) {
+  constexpr int lanes = sizeof(V) / sizeof(a[0]);
+  V first, second;
+  for (int i = 0; i < lanes; ++i) first[i] = i / run * 2 * run + i % run, second[i] = first[i] + run;
+  even = pick(a, b, first);
+  odd = pick(a, b, second);
+}
+template <int run, class V>
+SNNFAST_FN void join_runs(V even, V odd, V& a, V& b) {
+  constexpr int lanes = sizeof(V) / sizeof(a[0]);
+  V low, high;
+  for (int i = 0; i < lanes; ++i) {
+    low[i] = i / (2 * run) * run + i % run + (i / run % 2) * lanes;
+    high[i] = (i + lanes) / (2 * run) * run + i % run + ((i + lanes) / run % 2) * lanes;
+  }
+  a = pick(even, odd, low);
+  b = pick(even, odd, high);
+}
+
+// ---- one vector of outputs ----
+// Channels last: a window's elements lie in four rows of channels.
+template <class T, int bytes, bool keeps>
+SNNFAST_FN void pool_channels(const T* const (&from)[4], T* to, uint8_t* chosen, int64_t i) {
+  using P = Pool<T, bytes>;
+  const typename P::Bits window[4] = {P::load(from[0] + i), P::load(from[1] + i), P::load(from[2] + i),
+                                      P::load(from[3] + i)};
+  typename P::Bits which;
+  P::store(to + i, largest<T, bytes>(window, which));
+  if constexpr (keeps) P::store_bytes(chosen + i, which);
+}
+template <class T, int bytes>
+SNNFAST_FN void unpool_channels(const T* grad, const uint8_t* chosen, T* const (&to)[4], int64_t i) {
+  using P = Pool<T, bytes>;
+  const auto g = added_to_zero<T, bytes>(P::load(grad + i));
+  const auto which = P::load_bytes(chosen + i);
+  for (int k = 0; k < 4; ++k) P::store(to[k] + i, P::where(P::equals(which, k), g));
+}
+
+// Channels first: they are neighbours in two rows.
+template <class T, int bytes, bool keeps>
+SNNFAST_FN void pool_pairs(const T* top, const T* bottom, T* to, uint8_t* chosen, int64_t i) {
+  using P = Pool<T, bytes>;
+  typename P::Bits window[4], which;
+  if constexpr (P::kLanes == 1) {
+    for (int k = 0; k < 2; ++k) window[k] = P::load(top + 2 * i + k), window[2 + k] = P::load(bottom + 2 * i + k);
+  } else {
+    split_runs<1>(P::load(top + 2 * i), P::load(top + 2 * i + P::kLanes), window[0], window[1]);
+    split_runs<1>(P::load(bottom + 2 * i), P::load(bottom + 2 * i + P::kLanes), window[2], window[3]);
+  }
+  P::store(to + i, largest<T, bytes>(window, which));
+  if constexpr (keeps) P::store_bytes(chosen + i, which);
+}
+template <class T, int bytes>
+SNNFAST_FN void unpool_pairs(const T* grad, const uint8_t* chosen, T* top, T* bottom, int64_t i) {
+  using P = Pool<T, bytes>;
+  const auto g = added_to_zero<T, bytes>(P::load(grad + i));
+  const auto which = P::load_bytes(chosen + i);
+  typename P::Bits window[4];
+  for (int k = 0; k < 4; ++k) window[k] = P::where(P::equals(which, k), g);
+  if constexpr (P::kLanes == 1) {
+    for (int k = 0; k < 2; ++k) P::store(top + 2 * i + k, window[k]), P::store(bottom + 2 * i + k, window[2 + k]);
+  } else {
+    join_runs<1>(window[0], window[1], window[0], window[1]);
+    join_runs<1>(window[2], window[3], window[2], window[3]);
+    for (int k = 0; k < 2; ++k) {
+      P::store(top + 2 * i + k * P::kLanes, window[k]);
+      P::store(bottom + 2 * i + k * P::kLanes, window[2 + k]);
+    }
+  }
+}
+
+// Rows of `run` outputs, fewer than a vector has lanes, with nothing left over at the right and below: top rows and
+// bottom rows follow each other without gaps.
+template <class T, int run, bool keeps>
+SNNFAST_FN void pool_short_rows(const T* from, T* to, uint8_t* chosen, int64_t i) {
+  using P = Pool<T, kVectorBytes>;
+  using Bits = typename P::Bits;
+  const T* const x = from + 4 * i;
+  Bits even[2], odd[2], window[4], which;
+  for (int k = 0; k < 2; ++k)
+    split_runs<1>(P::load(x + 2 * k * P::kLanes), P::load(x + (2 * k + 1) * P::kLanes), even[k], odd[k]);
+  split_runs<run>(even[0], even[1], window[0], window[2]);
+  split_runs<run>(odd[0], odd[1], window[1], window[3]);
+  P::store(to + i, largest<T, kVectorBytes>(window, which));
+  if constexpr (keeps) P::store_bytes(chosen + i, which);
+}
+template <class T, int run>
+SNNFAST_FN void unpool_short_rows(const T* grad, const uint8_t* chosen, T* to, int64_t i) {
+  using P = Pool<T, kVectorBytes>;
+  using Bits = typename P::Bits;
+  const Bits g = added_to_zero<T, kVectorBytes>(P::load(grad + i)), which = P::load_bytes(chosen + i);
+  Bits window[4], even[2], odd[2];
+  for (int k = 0; k < 4; ++k) window[k] = P::where(P::equals(which, k), g);
+  join_runs<run>(window[0], window[2], even[0], even[1]);
+  join_runs<run>(window[1], window[3], odd[0], odd[1]);
+  for (int k = 0; k < 2; ++k) {
+    Bits a, b;
+    join_runs<1>(even[k], odd[k], a, b);
+    P::store(to + 4 * i + 2 * k * P::kLanes, a);
+    P::store(to + 4 * i + (2 * k + 1) * P::kLanes, b);
+  }
+}
+
+// ---- rows ----
+// Calls f with the size of the largest vector, in bytes, that n elements fill; 16 bytes are the smallest.
+template <class T, int bytes = kVectorBytes, class F>
+SNNFAST_FN void with_vector_for(int64_t n, F f) {
+  if constexpr (bytes >= 16) {
+    if (n * int64_t(sizeof(T)) >= bytes) return f(Pool<T, bytes>());
+    return with_vector_for<T, bytes / 2>(n, f);
+  } else {
+    f(Pool<T, sizeof(T)>());
+  }
+}
+// Calls f(i) for vectors that cover n elements, of which they fill at least one: the last may overlap the one before,
+// and writes there what that wrote.
+template <int lanes, class F>
+SNNFAST_FN void for_each_vector(int64_t n, F f) {
+  int64_t i = 0;
+  for (; i + lanes <= n; i += lanes) f(i);
+  if (i < n) f(n - lanes);
+}
+
+// Row r of the outputs, counted over all planes.
+template <class T, int bytes, bool keeps>
+SNNFAST_FN void pool_row(const PoolCall& c, int64_t r) {
+  constexpr int lanes = Pool<T, bytes>::kLanes;
+  const int64_t rows = c.H / 2, columns = c.W / 2, C = c.C;
+  const T* const top = static_cast<const T*>(c.x) + (r / rows * c.H + r % rows * 2) * c.W * C;
+  const T* const bottom = top + c.W * C;
+  T* const y = static_cast<T*>(c.y) + r * columns * C;
+  uint8_t* const chosen = keeps ? static_cast<uint8_t*>(c.chosen) + r * columns * C : nullptr;
+  if (C == 1)
+    return for_each_vector<lanes>(columns, [&](int64_t i) __attribute__((always_inline)) {
+      pool_pairs<T, bytes, keeps>(top, bottom, y, chosen, i);
+    });
+  for (int64_t j = 0; j < columns; ++j) {
+    const T* const from[4] = {top + 2 * j * C, top + (2 * j + 1) * C, bottom + 2 * j * C, bottom + (2 * j + 1) * C};
+    for_each_vector<lanes>(C, [&](int64_t i) __attribute__((always_inline)) {
+      pool_channels<T, bytes, keeps>(from, y + j * C, keeps ? chosen + j * C : nullptr, i);
+    });
+  }
+}
+template <class T, int bytes>
+SNNFAST_FN void unpool_row(const PoolCall& c, int64_t r) {
+  constexpr int lanes = Pool<T, bytes>::kLanes;
+  const int64_t rows = c.H / 2, columns = c.W / 2, C = c.C, row = c.W * C;
+  T* const top = static_cast<T*>(c.grad_x) + (r / rows * c.H + r % rows * 2) * row;
+  T* const bottom = top + row;
+  const T* const grad = static_cast<const T*>(c.grad_y) + r * columns * C;
+  const uint8_t* const chosen = static_cast<const uint8_t*>(c.chosen) + r * columns * C;
+  if (C == 1)
+    for_each_vector<lanes>(columns, [&](int64_t i) __attribute__((always_inline)) {
+      unpool_pairs<T, bytes>(grad, chosen, top, bottom, i);
+    });
+  else
+    for (int64_t j = 0; j < columns; ++j) {
+      T* const to[4] = {top + 2 * j * C, top + (2 * j + 1) * C, bottom + 2 * j * C, bottom + (2 * j + 1) * C};
+      for_each_vector<lanes>(C, [&](int64_t i) __attribute__((always_inline)) {
+        unpool_channels<T, bytes>(grad + j * C, chosen + j * C, to, i);
+      });
+    }
+  if (c.W % 2) {  // what no window covers
+    memset(top + row - C, 0, C * sizeof(T));
+    memset(bottom + row - C, 0, C * sizeof(T));
+  }
+  if (c.H % 2 && r % rows == rows - 1) memset(bottom + row, 0, row * sizeof(T));
+}
+
+constexpr int64_t kPoolSerialBelow = 32768;  // elements of the input
+
+// Calls f with the length of short rows, a power of two; false where this is another one.
+template <int n>
+struct Number {
+  static constexpr int value = n;
+};
+template <class T, int run = 1, class F>
+SNNFAST_FN bool with_short_rows(const PoolCall& c, F f) {
+  if constexpr (run < kVectorBytes / int(sizeof(T))) {
+    if (c.C > 1 || c.H % 2 || c.W % 2) return false;
+    if (c.W != 2 * run) return with_short_rows<T, 2 * run>(c, f);
+    f(Number<run>());
+    return true;
+  }
+  return false;
+}
+
+// Calls row(r), which takes every row of outputs, or for short ones short_rows<run>(i), which takes a vector of them.
+template <class T, class Row, class ShortRows>
+SNNFAST_FN void for_each_row(const PoolCall& c, Row row, ShortRows short_rows) {
+  const int64_t rows = c.planes * (c.H / 2), outputs = rows * (c.W / 2) * c.C;
+  [[maybe_unused]] const int threads = outputs * 4 < kPoolSerialBelow ? 1 : int(smaller(c.threads, rows));
+  constexpr int64_t lanes = kVectorBytes / int64_t(sizeof(T));
+  if (outputs >= lanes && with_short_rows<T>(c, [&](auto run) __attribute__((always_inline)) {
+        constexpr int length = decltype(run)::value;
+        const int64_t whole = outputs / lanes;
+#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
+        for (int64_t v = 0; v < whole; ++v) short_rows(Number<length>(), v * lanes);
+        if (whole * lanes < outputs) short_rows(Number<length>(), outputs - lanes);
+      }))
+    return;
+  with_vector_for<T>(c.C > 1 ? c.C : c.W / 2, [&](auto vector) __attribute__((always_inline)) {
+#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
+    for (int64_t r = 0; r < rows; ++r) row(vector, r);
+  });
+}
+
+template <class T, bool keeps>
+void pool(const PoolCall& c) {
+  for_each_row<T>(
+      c,
+      [&](auto vector, int64_t r)
+          __attribute__((always_inline)) { pool_row<T, decltype(vector)::kBytes, keeps>(c, r); },
+      [&](auto run, int64_t i) __attribute__((always_inline)) {
+        pool_short_rows<T, decltype(run)::value, keeps>(static_cast<const T*>(c.x), static_cast<T*>(c.y),
+                                                        static_cast<uint8_t*>(c.chosen), i);
+      });
+}
+template <class T>
+void unpool(const PoolCall& c) {
+  for_each_row<T>(
+      c, [&](auto vector, int64_t r) __attribute__((always_inline)) { unpool_row<T, decltype(vector)::kBytes>(c, r); },
+      [&](auto run, int64_t i) __attribute__((always_inline)) {
+        unpool_short_rows<T, decltype(run)::value>(static_cast<const T*>(c.grad_y),
+                                                   static_cast<const uint8_t*>(c.chosen), static_cast<T*>(c.grad_x), i);
+      });
+}
+
+template <class T>
+void pool_either(const PoolCall& c, bool backward) {
+  if (backward) return unpool<T>(c);
+  c.chosen ? pool<T, true>(c) : pool<T, false>(c);
+}
+
+void max_pool(const PoolCall& c, bool backward) {
+  switch (c.dtype) {
+    case kFloat32:
+      return pool_either<float>(c, backward);
+    case kFloat64:
+      return pool_either<double>(c, backward);
+    case kBFloat16:
+      return pool_either<BFloat16>(c, backward);
+    case kFloat16:
+      return pool_either<Float16>(c, backward);
+  }
+}
+
+}  // namespace
+}  // namespace snnfast
