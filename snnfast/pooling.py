@@ -125,8 +125,8 @@ def _pool(x: Tensor, keeps: bool) -> tuple[Tensor, Tensor | None]:
     layout = _format(last)
     x = x.contiguous(memory_format=layout)
     shape = (*x.shape[:-2], x.shape[-2] // 2, x.shape[-1] // 2)
-    y = torch.empty(shape, dtype=x.dtype, memory_format=layout)
-    chosen = torch.empty(shape, dtype=torch.uint8, memory_format=layout) if keeps else None
+    y = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=layout)
+    chosen = torch.empty(shape, dtype=torch.uint8, device=x.device, memory_format=layout) if keeps else None
     native.max_pool(_dims(x.shape, last), x, y, chosen)
     return y, chosen
 
@@ -134,8 +134,13 @@ def _pool(x: Tensor, keeps: bool) -> tuple[Tensor, Tensor | None]:
 def _unpool(grad: Tensor, chosen: Tensor, shape: torch.Size, last: bool) -> Tensor:
     """The gradient of an input of ``shape``."""
     layout = _format(last)
-    grad = grad.contiguous(memory_format=layout)
-    grad_x = torch.empty(shape, dtype=grad.dtype, memory_format=layout)
+    if chosen.dtype is not torch.uint8 or chosen.shape != grad.shape:
+        raise RuntimeError(
+            f"saved_tensors_hooks must give back what autograd saved, a tensor of torch.uint8 and {tuple(grad.shape)}; "
+            f"got {chosen.dtype} and {tuple(chosen.shape)}"
+        )
+    grad, chosen = (t.contiguous(memory_format=layout) for t in (grad, chosen))
+    grad_x = torch.empty(shape, dtype=grad.dtype, device=grad.device, memory_format=layout)
     native.max_pool_backward(_dims(shape, last), grad, chosen, grad_x)
     return grad_x
 
@@ -145,7 +150,7 @@ def _unpool_in_torch(grad: Tensor, chosen: Tensor, shape: torch.Size, last: bool
     h, w = shape[-2:]
     rows = torch.arange(h // 2, device=chosen.device).unsqueeze(1) * 2 + chosen // 2
     columns = torch.arange(w // 2, device=chosen.device) * 2 + chosen % 2
-    x = torch.empty(shape, dtype=grad.dtype, memory_format=_format(last))  # for its shape and layout alone
+    x = torch.empty(shape, dtype=grad.dtype, device=grad.device, memory_format=_format(last))  # for its layout alone
     return torch.ops.aten.max_pool2d_with_indices_backward(
         grad, x, (2, 2), (2, 2), (0, 0), (1, 1), False, rows * w + columns
     )

@@ -334,6 +334,19 @@ def test_a_network_keeps_less_than_with_torchs(calls, packed):
     assert ours[0] < theirs[0]
 
 
+def test_hooks_may_change_the_layout_of_what_is_kept_and_no_more():
+    x = torch.randn(2, 3, 8, 8).contiguous(memory_format=torch.channels_last).requires_grad_()
+    grad = torch.randn(2, 3, 4, 4)
+    want = torch.autograd.grad(F.max_pool2d(x, 2), x, grad)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: t.numpy().copy(order="C"), torch.from_numpy):
+        assert torch.equal(torch.autograd.grad(max_pool2d(x, 2), x, grad)[0], want[0])
+    for unpack in (torch.Tensor.float, lambda t: t[:1]):
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: t, unpack):
+            y = max_pool2d(x, 2)
+            with pytest.raises(RuntimeError, match="saved_tensors_hooks must give back"):
+                torch.autograd.grad(y, x, grad)
+
+
 # ---- autograd ----
 @pytest.mark.parametrize("memory_format", FORMATS, ids=str)
 def test_second_derivatives(memory_format):
@@ -353,6 +366,24 @@ def test_second_derivatives(memory_format):
         found.append((first, second, *torch.autograd.grad(second.sin().sum(), x)))
     for got, want in zip(*found, strict=True):
         assert torch.equal(got, want)
+
+
+def test_batched_gradients():
+    x = torch.randn(2, 3, 6, 4, requires_grad=True)
+    grads = torch.randn(5, 2, 3, 3, 2)
+    want = torch.stack([torch.autograd.grad(F.max_pool2d(x, 2), x, g)[0] for g in grads])
+    y = max_pool2d(x, 2)
+    assert torch.equal(torch.autograd.grad(y, x, grads, is_grads_batched=True, retain_graph=True)[0], want)
+    assert torch.equal(torch.func.vmap(lambda g: torch.autograd.grad(y, x, g, retain_graph=True)[0])(grads), want)
+
+
+def test_backward_under_another_default_device():
+    x = torch.randn(2, 3, 6, 4, requires_grad=True)
+    y = max_pool2d(x, 2)
+    with torch.device("meta"):
+        (found,) = torch.autograd.grad(y, x, torch.ones(2, 3, 3, 2, device="cpu"))
+        assert max_pool2d(x, 2).device.type == "cpu"
+    assert torch.equal(found, torch.autograd.grad(F.max_pool2d(x, 2).sum(), x)[0])
 
 
 def test_a_result_without_a_gradient():
