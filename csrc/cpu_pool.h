@@ -12,14 +12,14 @@ namespace {
 
 // ---- one vector of outputs ----
 // Channels last: a window's elements lie in four rows of channels.
-template <class T, int bytes, bool keeps>
+template <class T, int bytes>
 SNNFAST_FN void pool_channels(const T* const (&from)[4], T* to, uint8_t* chosen, int64_t i) {
   using P = Pool<T, bytes>;
   const typename P::Bits window[4] = {P::load(from[0] + i), P::load(from[1] + i), P::load(from[2] + i),
                                       P::load(from[3] + i)};
   typename P::Bits which;
   P::store(to + i, largest<T, bytes>(window, which));
-  if constexpr (keeps) P::store_bytes(chosen + i, which);
+  if (chosen) P::store_bytes(chosen + i, which);
 }
 template <class T, int bytes>
 SNNFAST_FN void unpool_channels(const T* grad, const uint8_t* chosen, T* const (&to)[4], int64_t i) {
@@ -30,7 +30,7 @@ SNNFAST_FN void unpool_channels(const T* grad, const uint8_t* chosen, T* const (
 }
 
 // Channels first: they are neighbours in two rows.
-template <class T, int bytes, bool keeps>
+template <class T, int bytes>
 SNNFAST_FN void pool_pairs(const T* top, const T* bottom, T* to, uint8_t* chosen, int64_t i) {
   using P = Pool<T, bytes>;
   typename P::Bits window[4], which;
@@ -41,7 +41,7 @@ SNNFAST_FN void pool_pairs(const T* top, const T* bottom, T* to, uint8_t* chosen
     split_runs<1>(P::load(bottom + 2 * i), P::load(bottom + 2 * i + P::kLanes), window[2], window[3]);
   }
   P::store(to + i, largest<T, bytes>(window, which));
-  if constexpr (keeps) P::store_bytes(chosen + i, which);
+  if (chosen) P::store_bytes(chosen + i, which);
 }
 template <class T, int bytes>
 SNNFAST_FN void unpool_pairs(const T* grad, const uint8_t* chosen, T* top, T* bottom, int64_t i) {
@@ -64,7 +64,7 @@ SNNFAST_FN void unpool_pairs(const T* grad, const uint8_t* chosen, T* top, T* bo
 
 // Rows of `run` outputs, fewer than a vector has lanes, with nothing left over at the right and below: top rows and
 // bottom rows follow each other without gaps.
-template <class T, int run, bool keeps>
+template <class T, int run>
 SNNFAST_FN void pool_short_rows(const T* from, T* to, uint8_t* chosen, int64_t i) {
   using P = Pool<T, kVectorBytes>;
   using Bits = typename P::Bits;
@@ -75,7 +75,7 @@ SNNFAST_FN void pool_short_rows(const T* from, T* to, uint8_t* chosen, int64_t i
   split_runs<run>(even[0], even[1], window[0], window[2]);
   split_runs<run>(odd[0], odd[1], window[1], window[3]);
   P::store(to + i, largest<T, kVectorBytes>(window, which));
-  if constexpr (keeps) P::store_bytes(chosen + i, which);
+  if (chosen) P::store_bytes(chosen + i, which);
 }
 template <class T, int run>
 SNNFAST_FN void unpool_short_rows(const T* grad, const uint8_t* chosen, T* to, int64_t i) {
@@ -106,31 +106,28 @@ SNNFAST_FN void with_vector_for(int64_t n, F f) {
   }
 }
 // Calls f(i) for vectors that cover n elements, of which they fill at least one: the last may overlap the one before,
-// and writes there what that wrote.
+// and writes there what that wrote. One call, for f is inlined.
 template <int lanes, class F>
 SNNFAST_FN void for_each_vector(int64_t n, F f) {
-  int64_t i = 0;
-  for (; i + lanes <= n; i += lanes) f(i);
-  if (i < n) f(n - lanes);
+  for (int64_t i = 0; i < n; i += lanes) f(smaller(i, n - lanes));
 }
 
 // Row r of the outputs, counted over all planes.
-template <class T, int bytes, bool keeps>
+template <class T, int bytes>
 SNNFAST_FN void pool_row(const PoolCall& c, int64_t r) {
   constexpr int lanes = Pool<T, bytes>::kLanes;
   const int64_t rows = c.H / 2, columns = c.W / 2, C = c.C;
   const T* const top = static_cast<const T*>(c.x) + (r / rows * c.H + r % rows * 2) * c.W * C;
   const T* const bottom = top + c.W * C;
   T* const y = static_cast<T*>(c.y) + r * columns * C;
-  uint8_t* const chosen = keeps ? static_cast<uint8_t*>(c.chosen) + r * columns * C : nullptr;
+  uint8_t* const chosen = c.chosen ? static_cast<uint8_t*>(c.chosen) + r * columns * C : nullptr;
   if (C == 1)
-    return for_each_vector<lanes>(columns, [&](int64_t i) __attribute__((always_inline)) {
-      pool_pairs<T, bytes, keeps>(top, bottom, y, chosen, i);
-    });
+    return for_each_vector<lanes>(
+        columns, [&](int64_t i) __attribute__((always_inline)) { pool_pairs<T, bytes>(top, bottom, y, chosen, i); });
   for (int64_t j = 0; j < columns; ++j) {
     const T* const from[4] = {top + 2 * j * C, top + (2 * j + 1) * C, bottom + 2 * j * C, bottom + (2 * j + 1) * C};
     for_each_vector<lanes>(C, [&](int64_t i) __attribute__((always_inline)) {
-      pool_channels<T, bytes, keeps>(from, y + j * C, keeps ? chosen + j * C : nullptr, i);
+      pool_channels<T, bytes>(from, y + j * C, chosen ? chosen + j * C : nullptr, i);
     });
   }
 }
@@ -162,51 +159,50 @@ SNNFAST_FN void unpool_row(const PoolCall& c, int64_t r) {
 
 constexpr int64_t kPoolSerialBelow = 32768;  // elements of the input
 
-// Calls f with the length of short rows, a power of two; false where this is another one.
+// Calls f with the length of short rows, if they are and this is a power of two.
 template <int n>
 struct Number {
   static constexpr int value = n;
 };
 template <class T, int run = 1, class F>
-SNNFAST_FN bool with_short_rows(const PoolCall& c, F f) {
+SNNFAST_FN void with_short_rows(const PoolCall& c, F f) {
   if constexpr (run < kVectorBytes / int(sizeof(T))) {
-    if (c.C > 1 || c.H % 2 || c.W % 2) return false;
+    if (c.C > 1 || c.H % 2 || c.W % 2) return;
     if (c.W != 2 * run) return with_short_rows<T, 2 * run>(c, f);
     f(Number<run>());
-    return true;
   }
-  return false;
 }
 
-// Calls row(r), which takes every row of outputs, or for short ones short_rows<run>(i), which takes a vector of them.
+// Calls row(r), which takes a row of outputs, or where rows are short short_rows<run>(i), which takes a vector of them,
+// and row(r) for the last rows that do not fill one.
 template <class T, class Row, class ShortRows>
 SNNFAST_FN void for_each_row(const PoolCall& c, Row row, ShortRows short_rows) {
-  const int64_t rows = c.planes * (c.H / 2), outputs = rows * (c.W / 2) * c.C;
-  [[maybe_unused]] const int threads = outputs * 4 < kPoolSerialBelow ? 1 : int(smaller(c.threads, rows));
+  const int64_t rows = c.planes * (c.H / 2), columns = c.W / 2;
+  [[maybe_unused]] const int threads =
+      c.planes * c.H * c.W * c.C < kPoolSerialBelow ? 1 : int(smaller(c.threads, rows));
   constexpr int64_t lanes = kVectorBytes / int64_t(sizeof(T));
-  if (outputs >= lanes && with_short_rows<T>(c, [&](auto run) __attribute__((always_inline)) {
-        constexpr int length = decltype(run)::value;
-        const int64_t whole = outputs / lanes;
+  int64_t first = 0;
+  with_short_rows<T>(c, [&](auto run) __attribute__((always_inline)) {
+    constexpr int length = decltype(run)::value;
+    const int64_t vectors = rows * columns / lanes;
 #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
-        for (int64_t v = 0; v < whole; ++v) short_rows(Number<length>(), v * lanes);
-        if (whole * lanes < outputs) short_rows(Number<length>(), outputs - lanes);
-      }))
-    return;
-  with_vector_for<T>(c.C > 1 ? c.C : c.W / 2, [&](auto vector) __attribute__((always_inline)) {
-#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
-    for (int64_t r = 0; r < rows; ++r) row(vector, r);
+    for (int64_t v = 0; v < vectors; ++v) short_rows(Number<length>(), v * lanes);
+    first = vectors * lanes / columns;
+  });
+  if (first == rows) return;
+  with_vector_for<T>(c.C > 1 ? c.C : columns, [&](auto vector) __attribute__((always_inline)) {
+#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1 && first == 0)
+    for (int64_t r = first; r < rows; ++r) row(vector, r);
   });
 }
 
-template <class T, bool keeps>
+template <class T>
 void pool(const PoolCall& c) {
   for_each_row<T>(
-      c,
-      [&](auto vector, int64_t r)
-          __attribute__((always_inline)) { pool_row<T, decltype(vector)::kBytes, keeps>(c, r); },
+      c, [&](auto vector, int64_t r) __attribute__((always_inline)) { pool_row<T, decltype(vector)::kBytes>(c, r); },
       [&](auto run, int64_t i) __attribute__((always_inline)) {
-        pool_short_rows<T, decltype(run)::value, keeps>(static_cast<const T*>(c.x), static_cast<T*>(c.y),
-                                                        static_cast<uint8_t*>(c.chosen), i);
+        pool_short_rows<T, decltype(run)::value>(static_cast<const T*>(c.x), static_cast<T*>(c.y),
+                                                 static_cast<uint8_t*>(c.chosen), i);
       });
 }
 template <class T>
@@ -219,22 +215,16 @@ void unpool(const PoolCall& c) {
       });
 }
 
-template <class T>
-void pool_either(const PoolCall& c, bool backward) {
-  if (backward) return unpool<T>(c);
-  c.chosen ? pool<T, true>(c) : pool<T, false>(c);
-}
-
 void max_pool(const PoolCall& c, bool backward) {
   switch (c.dtype) {
     case kFloat32:
-      return pool_either<float>(c, backward);
+      return backward ? unpool<float>(c) : pool<float>(c);
     case kFloat64:
-      return pool_either<double>(c, backward);
+      return backward ? unpool<double>(c) : pool<double>(c);
     case kBFloat16:
-      return pool_either<BFloat16>(c, backward);
-    case kFloat16:
-      return pool_either<Float16>(c, backward);
+      return backward ? unpool<BFloat16>(c) : pool<BFloat16>(c);
+    case kFloat16:  // whose bits the backward moves just so
+      return backward ? unpool<BFloat16>(c) : pool<Float16>(c);
   }
 }
 
