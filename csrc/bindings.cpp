@@ -307,6 +307,43 @@ void cpu_feature_loss(int threads, int64_t T, int64_t images, int64_t from, int6
   if (!kernels->feature_loss(call)) throw std::bad_alloc();
 }
 
+// ---- max-pooling ----
+PoolCall pool_call(int threads, int dtype, int64_t planes, int64_t H, int64_t W, int64_t C, uintptr_t chosen) {
+  PoolCall call{};
+  call.threads = threads;
+  call.dtype = dtype;
+  call.planes = planes;
+  call.H = H;
+  call.W = W;
+  call.C = C;
+  call.chosen = pointer(chosen);
+  return call;
+}
+
+void run_pool(const PoolCall& call, void* output, int64_t elements, bool backward) {
+  const int64_t bytes = elements * element_size(call.dtype);
+  if (bytes >= int64_t(4) << 20) advise_huge_pages(output, bytes);
+  kernels->max_pool(call, backward);
+}
+
+void cpu_max_pool(int threads, int dtype, int64_t planes, int64_t H, int64_t W, int64_t C, uintptr_t x, uintptr_t y,
+                  uintptr_t chosen) {
+  py::gil_scoped_release release;
+  PoolCall call = pool_call(threads, dtype, planes, H, W, C, chosen);
+  call.x = pointer(x);
+  call.y = pointer(y);
+  run_pool(call, call.y, planes * (H / 2) * (W / 2) * C, false);
+}
+
+void cpu_max_pool_backward(int threads, int dtype, int64_t planes, int64_t H, int64_t W, int64_t C, uintptr_t grad_y,
+                           uintptr_t chosen, uintptr_t grad_x) {
+  py::gil_scoped_release release;
+  PoolCall call = pool_call(threads, dtype, planes, H, W, C, chosen);
+  call.grad_y = pointer(grad_y);
+  call.grad_x = pointer(grad_x);
+  run_pool(call, call.grad_x, planes * H * W * C, true);
+}
+
 #ifdef SNNFAST_CUDA
 void throw_if(const std::string& error) {
   if (!error.empty()) throw std::runtime_error("snnfast: CUDA: " + error);
@@ -369,6 +406,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("cpu_pack_bits", &cpu_pack_bits);
   m.def("cpu_unpack_bits", &cpu_unpack_bits);
   m.def("cpu_feature_loss", &cpu_feature_loss);
+  m.def("cpu_max_pool", &cpu_max_pool);
+  m.def("cpu_max_pool_backward", &cpu_max_pool_backward);
   m.def("corrected_division_is_exact", [](float tau) { return kernels->corrected_division_is_exact(tau); });
   m.def("cpu_sets", &cpu_sets, "Instruction sets of this build that this processor has, best first.");
   m.def("cpu_set", [] { return kernels->name; });

@@ -9,6 +9,7 @@
 #include "cpu_bits.h"
 #include "cpu_constant_input.h"
 #include "cpu_features.h"
+#include "cpu_pool.h"
 
 namespace snnfast {
 namespace {
@@ -217,6 +218,7 @@ extern const CpuKernels SNNFAST_NAME(SNNFAST_CPU_SET) = {
     pack_bits,
     unpack_bits,
     feature_loss,
+    max_pool,
 };
 
 }  // namespace snnfast

@@ -15,6 +15,7 @@ struct CpuKernels {
   bool (*pack_bits)(const BitsCall&, uint64_t* one);  // false where there are other values too
   void (*unpack_bits)(const BitsCall&);
   bool (*feature_loss)(const FeatureCall&);  // false: out of memory
+  void (*max_pool)(const PoolCall&, bool backward);
 };
 
 // One per instruction set of this build, declared by SNNFAST_CPU_SETS = X(avx512) X(avx2) X(baseline).

@@ -118,12 +118,26 @@ struct FeatureCall {
   float* partial;  // feature_partial_floats()
   int threads;
 };
-constexpr int64_t kFeatureChunks =
-    16;  // at most; they depend on the shape alone, so that no sum depends on the threads
+// At most so many chunks of images. They depend on the shape alone, so that no sum depends on the threads.
+constexpr int64_t kFeatureChunks = 16;
 inline int64_t feature_partial_floats(const FeatureCall& c) {
   constexpr int64_t most_lanes = 16;
   return kFeatureChunks * ((c.from + most_lanes - 1) / most_lanes * most_lanes + most_lanes) * c.to;
 }
+
+// Max-pooling of 2x2 windows side by side: x [planes, H, W, C] and y [planes, H / 2, W / 2, C], dense. Channels first
+// is many planes of C = 1.
+struct PoolCall {
+  int dtype;
+  int64_t planes, H, W, C;  // H and W at least 2
+  const void* x;
+  void* y;
+  void* chosen;  // a byte for each output: the row, times 2, and the column of the window's element that came out;
+                 // null where no backward will ask
+  const void* grad_y;
+  void* grad_x;
+  int threads;
+};
 
 namespace {
 

@@ -75,6 +75,33 @@ def count_fused(monkeypatch):
     return calls
 
 
+@pytest.fixture
+def pool_calls(monkeypatch):
+    """The names of the max-pooling kernels' calls."""
+    made = []
+    for name in ("max_pool", "max_pool_backward"):
+        run = getattr(backends.native, name)
+        monkeypatch.setattr(backends.native, name, lambda *args, run=run, name=name: made.append(name) or run(*args))
+    return made
+
+
+CPU_SETS = ("avx512", "avx2", "baseline")
+
+
+@pytest.fixture(params=CPU_SETS)
+def cpu_set(request):
+    """Each instruction set of the compiled CPU kernels in turn."""
+    _C = pytest.importorskip("snnfast._C", reason="the compiled extension is not built here")
+    if request.param not in _C.cpu_sets():
+        pytest.skip(f"{request.param} is not built or this processor lacks it")
+    before = _C.cpu_set()
+    _C.set_cpu_set(request.param)
+    backends.native._config.cache_clear()  # how to divide by tau depends on the set
+    yield request.param
+    _C.set_cpu_set(before)
+    backends.native._config.cache_clear()
+
+
 @pytest.fixture(scope="module")
 def small_mnist(tmp_path_factory):
     """A folder with 200 and 50 images like MNIST's, noise around ten patterns, in idx files."""

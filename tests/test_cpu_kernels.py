@@ -18,23 +18,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_parity import gradients
 
-from snnfast import backends, constant_input, dynamics, functional, surrogate
+from snnfast import constant_input, dynamics, functional, surrogate
 from snnfast.dynamics import NEURONS
 
 _C = pytest.importorskip("snnfast._C", reason="the compiled extension is not built here")
-SETS = ("avx512", "avx2", "baseline")
-
-
-@pytest.fixture(params=SETS)
-def cpu_set(request):
-    if request.param not in _C.cpu_sets():
-        pytest.skip(f"{request.param} is not built or this processor lacks it")
-    before = _C.cpu_set()
-    _C.set_cpu_set(request.param)
-    backends.native._config.cache_clear()  # how to divide by tau depends on the set
-    yield request.param
-    _C.set_cpu_set(before)
-    backends.native._config.cache_clear()
 
 
 @pytest.fixture(params=["cached", "streamed"])

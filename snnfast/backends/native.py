@@ -263,6 +263,23 @@ def cuda_unpack_bits(bits: Tensor, one: int, to: Tensor) -> None:
     _cuda_bits(_C.cuda_unpack_bits, to, bits, one)
 
 
+# ---- max-pooling ----
+def max_pool(dims: tuple[int, int, int, int], x: Tensor, y: Tensor, chosen: Tensor | None) -> None:
+    """Max-pooling of 2x2 windows side by side, on the CPU: of ``x`` into ``y``.
+
+    ``dims`` are the planes, height, width and channels of dense tensors ``[planes, height, width, channels]``; channels
+    first is many planes of one channel. ``chosen`` takes the number of each window's element, 0 to 3, in a byte each.
+    """
+    addresses = x.data_ptr(), y.data_ptr(), 0 if chosen is None else chosen.data_ptr()
+    _C.cpu_max_pool(torch.get_num_threads(), _DTYPE[x.dtype], *dims, *addresses)
+
+
+def max_pool_backward(dims: tuple[int, int, int, int], grad_y: Tensor, chosen: Tensor, grad_x: Tensor) -> None:
+    """The gradient of :func:`max_pool`'s input."""
+    addresses = grad_y.data_ptr(), chosen.data_ptr(), grad_x.data_ptr()
+    _C.cpu_max_pool_backward(torch.get_num_threads(), _DTYPE[grad_x.dtype], *dims, *addresses)
+
+
 def openmp_runtimes() -> list[str]:
     """The OpenMP runtimes loaded into this process; two of them fight over the cores."""
     if not sys.platform.startswith("linux"):

@@ -12,6 +12,7 @@ from torch import Tensor, fx, nn
 
 from ..base import StepModule
 from ..neuron import BaseNode
+from ..pooling import MaxPool2d
 from .nir_conventions import Conventions
 from .nir_layers import Builder, Value, WrongTime, is_li
 from .stepping import is_stateful
@@ -134,7 +135,7 @@ class _Walker:
         for kinds, convert in self.converters():
             if isinstance(module, kinds):
                 return convert(module, path, x)
-        if type(module).__module__.startswith("torch.nn") or isinstance(module, StepModule):
+        if type(module).__module__.startswith("torch.nn") or isinstance(module, (StepModule, MaxPool2d)):
             if type(module).forward is nn.Sequential.forward:
                 return self.walk(module, path, x)
             hint = {

@@ -14,6 +14,7 @@ from .. import functional
 from .._arguments import names_of, refuse_unknown
 from ..encoding import check_steps
 from ..neuron import IFNode, LIFNode
+from ..pooling import with_fast_pooling
 from .stepping import is_stateful
 from .to_spiking_classes import with_mixin
 from .to_spiking_coding import Coding, find_coding
@@ -283,6 +284,8 @@ def _convert(
             converter.convert(net, "", status)
         except NeedsTime:
             continue
+        if max_pool == "keep":
+            with_fast_pooling(net)
         return net, converter, status == DYNAMIC
     raise AssertionError("a conversion with time everywhere cannot need more of it")
 

@@ -15,7 +15,9 @@ from typing import Any
 
 import torch
 from torch import fx, nn
+from torch.nn import functional as F
 
+from ..pooling import max_pool2d
 from .to_spiking_classes import generated
 from .to_spiking_layers import (
     DROPOUT_FUNCTIONS,
@@ -361,6 +363,8 @@ class _Walk:
             known = inspect.signature(kind.__init__).parameters
             module = MaxPoolOfRates(kind(**{k: v for k, v in given.items() if k in known}), converter.timesteps)
         else:
+            if target in (F.max_pool2d, torch.max_pool2d):  # the same results, so no reason for a generated forward
+                node.target = max_pool2d
             return
         name, x = self._added(target.__name__.strip("_"), module), given["input"]  # type: ignore[union-attr]
         node.op, node.target, node.args, node.kwargs = "call_module", name, (x,), {}
