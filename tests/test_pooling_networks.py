@@ -312,3 +312,29 @@ def test_a_converted_networks_graph_shows_torchs_call():
         assert "max_pool2d" in str(exported.graph)
         assert torch.equal(torch.compile(net, fullgraph=True, backend="aot_eager")(x), want)
     assert snnfast.fuse(copy.deepcopy(net)).fused == [("5", "6")]
+
+
+@pytest.mark.parametrize("functional", [False, True])
+def test_unrolled_models_pool_by_it(functional, monkeypatch):
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.neuron, self.pool = nn.Conv2d(1, 3, 3), snnfast.IFNode(), nn.MaxPool2d(2)
+
+        def forward(self, x):
+            s = self.neuron(self.conv(x))
+            return F.max_pool2d(s, 2) if functional else self.pool(s)
+
+    net, x = Net(), torch.rand(4, 2, 1, 8, 8)
+    want = torch.stack([net(step) for step in x])
+    snnfast.functional.reset_net(net)
+    calls, pool = [], pooling._pool
+    monkeypatch.setattr(pooling, "_pool", lambda *args: calls.append(1) or pool(*args))
+    assert torch.equal(snnfast.unroll(net, x), want)
+    assert calls == [1]
+    if functional:
+        return
+    net.pool.register_forward_hook(lambda module, inputs, output: calls.append("hook"))  # such a layer is called
+    snnfast.functional.reset_net(net)
+    assert torch.equal(snnfast.unroll(net, x), want)
+    assert calls == [1, "hook"]

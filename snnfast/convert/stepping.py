@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from .. import base
 from .adapters.base import FinalState, Fused, adapters
 
-__all__ = ["is_stateful", "run_over_time"]
+__all__ = ["has_hooks", "is_stateful", "run_over_time"]
 
 
 def _library(module: nn.Module) -> Any:
@@ -24,7 +24,7 @@ def is_stateful(module: nn.Module) -> bool:
     return isinstance(module, base.MemoryModule) or _library(module) is not None
 
 
-def _has_hooks(module: Any) -> bool:
+def has_hooks(module: Any) -> bool:
     return bool(
         module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
     )
@@ -53,9 +53,9 @@ def run_over_time(
                 f"{name} is in step mode {module.step_mode!r}: unroll takes a single-step model. Call "
                 "functional.set_step_mode(model, 's') first, or the model itself with [T, B, ...]"
             )
-        if not args and not kwargs and not _has_hooks(module):
+        if not args and not kwargs and not has_hooks(module):
             return module.multi_step_forward(x_seq).flatten(0, 1)
-    if isinstance(module, Fused) and not _has_hooks(module):
+    if isinstance(module, Fused) and not has_hooks(module):
         found = module._unrolled(x_seq, args, kwargs, used)
         if found is not NotImplemented:
             return found

@@ -18,8 +18,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_map
 
 from .._notices import say_once
+from ..pooling import MaxPool2d, max_pool2d
 from .adapters.base import FinalState
-from .stepping import is_stateful, run_over_time
+from .stepping import has_hooks, is_stateful, run_over_time
 from .unroll_graph import CONSTANT, TIMED, Program, program_of
 
 __all__ = ["unroll"]
@@ -217,7 +218,7 @@ class _Pass:
             if target in (F.batch_norm, torch.batch_norm) and timed and self.bn == "per_step":
                 steps = args[0].unflatten(0, (self.T, self.batch))
                 return torch.cat([target(step, *args[1:], **kwargs) for step in steps])
-            return target(*args, **kwargs)
+            return (max_pool2d if target is F.max_pool2d else target)(*args, **kwargs)
         if node.op == "call_method":
             return getattr(args[0], target)(*args[1:], **kwargs)
         module: Any = self.model.get_submodule(target)
@@ -225,6 +226,8 @@ class _Pass:
             used: Any = {n.args[1] for n in node.users} if _unpacked(node) else None
             x = self._unfolded(args[0], node.all_input_nodes[0], f"{target} takes")
             return run_over_time(module, target, x, args[1:], kwargs, used)
+        if type(module) is nn.MaxPool2d and not has_hooks(module):
+            return MaxPool2d.forward(module, *args, **kwargs)  # type: ignore[arg-type]
         if isinstance(module, _BatchNorm) and module.training and self.bn == "per_step":
             return self._batch_norm(module, args[0], timed)
         return module(*args, **kwargs)
