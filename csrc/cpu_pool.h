@@ -15,6 +15,7 @@ namespace {
 template <class T, int bytes>
 SNNFAST_FN void pool_channels(const T* const (&from)[4], T* to, uint8_t* chosen, int64_t i) {
   using P = Pool<T, bytes>;
+  for (int k = 0; k < 4; ++k) __builtin_prefetch(reinterpret_cast<const char*>(from[k] + i) + kPrefetchBytes);
   const typename P::Bits window[4] = {P::load(from[0] + i), P::load(from[1] + i), P::load(from[2] + i),
                                       P::load(from[3] + i)};
   typename P::Bits which;

@@ -78,8 +78,9 @@ def _is_halving(
 
 def _are(number: int, sizes: Any) -> bool:
     """Whether ``sizes``, an int or one for each dimension, is ``number``."""
-    both = sizes if type(sizes) in (tuple, list) else (sizes, sizes)
-    return len(both) == 2 and all(type(size) is int and size == number for size in both)
+    if type(sizes) is int:  # the usual call, in less time
+        return sizes == number
+    return type(sizes) in (tuple, list) and len(sizes) == 2 and all(type(s) is int and s == number for s in sizes)
 
 
 def _is_dense(t: Tensor) -> bool:
