@@ -162,7 +162,7 @@ class _Networks:
         try:
             with torch.no_grad():
                 output = network(self.example)
-        except (RuntimeError, ValueError, TypeError, IndexError) as error:
+        except (RuntimeError, ValueError, TypeError, IndexError, AssertionError) as error:  # timm asserts sizes
             raise InputError(
                 f"--{what} {name} cannot run on {self.dataset.name}'s input {tuple(self.example.shape)}: {error}"
             ) from None

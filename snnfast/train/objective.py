@@ -17,7 +17,16 @@ __all__ = ["Objective", "average_time", "distiller", "readout", "repeated"]
 
 
 def readout(output: Tensor) -> Tensor:
-    """Logits ``[B, C]`` of an ANN's output, or of a spiking network's ``[T, B, C]`` (the mean over T)."""
+    """Logits ``[B, C]`` of an ANN's output, or of a spiking network's ``[T, B, C]`` (the mean over T).
+
+    Raises:
+        InputError: something else, as networks with auxiliary classifiers give in training.
+    """
+    if not isinstance(output, Tensor):
+        raise InputError(
+            f"a network must give a tensor of logits in training too, got {type(output).__name__}; switch its "
+            "auxiliary classifiers off, with --teacher-args aux_logits=False for torchvision's GoogLeNet and Inception"
+        )
     return output.mean(0) if output.dim() == 3 else output
 
 
