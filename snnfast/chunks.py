@@ -17,7 +17,7 @@ from .convert.to_spiking_layers import Dropout as DropoutOfRates
 from .convert.to_spiking_layers import MaxPoolOfRates
 from .encoding import check_steps
 from .fused import BatchNormNode
-from .network import reset_of, holds_single_steps
+from .network import holds_single_steps, reset_of
 
 __all__ = ["chunked"]
 

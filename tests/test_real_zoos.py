@@ -27,12 +27,13 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 T = 4  # as by_calls steps
 SPIKING = [
-    *("tv:resnet18", "tv:resnet50", "tv:wide_resnet50_2", "tv:vgg11_bn", "tv:alexnet", "tv:densenet121"),
+    *("tv:resnet18", "tv:resnet50", "tv:vgg11_bn", "tv:alexnet", "tv:densenet121"),
     *("tv:googlenet", "tv:squeezenet1_1", "tv:shufflenet_v2_x0_5", "tv:mnasnet0_5", "tv:regnet_x_400mf"),
     *("timm:resnet18", "timm:resnet26d", "timm:resnetblur18", "timm:wide_resnet50_2", "timm:densenet121"),
     *("timm:regnetx_002", "timm:dla34", "timm:hrnet_w18_small", "timm:vovnet39a", "timm:selecsls42"),
     *("timm:resnetv2_50", "timm:repvgg_a0", "timm:res2net50_26w_4s"),
 ]
+LARGER = ["tv:alexnet", "tv:googlenet", "tv:squeezenet1_1"]  # these pool a 32 x 32 image away
 GATED = ["tv:regnet_y_400mf", "timm:seresnet18", "timm:legacy_seresnet18", "timm:regnety_002", "timm:skresnet18"]
 
 
@@ -67,7 +68,7 @@ def test_the_same_as_step_by_step_and_trains(name):
     net = snnfast.to_spiking(ann, T, tau=2.0, **({"other_activations": "keep"} if name in GATED else {}))
     assert isinstance(net, type(ann))
     assert list(net.state_dict()) == list(ann.state_dict())
-    x = 2 * torch.randn(2, 3, 64, 64).double()
+    x = 2 * torch.randn(2, 3, *(2 * [64 if name in LARGER else 32])).double()
     got, want = net(x), by_calls(ann, x)
     assert want.std() > 0.01
     assert torch.allclose(got, want, rtol=1e-9, atol=1e-12)
@@ -80,7 +81,9 @@ def test_the_same_as_step_by_step_and_trains(name):
     assert torch.equal(net.eval()(x), net(x))
 
 
-@pytest.mark.parametrize("name", ["tv:resnet18", "tv:googlenet", "timm:resnet18", "timm:regnetx_002", "timm:resnetv2_50"])
+@pytest.mark.parametrize(
+    "name", ["tv:resnet18", "tv:googlenet", "timm:resnet18", "timm:regnetx_002", "timm:resnetv2_50"]
+)
 def test_copies_and_states_that_stay(name):
     net, x = snnfast.to_spiking(made(name), T), 2 * torch.randn(2, 3, 64, 64).double()
     y = net(x)
@@ -100,7 +103,10 @@ def test_copies_and_states_that_stay(name):
         ("tv:mobilenet_v2", r"ReLU6 at 'features.0.2' \(ReLU6\); replace it by a ReLU"),
         ("tv:efficientnet_b0", r"SiLU at 'features.0.2' \(SiLU\)"),
         ("tv:mobilenet_v3_small", r"Hardswish at 'features.0.2'"),
-        ("tv:regnet_y_400mf", r"Sigmoid at 'trunk_output.block1.block1-0.f.se.scale_activation' \(Sigmoid\), .*misc.py"),
+        (
+            "tv:regnet_y_400mf",
+            r"Sigmoid at 'trunk_output.block1.block1-0.f.se.scale_activation' \(Sigmoid\), .*misc.py",
+        ),
         ("tv:vit_b_16", r"GELU at 'encoder.layers.encoder_layer_0.mlp.1'"),
         ("timm:efficientnet_b0", r"SiLU at 'bn1.act' \(SiLU\), .*norm_act.py"),
         ("timm:seresnet18", r"sigmoid at 'layer1.0.se.gate' \(Sigmoid\), .*activations.py"),
@@ -112,27 +118,12 @@ def test_other_activations_are_refused_with_their_place(name, message):
         snnfast.to_spiking(network(name), T)
 
 
-def settled(name: str, x: torch.Tensor) -> nn.Module:
-    """With the batch norms' statistics of ``x``, and a last layer that gives something."""
-    ann = network(name).train()
-    for m in ann.modules():
-        if isinstance(m, nn.BatchNorm2d):
-            m.momentum = None
-            nn.init.ones_(m.weight)  # some of timm's start at zero
-        if isinstance(m, nn.Dropout):
-            m.p = 0.0
-    nn.init.normal_(next(m for m in reversed(list(ann.modules())) if isinstance(m, nn.Linear)).weight, 0, 0.05)
-    with torch.no_grad():
-        ann(x)
-    return ann.eval()
-
-
 @pytest.mark.parametrize(
-    "name", ["tv:resnet18", "tv:googlenet", "tv:mobilenet_v2", "timm:resnet18", "timm:regnetx_002", "timm:mobilenetv2_100"]
+    "name", ["tv:resnet18", "tv:googlenet", "tv:mobilenet_v2", "timm:resnet18", "timm:regnetx_002"]
 )
 def test_calibrated_networks_tend_to_the_ann(name):
-    x = torch.randn(8, 3, 64, 64)
-    ann = settled(name, x)
+    ann = trained_norms(network(name)).eval()
+    x = torch.randn(4, 3, 64, 64)
     want = ann(x)
     net = snnfast.to_spiking(ann, 8, calibration=x, percentile=100, other_activations="replace")
     extra = set(net.state_dict()) - set(ann.state_dict())
@@ -143,8 +134,8 @@ def test_calibrated_networks_tend_to_the_ann(name):
         for steps in (8, 128):
             net.timesteps = steps
             errors.append(((net(x).mean(0) - want).norm() / want.norm()).item())
-    assert errors[1] < 0.3 * errors[0]
-    assert errors[1] < 0.15
+    assert errors[1] < 0.4 * errors[0]
+    assert errors[1] < 0.2
 
 
 @pytest.mark.parametrize(
@@ -166,8 +157,9 @@ def test_fuse_and_inference(name, fused, folded):
     assert torch.allclose(got, want, rtol=1e-7, atol=1e-9)
     got.square().sum().backward()
     want.square().sum().backward()
+    largest = max(p.grad.abs().max().item() for p in other.parameters())
     for p, q in zip(net.parameters(), other.parameters(), strict=True):
-        assert torch.allclose(p.grad, q.grad, rtol=1e-6, atol=1e-8 * q.grad.abs().max().item())
+        assert torch.allclose(p.grad, q.grad, rtol=1e-6, atol=1e-9 * largest)
 
 
 def test_norms_with_an_activation_inside_are_left_alone_with_the_reason():
@@ -198,7 +190,7 @@ def test_synops_and_packed_spikes(name):
 def test_nir_refuses_what_it_has_no_node_for():
     pytest.importorskip("nir", exc_type=ImportError)
     net = snnfast.to_spiking(network("timm:resnet18"), T)
-    with pytest.raises(ValueError, match="'maxpool'"):
+    with pytest.raises(ValueError, match="no node for MaxPool2d at maxpool; train it with an AvgPool2d"):
         snnfast.to_nir(net, torch.zeros(2, 3, 64, 64))
 
 
@@ -219,6 +211,6 @@ def test_distiller(teacher, pairs):
         result.loss.backward()
         optimiser.step()
         found.append(result.loss.item())
-    assert list(result.terms) == ["task", "logit_kd", "feature_kd"]
+    assert list(result.terms) == ["task", "logit_kd", *(f"feature_kd.{path}" for path in pairs)]
     assert result.output.shape == (T, 4, 10)
     assert found[2] < found[0]
