@@ -81,9 +81,7 @@ def test_the_same_as_step_by_step_and_trains(name):
     assert torch.equal(net.eval()(x), net(x))
 
 
-@pytest.mark.parametrize(
-    "name", ["tv:resnet18", "tv:googlenet", "timm:resnet18", "timm:regnetx_002", "timm:resnetv2_50"]
-)
+@pytest.mark.parametrize("name", ["tv:resnet18", "tv:googlenet", "timm:resnet18", "timm:regnetx_002"])
 def test_copies_and_states_that_stay(name):
     net, x = snnfast.to_spiking(made(name), T), 2 * torch.randn(2, 3, 64, 64).double()
     y = net(x)
@@ -105,7 +103,7 @@ def test_copies_and_states_that_stay(name):
         ("tv:mobilenet_v3_small", r"Hardswish at 'features.0.2'"),
         (
             "tv:regnet_y_400mf",
-            r"Sigmoid at 'trunk_output.block1.block1-0.f.se.scale_activation' \(Sigmoid\), .*misc.py",
+            r"Sigmoid at 'trunk_output.block1.block1-0.f.se.scale_activation' .*misc.py",
         ),
         ("tv:vit_b_16", r"GELU at 'encoder.layers.encoder_layer_0.mlp.1'"),
         ("timm:efficientnet_b0", r"SiLU at 'bn1.act' \(SiLU\), .*norm_act.py"),

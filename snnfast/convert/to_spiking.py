@@ -207,9 +207,9 @@ def to_spiking(
     if not converter.neurons:
         if converter.kept:
             raise ValueError(
-                f"model must have at least one ReLU besides what other_activations='keep' keeps, found none in "
-                f"{type(model).__name__}, but {converter.kept[0]}; put ReLUs in place of such activations and train the "
-                "model again, or choose other_activations='replace', which puts neurons there"
+                "model must have at least one ReLU besides what other_activations='keep' keeps, found none in "
+                f"{type(model).__name__}, but {converter.kept[0]}; put ReLUs in place of such activations and train "
+                "the model again, or choose other_activations='replace', which puts neurons there"
             )
         raise ValueError(
             f"model must have at least one ReLU, found none in {type(model).__name__}; put an nn.ReLU() where a neuron "

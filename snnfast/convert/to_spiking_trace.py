@@ -63,8 +63,9 @@ class _Tracer(fx.Tracer):
 
 def given_in(call: fx.Node, module: nn.Module) -> dict[str, Any]:
     """What a call of ``module`` gives for arguments with a default: a constant, or ``VALUE`` for what it computed."""
+    recipe = getattr(module, "_recipe", None)  # of a generated forward, whose arguments are those of an earlier call
     try:
-        signature = inspect.signature(type(module).forward)
+        signature = inspect.signature((type(module) if recipe is None else recipe.original).forward)
         bound = signature.bind(None, *call.args, **call.kwargs).arguments
     except (TypeError, ValueError):
         return {}  # a call that the model cannot make either
