@@ -72,10 +72,11 @@ sanitize: $(VENV)/test.stamp
 	  $(CURDIR)/tests/test_parity.py $(CURDIR)/tests/test_cpu_kernels.py -k "not fork"
 
 # Not a part of CI: that torch comes with CUDA packages, five gigabytes. The kernels are those of the other environment.
-OLDEST_TESTS := $(addprefix tests/test_,$(addsuffix .py,torch neuron layer fuse bn_neuron residual to_spiking unroll inference memory))
+# This is where torchvision and timm are: the torch that is pinned elsewhere has no torchvision of its version.
+OLDEST_TESTS := $(addprefix tests/test_,$(addsuffix .py,torch neuron layer fuse bn_neuron residual to_spiking unroll inference memory to_spiking_zoo real_zoos))
 oldest: $(VENV)/snnfast.stamp
 	$(PYTHON) -m venv .venv-oldest
-	.venv-oldest/bin/pip install --quiet --disable-pip-version-check torch==2.6.0 numpy pytest hypothesis
+	.venv-oldest/bin/pip install --quiet --disable-pip-version-check torch==2.6.0 torchvision==0.21.0 timm numpy pytest hypothesis
 	.venv-oldest/bin/python -m pytest -q -p no:cacheprovider -k "not spikingjelly" $(OLDEST_TESTS)
 
 clean:
