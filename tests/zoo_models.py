@@ -277,7 +277,7 @@ class DlaTree(nn.Module):
         if self.levels > 1:
             children.append(x1)
             return self.tree2(x1, None, children)
-        return torch.cat([self.tree2(x1), x1] + children, 1)[:, : x.shape[1]] + children[0]
+        return self.tree2(x1) + x1 + children[0]
 
 
 # ---- torchvision ----
