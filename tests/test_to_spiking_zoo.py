@@ -159,6 +159,38 @@ def test_a_block_with_an_activation_must_be_called_the_same_way():
         snnfast.to_spiking(ann, T)
 
 
+class Root(nn.Module):
+    def forward(self, x, others):
+        for other in others:
+            x = x + other
+        return x
+
+
+class Branches(nn.Module):
+    """A block gets a list of what was computed before any neuron."""
+
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.root = Root()
+
+        def forward(self, x, others):
+            return self.root(F.relu(x), others)
+
+    def __init__(self):
+        super().__init__()
+        self.fc1, self.fc2, self.block = nn.Linear(4, 4), nn.Linear(4, 4), self.Block()
+
+    def forward(self, x):
+        y = self.fc1(x)
+        return self.block(y, [self.fc2(x), y])
+
+
+def test_a_list_of_branches_is_repeated():
+    ann = Branches().double()
+    check_equal(snnfast.to_spiking(ann, T, tau=2.0), ann, 3 * torch.randn(B, 4).double() + 1, by_calls)
+
+
 def test_what_is_only_kept_leaves_no_neuron():
     message = "besides what other_activations='keep' keeps, found none in MobileNetV2, but ReLU6 at 'features.0.2'"
     with pytest.raises(ValueError, match=message):
