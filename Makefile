@@ -73,11 +73,13 @@ sanitize: $(VENV)/test.stamp
 	  $(CURDIR)/tests/test_distill_features.py $(CURDIR)/tests/test_pooling.py -k "not fork"
 
 # Not a part of CI: that torch comes with CUDA packages, five gigabytes. The kernels are those of the other environment.
+# This is where torchvision and timm are: the torch that is pinned elsewhere has no torchvision of its version.
 OLDEST_TESTS := $(addprefix tests/test_,$(addsuffix .py,torch neuron layer layer_networks fuse bn_neuron bn_neuron_statistics \
-  residual to_spiking to_spiking_constant to_spiking_copies unroll unroll_refusals inference memory memory_bits memory_recognised))
+  residual to_spiking to_spiking_constant to_spiking_copies to_spiking_zoo real_zoos unroll unroll_refusals inference memory \
+  memory_bits memory_recognised pooling pooling_networks distill_features))
 oldest: $(VENV)/snnfast.stamp
 	$(PYTHON) -m venv .venv-oldest
-	.venv-oldest/bin/pip install --quiet --disable-pip-version-check torch==2.6.0 numpy pytest hypothesis
+	.venv-oldest/bin/pip install --quiet --disable-pip-version-check torch==2.6.0 torchvision==0.21.0 timm numpy pytest hypothesis
 	.venv-oldest/bin/python -m pytest -q -p no:cacheprovider -k "not spikingjelly" $(OLDEST_TESTS)
 
 clean:

@@ -17,7 +17,7 @@ from .convert.to_spiking_layers import Dropout as DropoutOfRates
 from .convert.to_spiking_layers import MaxPoolOfRates
 from .encoding import check_steps
 from .fused import BatchNormNode
-from .network import _their_reset, holds_single_steps
+from .network import holds_single_steps, reset_of
 
 __all__ = ["chunked"]
 
@@ -252,4 +252,4 @@ def _check_layers(model: nn.Module, chunk_statistics: bool) -> None:
 def _keeps_unknown_state(module: nn.Module) -> bool:
     if isinstance(module, MemoryModule) or isinstance(getattr(module, "_memories", None), dict):
         return False
-    return callable(getattr(module, "reset", None)) or _their_reset(module) is not None
+    return reset_of(module) is not None

@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_map
 from . import functional, layer, network
 from ._notices import say_once
 from .fused.batch_norm import PLAIN_NORMS, STEP_NORMS, has_hooks
-from .fused.fuse import _LEAVES, _shared_parameters, _Tracer, fuse, unfuse
+from .fused.fuse import _LEAVES, _shared_parameters, _Tracer, fuse, unfuse, unseen
 
 __all__ = ["Captured", "InferenceReport", "capture", "optimize_for_inference"]
 
@@ -235,7 +235,7 @@ def optimize_for_inference(model: nn.Module) -> tuple[Any, InferenceReport]:
             continue
         before = seen.before.get(norm)
         if before is None:
-            reasons[paths[0]] = seen.reasons.get(norm, "the forward around it cannot be traced, or does not call it")
+            reasons[paths[0]] = seen.reasons.get(norm, unseen(norm))
         elif (reason := _why_not_folded(norm, before, names, seen, shared)) is not None:
             reasons[paths[0]] = reason
         else:

@@ -6,6 +6,7 @@ Public through :mod:`snnfast.functional`. Those on networks treat SpikingJelly's
 from __future__ import annotations
 
 import copy
+import inspect
 import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -14,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import backends
+from . import backends, base
 
 __all__ = [
     "chunk_multi_step_forward",
@@ -63,7 +64,8 @@ def _modules_with(net: nn.Module, name: str) -> Iterator[Any]:
 def reset_net(net: nn.Module) -> None:
     """Reset every stateful module of ``net``: call it before each new batch of sequences.
 
-    Modules of other libraries that have a ``reset()`` are reset too, and so are snnTorch's and sinabs' neurons.
+    Modules of other libraries that have a ``reset()`` are reset too, and so are snnTorch's and sinabs' neurons. A
+    ``reset`` that needs arguments, as that of timm's classifiers does, is another thing and is left alone.
 
     Raises:
         TypeError: ``net`` is not a module.
@@ -76,16 +78,31 @@ def reset_net(net: nn.Module) -> None:
     """
     _check_net(net)
     for module in net.modules():
-        reset = getattr(module, "reset", None)  # in snnTorch's neurons a tensor
-        if not callable(reset):
-            reset = _their_reset(module)
+        reset = reset_of(module)
         if reset is not None:
             reset()
 
 
+def reset_of(module: nn.Module) -> Any:
+    """What returns ``module`` to its initial state, called without arguments; ``None`` where nothing does."""
+    reset = getattr(module, "reset", None)  # in snnTorch's neurons a tensor
+    if isinstance(module, base.MemoryModule):
+        return reset
+    if callable(reset) and not isinstance(reset, nn.Module) and _needs_nothing(reset):
+        return reset
+    return _their_reset(module)
+
+
+def _needs_nothing(method: Callable[..., Any]) -> bool:
+    """Whether ``method`` can be called without arguments: timm's classifiers have a ``reset(num_classes)``."""
+    parameters = inspect.signature(method).parameters.values()
+    kinds = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    return all(p.default is not inspect.Parameter.empty or p.kind in kinds for p in parameters)
+
+
 def _their_reset(module: nn.Module) -> Any:
-    for base in type(module).__mro__[:-1]:  # torch.compile before 2.8 cannot look at object
-        package = base.__module__.partition(".")[0]
+    for cls in type(module).__mro__[:-1]:  # torch.compile before 2.8 cannot look at object
+        package = cls.__module__.partition(".")[0]
         if package in _THEIR_RESETS:
             return getattr(module, _THEIR_RESETS[package], None)
     return None

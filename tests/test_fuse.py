@@ -201,7 +201,36 @@ def frozen():
     return net
 
 
+class NormAndActivation(nn.BatchNorm2d):
+    """As timm's BatchNormAct2d."""
+
+    def __init__(self, features):
+        super().__init__(features)
+        self.act = snnfast.LIFNode(timesteps=T)
+
+    def forward(self, x):
+        return self.act(super().forward(x))
+
+
+def between(hook):
+    net = nn.Sequential(nn.BatchNorm2d(3), nn.Identity(), snnfast.LIFNode(timesteps=T))
+    if hook:
+        net[1].register_forward_hook(lambda m, args, y: 2 * y)
+    return net
+
+
+def test_an_identity_between_changes_nothing(count_fused):
+    """timm's blocks have these where an option is not used."""
+    net = between(hook=False)
+    apart = copy.deepcopy(net)
+    assert fuse(net).fused == [("0", "2")]
+    equal_outputs_and_gradients(net, apart, torch.randn(T * 2, 3, 5, 5))
+    assert len(count_fused) == 2
+
+
 REFUSED = {
+    "identity with a hook": (lambda: between(hook=True), "0", "its output goes to a Identity"),
+    "activation inside": (lambda: nn.Sequential(NormAndActivation(3)), "0", "NormAndActivation is not one of"),
     "output used twice": (Twice, "bn", "its output is used 2 times"),
     "in one mode only": (ByMode, "bn", "its output is used 2 times"),
     "tied weights": (tied, "0", "shares a parameter"),

@@ -258,7 +258,27 @@ def hooked(which):
     return net
 
 
+class NormAndActivation(nn.BatchNorm2d):
+    """As timm's BatchNormAct2d."""
+
+    def __init__(self, features):
+        super().__init__(features)
+        self.act = nn.ReLU()
+
+    def forward(self, x):
+        return self.act(super().forward(x))
+
+
+def test_an_identity_between_changes_nothing():
+    net = lively(nn.Sequential(nn.Conv2d(3, 5, 3), nn.Identity(), nn.BatchNorm2d(5), nn.ReLU())).eval()
+    fast, report = optimize_for_inference(net)
+    assert report.folded == [("0", "2")]
+    x = torch.randn(2, 3, 5, 5)
+    assert torch.allclose(fast(x), net(x), atol=1e-5)
+
+
 REFUSED = {
+    "activation inside": (lambda: pair(norm=NormAndActivation(5)), "1", "folded: NormAndActivation is not one of"),
     "output used twice": (UsesTwice, "bn", "the output of conv is used 2 times"),
     "called twice": (CallsTwice, "bn", "called, or named, more than once"),
     "named twice": (TwoNames, "bn", "called, or named, more than once"),

@@ -257,6 +257,34 @@ def test_reset_net_resets_many_steps_of_training():
     assert losses[-1] <= losses[0]
 
 
+class Other(nn.Module):
+    """Has a state and a ``reset`` of the kind that each test names."""
+
+    def __init__(self, reset):
+        super().__init__()
+        self.state = 1.0
+        self.reset = reset(self)
+
+
+@pytest.mark.parametrize(
+    ("reset", "called"),
+    [
+        (lambda m: lambda: setattr(m, "state", 0.0), True),
+        (lambda m: lambda value=0.0, *args, **kwargs: setattr(m, "state", value), True),
+        (lambda m: lambda num_classes, pool=None: setattr(m, "state", num_classes), False),  # timm's classifiers
+        (lambda m: lambda *, value: setattr(m, "state", value), False),
+        (lambda m: nn.Linear(3, 3), False),  # a gate
+    ],
+    ids=["plain", "default values", "needs an argument", "needs a keyword", "a layer"],
+)
+def test_reset_net_calls_what_can_be_called_without_arguments(reset, called):
+    model = nn.Sequential(Other(reset), snnfast.IFNode())
+    model[1](torch.ones(2))
+    functional.reset_net(model)
+    assert model[0].state == (0.0 if called else 1.0)
+    assert model[1].v == 0.0
+
+
 def test_an_empty_folded_batch_gives_an_empty_result():
     x = torch.empty(0, 3, requires_grad=True)
     s = snnfast.LIFNode(timesteps=4)(x)

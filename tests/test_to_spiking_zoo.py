@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,6 +14,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import snnfast
+from snnfast.convert.to_spiking_trace import place
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -24,6 +27,8 @@ MODELS = {
     "MobileNetV2 with ReLU": partial(zoo.MobileNetV2, nn.ReLU),
     "DenseNet": zoo.DenseNet,
     "DenseNet, dropout": partial(zoo.DenseNet, 0.5),
+    "ClassifierHead": lambda: nn.Sequential(zoo.Conv2dNormActivation(3, 8), zoo.ClassifierHead(8, 5)),
+    "DLA": lambda: zoo.with_head(nn.Conv2d(3, 8, 3), zoo.DlaTree(8, 1), zoo.DlaTree(8, 2)),
     "ShuffleNet": lambda: zoo.with_head(zoo.Conv2dNormActivation(3, 8), zoo.ShuffleUnit(8), zoo.ShuffleUnit(8)),
     "ShuffleNet, a static half": lambda: zoo.with_head(nn.Conv2d(3, 8, 3), zoo.ShuffleUnit(8), zoo.ShuffleUnit(8)),
 }
@@ -83,6 +88,121 @@ def test_the_same_as_step_by_step(name):
     got = net(x)
     assert got.abs().sum() > 0
     check_equal(net, plain, x, by_calls)
+
+
+def test_reset_that_needs_arguments_is_not_a_states():
+    net = snnfast.to_spiking(nn.Sequential(zoo.Conv2dNormActivation(3, 8), zoo.ClassifierHead(8, 5)), T)
+    classifier = net[1].fc
+    net(torch.randn(B, 3, 8, 8)).sum().backward()
+    snnfast.functional.reset_net(net)
+    assert net[1].fc is classifier
+    assert all(m.v == 0.0 for m in net.modules() if isinstance(m, snnfast.LIFNode))
+
+
+def test_two_graphs_call_a_module_once():
+    """A call in the graph of training and one in that of evaluation are not two calls in a forward."""
+    net = snnfast.to_spiking(made(zoo.GoogLeNet), T)
+    x = torch.randn(B, 3, 8, 8).double()
+    y = net(x)
+    net.auto_reset = False
+    snnfast.functional.reset_net(net)
+    assert torch.equal(net(x), y)
+    assert not torch.equal(net(x), y)
+    assert [t.shape for t in net.train()(x)] == [(T, B, 5)] * 2
+
+
+class Optional(nn.Module):
+    """A functional activation in a block that takes a scale, or none."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(4, 4)
+
+    def forward(self, x, scale=None, /, shift=0.0, *, gain=1.0):
+        x = self.fc(x) if scale is None else self.fc(x) * scale
+        return F.relu(gain * x + shift)
+
+
+class Caller(nn.Module):
+    """Calls an Optional by ``call(block, x)``, once or twice."""
+
+    def __init__(self, *calls):
+        super().__init__()
+        self.block, self.calls = Optional(), calls
+
+    def forward(self, x):
+        for call in self.calls:
+            x = call(self.block, x)
+        return x
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda block, x: block(x, None),
+        lambda block, x: block(x, 2.0, gain=3.0),
+        lambda block, x: block(x, x.mean(1, keepdim=True), 0.5),
+        lambda block, x: block(x, gain=x.abs(), shift=1.0),
+    ],
+    ids=["none", "numbers", "tensor and number", "by keyword"],
+)
+def test_optional_arguments_are_those_of_the_call(call):
+    torch.manual_seed(0)
+    ann = Caller(call).double()
+    check_equal(snnfast.to_spiking(ann, T, tau=2.0), ann, 3 * torch.randn(B, 4).double() + 1, by_calls)
+
+
+def test_a_block_with_an_activation_must_be_called_the_same_way():
+    ann = Caller(lambda block, x: block(x), lambda block, x: block(x, 2.0))
+    message = r"'block' .*the same arguments each time, got the input alone and scale=2.0; make it two modules"
+    with pytest.raises(ValueError, match=message):
+        snnfast.to_spiking(ann, T)
+
+
+class Root(nn.Module):
+    def forward(self, x, others):
+        for other in others:
+            x = x + other
+        return x
+
+
+class Branches(nn.Module):
+    """A block gets a list of what was computed before any neuron."""
+
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.root = Root()
+
+        def forward(self, x, others):
+            return self.root(F.relu(x), others)
+
+    def __init__(self):
+        super().__init__()
+        self.fc1, self.fc2, self.block = nn.Linear(4, 4), nn.Linear(4, 4), self.Block()
+
+    def forward(self, x):
+        y = self.fc1(x)
+        return self.block(y, [self.fc2(x), y])
+
+
+def test_a_list_of_branches_is_repeated():
+    ann = Branches().double()
+    check_equal(snnfast.to_spiking(ann, T, tau=2.0), ann, 3 * torch.randn(B, 4).double() + 1, by_calls)
+
+
+def test_what_is_only_kept_leaves_no_neuron():
+    message = "besides what other_activations='keep' keeps, found none in MobileNetV2, but ReLU6 at 'features.0.2'"
+    with pytest.raises(ValueError, match=message):
+        snnfast.to_spiking(zoo.MobileNetV2(), T, other_activations="keep")
+
+
+def test_a_place_in_torchvision_is_shown():
+    """Its files are not torch's, though its folder's name begins with torch's."""
+    folder = os.path.dirname(torch.__file__)
+    frames = [(os.path.join(folder + "vision", "ops", "misc.py"), 7), (os.path.join(folder, "fx", "proxy.py"), 9)]
+    node = SimpleNamespace(meta={"stack_trace": "".join(f'  File "{f}", line {n}, in g\n    x\n' for f, n in frames)})
+    assert place("se", nn.Sigmoid(), node) == f"'se' (Sigmoid), File \"{frames[0][0]}\", line 7"
 
 
 def test_checkpointed_gradients_are_those_of_the_plain_network():

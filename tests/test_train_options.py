@@ -8,10 +8,12 @@ import inspect
 import json
 import sys
 import types
+from collections import OrderedDict
 from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
 pytest.importorskip("safetensors", reason="snnfast[train] is not installed")
 pytest.importorskip("lightning_fabric", reason="snnfast[train] is not installed")
@@ -126,19 +128,30 @@ def test_timm_and_torchvision_teachers(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setitem(sys.modules, "torchvision.models", None)
         with pytest.raises(InputError, match=f"needs {library}: pip install {library}"):
             models.build(f"{library}:resnet18", "teacher", 10, 3, None, {})
-    asked = {}
+    asked: dict[str, object] = {}
 
     def create(name: str, **options: object) -> torch.nn.Module:
+        if "raises" in asked:
+            raise asked["raises"]
         asked[name] = options
         return torch.nn.Identity()
 
-    monkeypatch.setitem(sys.modules, "timm", types.SimpleNamespace(create_model=create))
-    monkeypatch.setitem(sys.modules, "torchvision.models", types.SimpleNamespace(get_model=create))
+    package = types.SimpleNamespace(create_model=create, get_model=create, list_models=lambda: ["resnet18", "vgg11"])
+    monkeypatch.setitem(sys.modules, "timm", package)
+    monkeypatch.setitem(sys.modules, "torchvision.models", package)
     models.build("timm:a", "teacher", 10, 1, None, {"pretrained": True})
     models.build("torchvision:b", "teacher", 10, 3, None, {})
     assert asked == {"a": {"num_classes": 10, "in_chans": 1, "pretrained": True}, "b": {"num_classes": 10}}
     with pytest.raises(InputError, match="takes images of 3 channels, these have 1"):
         models.build("torchvision:b", "teacher", 10, 1, None, {})
+    for error in (RuntimeError("Unknown model"), OSError("no network"), KeyError("foo")):  # of a name, of weights
+        asked["raises"] = error
+        for library in ("timm", "torchvision"):
+            message = f"{library}:resnett18 cannot be made: .*{error.args[0]}.*; did you mean 'resnet18'"
+            with pytest.raises(InputError, match=message):
+                models.build(f"{library}:resnett18", "teacher", 10, 3, None, {})
+            with pytest.raises(InputError, match=r"num_classes=10[^;]*$"):
+                models.build(f"{library}:resnet18", "teacher", 10, 3, None, {})
 
 
 def test_defaults_of_distillation_are_those_of_the_losses(capsys: pytest.CaptureFixture) -> None:
@@ -200,3 +213,26 @@ def test_default_layers_exist(name: str) -> None:
         student.get_submodule(path)
     for path in pairs.values():
         teacher.get_submodule(path)
+
+
+def test_stages_by_name() -> None:
+    def chain(**parts: nn.Module) -> nn.Module:
+        return nn.Sequential(OrderedDict(parts))
+
+    def named(**children: nn.Module) -> nn.Module:
+        net = nn.Module()
+        for name, child in children.items():
+            net.add_module(name, child)
+        return net
+
+    conv = nn.Identity
+    dense = chain(conv0=conv(), relu0=nn.ReLU(), pool0=nn.MaxPool2d(2), denseblock1=conv(), norm5=conv())
+    for net, want in (
+        (named(features=dense), ["features.relu0", "features.norm5"]),  # DenseNet
+        (named(features=nn.Sequential(conv(), nn.MaxPool2d(2), conv())), ["features.0", "features.2"]),  # VGG
+        (named(stem=conv(), stages=nn.Sequential(conv(), conv())), ["stages.0", "stages.1"]),  # most of timm's
+        (named(conv1=conv(), layer1=conv(), layer2=conv()), ["layer1", "layer2"]),  # ResNet
+        (named(layers=nn.ModuleList([conv(), conv()])), ["layers.0", "layers.1"]),
+        (named(conv1=conv(), fc=conv()), []),
+    ):
+        assert objective._stages(net) == want

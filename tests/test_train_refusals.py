@@ -33,7 +33,10 @@ pytestmark = pytest.mark.usefixtures("keeps_threads")
         ("--student train_networks:teacher", r"must take num_classes, in_channels, timesteps .*timesteps is not among"),
         ("--student train_networks:no_time", r"must give logits \[T, B, classes\] = \(2, 3, 10\) .*got \(3, 10\)"),
         ("--teacher train_networks:student", r"--teacher .* cannot"),
+        ("--teacher train_networks:auxiliary", "tensor of logits in training too, got tuple; .*aux_logits=False"),
+        ("--teacher train_networks:of_one_size", "cannot run on mnist.*Wrong image height! Expected 224 but got"),
         ("--student ./nets.py:f", "cannot import ./nets.py: .*looked for here"),
+        ("--student train_networks:auxiliary_student", "--student .*tensor of logits in training too, got tuple"),
         ("--student wrn16_2 --model-args width=no", "--model-args width must be a number, such as 16, got 'no'"),
         (
             "--student wrn16_2 --model-args v_reset=none",

@@ -65,6 +65,33 @@ def teacher(num_classes: int, in_channels: int, width: int = 12) -> nn.Module:
     return Teacher(num_classes, in_channels, width)
 
 
+class WithAuxiliary(Teacher):
+    def forward(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        y = super().forward(x)
+        return (y, y) if self.training else y
+
+
+def auxiliary(num_classes: int, in_channels: int) -> nn.Module:
+    """Wrong: in training it gives more than logits, as torchvision's GoogLeNet does."""
+    return WithAuxiliary(num_classes, in_channels, 12)
+
+
+def auxiliary_student(num_classes: int, in_channels: int, timesteps: int) -> nn.Module:
+    """The same, spiking: it must be refused before its teacher is trained."""
+    return snnfast.to_spiking(auxiliary(num_classes, in_channels), timesteps)
+
+
+class OfOneSize(Teacher):
+    def forward(self, x: Tensor) -> Tensor:
+        assert x.shape[-1] == 224, f"Wrong image height! Expected 224 but got {x.shape[-1]}!"
+        return super().forward(x)
+
+
+def of_one_size(num_classes: int, in_channels: int) -> nn.Module:
+    """Wrong: it asserts the size of its images, as vision transformers do."""
+    return OfOneSize(num_classes, in_channels, 12)
+
+
 def not_a_number(num_classes: int, in_channels: int, timesteps: int) -> nn.Module:
     """Its loss becomes NaN in the fifth training step."""
     net = student(num_classes, in_channels, timesteps)

@@ -230,6 +230,56 @@ class ResNet(nn.Module):
         return self.forward_head(x)
 
 
+class ClassifierHead(nn.Module):
+    """timm's, which has a ``reset`` that makes another classifier."""
+
+    def __init__(self, in_features, num_classes):
+        super().__init__()
+        self.global_pool, self.fc = SelectAdaptivePool2d(flatten=True), nn.Linear(in_features, num_classes)
+
+    def reset(self, num_classes, pool_type=None):
+        self.fc = nn.Linear(self.fc.in_features, num_classes)
+
+    def forward(self, x, pre_logits=False):
+        x = self.global_pool(x)
+        return x if pre_logits else self.fc(x)
+
+
+class DlaBlock(nn.Module):
+    def __init__(self, channels):
+        super().__init__()
+        self.conv1 = nn.Conv2d(channels, channels, 3, padding=1)
+        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x, shortcut=None, children=None):
+        if shortcut is None:
+            shortcut = x
+        out = F.relu(self.conv1(x))
+        return F.relu(self.conv2(out) + shortcut)
+
+
+class DlaTree(nn.Module):
+    """DLA's: what its blocks get besides their input has a default value, and some calls give it, some not."""
+
+    def __init__(self, channels, levels):
+        super().__init__()
+        self.levels = levels
+        make = DlaBlock if levels == 1 else lambda channels: DlaTree(channels, levels - 1)
+        self.tree1, self.tree2 = make(channels), make(channels)
+        self.project = nn.Conv2d(channels, channels, 1)
+
+    def forward(self, x, shortcut=None, children=None):
+        if children is None:
+            children = []
+        shortcut = self.project(x)
+        children.append(x)
+        x1 = self.tree1(x, shortcut)
+        if self.levels > 1:
+            children.append(x1)
+            return self.tree2(x1, None, children)
+        return self.tree2(x1) + x1 + children[0]
+
+
 # ---- torchvision ----
 def stochastic_depth(input, p, mode, training=True):
     if mode not in ["batch", "row"]:
@@ -401,6 +451,22 @@ class DenseNet(nn.Module):
         out = F.adaptive_avg_pool2d(out, (1, 1))
         out = torch.flatten(out, 1)
         return self.classifier(out)
+
+
+class GoogLeNet(nn.Module):
+    """Its forward has another graph in training, where it gives more; its blocks are called once all the same."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = Conv2dNormActivation(3, 8)
+        self.block = nn.Sequential(Conv2dNormActivation(8, 8), nn.AdaptiveAvgPool2d(1))
+        self.fc, self.aux = nn.Linear(8, 5), nn.Linear(8, 5)
+
+    def forward(self, x):
+        x = torch.flatten(self.block(self.conv(x)), 1)
+        if self.training:
+            return self.fc(x), self.aux(x)
+        return self.fc(x)
 
 
 def channel_shuffle(x, groups):

@@ -29,7 +29,7 @@ def load_nir() -> Any:
     try:
         return importlib.import_module("nir")
     except ImportError as error:
-        raise ImportError("exchange through NIR needs the package nir: pip install snnfast[nir]") from error
+        raise ImportError(f"exchange through NIR needs the package nir: pip install snnfast[nir] ({error})") from error
 
 
 def _next(value: float, towards: float, dtype: torch.dtype) -> float:

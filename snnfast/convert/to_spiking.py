@@ -206,6 +206,12 @@ def to_spiking(
         model, make, timesteps if calibration is None else 1, found_coding, other_activations, max_pool, share_weights
     )
     if not converter.neurons:
+        if converter.kept:
+            raise ValueError(
+                "model must have at least one ReLU besides what other_activations='keep' keeps, found none in "
+                f"{type(model).__name__}, but {converter.kept[0]}; put ReLUs in place of such activations and train "
+                "the model again, or choose other_activations='replace', which puts neurons there"
+            )
         raise ValueError(
             f"model must have at least one ReLU, found none in {type(model).__name__}; put an nn.ReLU() where a neuron "
             "shall be"

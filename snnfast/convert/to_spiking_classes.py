@@ -81,7 +81,9 @@ def _compile(source: str, recipe: _Recipe) -> Any:
     linecache.cache[filename] = (len(source), None, source.splitlines(True), filename)  # for tracebacks
     found = {k: importlib.import_module(v.name) if isinstance(v, _Module) else v for k, v in recipe.globals}
     exec(compile(source, filename, "exec"), found)
-    return found["forward"]
+    forward: Any = found["forward"]
+    forward.__qualname__ = f"Spiking{recipe.original.__name__}.forward"  # for a call that it does not take
+    return forward
 
 
 def generated(original: type, graphs: list[fx.Graph]) -> type:

@@ -9,7 +9,9 @@ between.
 
 from __future__ import annotations
 
-import inspect
+import functools
+import operator
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -20,9 +22,7 @@ from torch.nn import functional as F
 from ..pooling import max_pool2d
 from .to_spiking_classes import generated
 from .to_spiking_layers import (
-    DROPOUT_FUNCTIONS,
     DROPOUTS,
-    POOL_FUNCTIONS,
     POOLS,
     STOCHASTIC_DEPTHS,
     Dropout,
@@ -31,12 +31,15 @@ from .to_spiking_layers import (
     Observer,
     Repeat,
     limit_of,
+    stand_in,
 )
 from .to_spiking_trace import (
     RELU,
+    VALUE,
     Untraceable,
     activation_of,
     functional_activations,
+    given_in,
     is_in_place,
     is_shape,
     is_torch_leaf,
@@ -67,6 +70,7 @@ class Converter:
 
     Attributes:
         untraced: what could not be followed, and so may call one neuron several times in a forward.
+        kept: other activations that stay, with their places.
     """
 
     def __init__(
@@ -77,29 +81,42 @@ class Converter:
         self.other_activations = other_activations
         self.pool_rates = pool_rates
         self.untraced: list[str] = []
+        self.kept: list[str] = []
         self.neurons: set[nn.Module] = set()
         self.in_place: set[nn.Module] = set()  # those of the neurons that stand for a ReLU(inplace=True)
         self._added: set[nn.Module] = set()
         self._replaced: list[nn.Module] = []  # kept alive: the visits below go by identity
-        self._visits: dict[nn.Module, tuple[int, int, int]] = {}  # status in and out, number of changes
+        self._visits: dict[nn.Module, tuple[int, int, int, dict[str, Any]]] = {}  # status in, out, changes, arguments
+        self._calls: Counter[nn.Module] = Counter()  # in one forward
         self._changes = 0
 
     # ---- modules ----
-    def convert(self, module: nn.Module, path: str, status: int) -> int:
-        """Convert ``module``, called with an input of ``status``; returns the status of its output."""
+    def convert(self, module: nn.Module, path: str, status: int, given: dict[str, Any] | None = None) -> int:
+        """Convert ``module``, called with an input of ``status``; returns the status of its output.
+
+        ``given`` is what the call gives besides, by :func:`~snnfast.convert.to_spiking_trace.given_in`.
+        """
         if isinstance(module, torch.jit.ScriptModule):
             raise ValueError(f"model must be an ordinary ANN, but {place(path, module)} is a scripted module")
+        given = given or {}
+        self._calls[module] += 1
         if module in self._visits:
-            before, after, changes = self._visits[module]
-            if changes:
+            before, after, changes, arguments = self._visits[module]
+            if changes and self._calls[module] == 2:
                 self.untraced.append(f"{place(path, module)} is called more than once in a forward")
+            if hasattr(module, "_recipe") and arguments != given:
+                raise ValueError(
+                    f"model must call {place(path, module)} with the same arguments each time, got {_told(arguments)} "
+                    f"and {_told(given)}; make it two modules, or let it have no functional activation"
+                )
             if before == status:
                 return after
             if changes:
                 raise NeedsTime
             del self._visits[module]
+            self._calls[module] -= 1
             started = self._changes
-            after = self.convert(module, path, status)
+            after = self.convert(module, path, status, given)
             if self._changes != started:
                 raise NeedsTime
             return after
@@ -112,16 +129,16 @@ class Converter:
             out = status
         else:
             try:
-                graphs = trace(module)
+                graphs = trace(module, given)
             except Untraceable as error:
                 out = self._untraceable(module, path, status, error)
             else:
                 out = self._traced(module, path, status, graphs)
-        self._visits[module] = status, out, self._changes - started
+        self._visits[module] = status, out, self._changes - started, given
         return out
 
-    def _slot(self, parent: nn.Module, name: str, path: str, status: int) -> int:
-        """The child ``name`` of ``parent``, which is called once."""
+    def _slot(self, parent: nn.Module, name: str, path: str, status: int, call: fx.Node | None = None) -> int:
+        """The child ``name`` of ``parent``, which is called once, by ``call`` where that is known."""
         child = parent._modules[name]
         if child is None or child in self._added:
             return status
@@ -137,7 +154,7 @@ class Converter:
         if swapped is not None:
             self._put(parent, name, swapped)
             return status
-        return self.convert(child, path, status)
+        return self.convert(child, path, status, {} if call is None else given_in(call, child))
 
     def _put(self, parent: nn.Module, name: str, module: nn.Module) -> None:
         old = parent._modules.get(name)
@@ -167,6 +184,7 @@ class Converter:
         if activation == RELU:
             return True
         if self.other_activations == "keep":
+            self.kept.append(f"{activation} at {where}")
             return False
         if self.other_activations == "replace" and activation not in _ONLY_KEPT:
             return True
@@ -223,7 +241,12 @@ class Converter:
         sites: list[tuple[str, bool]] = []
         additions: dict[tuple[str, str], str] = {}
         walks = [_Walk(self, module, path, graph, sites, additions) for graph in graphs]
-        outs = [walk.run(status) for walk in walks]
+        outs, calls, before = [], [], self._calls
+        for walk in walks:  # of which one is a forward
+            self._calls = before.copy()
+            outs.append(walk.run(status))
+            calls.append(self._calls)
+        self._calls = functools.reduce(operator.or_, calls)  # the larger count of each
         if len({walk.count for walk in walks}) > 1:
             raise ValueError(
                 f"model must have the same activations in training and in evaluation, but the forward of "
@@ -332,41 +355,20 @@ class _Walk:
         if node.op == "call_module":
             prefix, _, name = str(node.target).rpartition(".")
             owner = self.module.get_submodule(prefix)
-            return self.converter._slot(owner, name, _join(self.path, str(node.target)), status)
+            return self.converter._slot(owner, name, _join(self.path, str(node.target)), status, node)
         if node.op == "call_function" and status == DYNAMIC:
             self._swap_function(node)
         return status
 
     def _swap_function(self, node: fx.Node) -> None:
         """A functional dropout or max-pooling, where there is time."""
-        converter, target = self.converter, node.target
-        if target in DROPOUT_FUNCTIONS:
-            given = dict(zip(("input", "p", "training"), node.args, strict=False)) | dict(node.kwargs)
-            p, training = given.get("p", 0.5), given.get("training", given.get("train", True))
-            if training is not True or not isinstance(p, (int, float)):
-                return
-            module: nn.Module = Dropout(p, DROPOUT_FUNCTIONS[target], converter.timesteps, always=True)
-        elif converter.pool_rates and target in POOL_FUNCTIONS:
-            kind: Any = POOL_FUNCTIONS[target]
-            order: tuple[str, ...] = (
-                "input",
-                "kernel_size",
-                "stride",
-                "padding",
-                "dilation",
-                "ceil_mode",
-                "return_indices",
-            )
-            if "Adaptive" in kind.__name__:
-                order = ("input", "output_size", "return_indices")
-            given = dict(zip(order, node.args, strict=False)) | dict(node.kwargs)
-            known = inspect.signature(kind.__init__).parameters
-            module = MaxPoolOfRates(kind(**{k: v for k, v in given.items() if k in known}), converter.timesteps)
-        else:
-            if target in (F.max_pool2d, torch.max_pool2d):  # the same results, so no reason for a generated forward
+        module = stand_in(node.target, node.args, node.kwargs, self.converter.timesteps, self.converter.pool_rates)
+        if module is None:
+            if node.target in (F.max_pool2d, torch.max_pool2d):  # the same results: no reason for a generated forward
                 node.target = max_pool2d
             return
-        name, x = self._added(target.__name__.strip("_"), module), given["input"]  # type: ignore[union-attr]
+        name = self._added(node.target.__name__.strip("_"), module)  # type: ignore[union-attr]
+        x = node.args[0] if node.args else node.kwargs["input"]
         node.op, node.target, node.args, node.kwargs = "call_module", name, (x,), {}
         self.changed = True
 
@@ -398,6 +400,12 @@ class _Walk:
             self.status[twin] = DYNAMIC
             self.twins[x] = twin
         return self.twins[x]
+
+
+def _told(given: dict[str, Any]) -> str:
+    """Arguments of a call, for an error."""
+    told = [f"{name}={'a tensor' if value is VALUE else repr(value)}" for name, value in given.items()]
+    return ", ".join(told) or "the input alone"
 
 
 def _join(path: str, name: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from typing import Any
 
 import torch
@@ -11,11 +12,16 @@ from torch.nn import functional as F
 
 from ..neuron import BaseNode
 
-__all__ = ["DropPath", "Dropout", "MaxPoolOfRates", "Repeat", "ScaledNeuron", "prepare_neuron", "repeat"]
+__all__ = ["DropPath", "Dropout", "MaxPoolOfRates", "Repeat", "ScaledNeuron", "prepare_neuron", "repeat", "stand_in"]
 
 
 def repeat(x: Any, T: int) -> Any:
-    """``[B, *]`` -> ``[T * B, *]``, the same at every step and in the same memory format; numbers stay as they are."""
+    """``[B, *]`` -> ``[T * B, *]``, the same at every step and in the same memory format; numbers stay as they are.
+
+    A list of tensors, such as the branches that a block gets, is repeated one by one.
+    """
+    if isinstance(x, (list, tuple)) and not isinstance(x, torch.Size):
+        return type(x)(repeat(part, T) for part in x)
     if T == 1 or not isinstance(x, Tensor) or x.dim() == 0:
         return x
     if x.dim() == 4 and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last):
@@ -221,3 +227,22 @@ class MaxPoolOfRates(nn.Module):
 
     def extra_repr(self) -> str:
         return f"timesteps={self.timesteps}"
+
+
+def stand_in(function: Any, args: Any, kwargs: Any, timesteps: int, pool_rates: bool) -> nn.Module | None:
+    """What stands for a call of a functional dropout or max-pooling where there is time; ``None`` for other calls."""
+    if function in DROPOUT_FUNCTIONS:
+        given = dict(zip(("input", "p", "training"), args, strict=False)) | dict(kwargs)
+        p, training = given.get("p", 0.5), given.get("training", given.get("train", True))
+        if training is not True or not isinstance(p, (int, float)):
+            return None
+        return Dropout(p, DROPOUT_FUNCTIONS[function], timesteps, always=True)
+    if not pool_rates or function not in POOL_FUNCTIONS:
+        return None
+    kind: Any = POOL_FUNCTIONS[function]
+    order: tuple[str, ...] = ("input", "kernel_size", "stride", "padding", "dilation", "ceil_mode", "return_indices")
+    if "Adaptive" in kind.__name__:
+        order = ("input", "output_size", "return_indices")
+    given = dict(zip(order, args, strict=False)) | dict(kwargs)
+    known = inspect.signature(kind.__init__).parameters
+    return MaxPoolOfRates(kind(**{k: v for k, v in given.items() if k in known}), timesteps)

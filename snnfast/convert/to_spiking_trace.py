@@ -15,10 +15,12 @@ import torch
 from torch import fx, nn
 from torch.nn import functional as F
 
-__all__ = ["Untraceable", "activation_of", "functional_activations", "is_shape", "is_torch_leaf", "trace"]
+__all__ = ["Untraceable", "activation_of", "functional_activations", "given_in", "is_shape", "is_torch_leaf", "trace"]
 
 RELU = "ReLU"
-_TORCH, _HERE = os.path.dirname(torch.__file__), os.path.dirname(__file__)  # not what an error's reader looks for
+VALUE = object()  # stands for an argument that is computed
+# Not what an error's reader looks for. With the separator: torchvision's folder begins with torch's.
+_TORCH, _HERE = (os.path.join(os.path.dirname(file), "") for file in (torch.__file__, __file__))
 _RELU_FUNCTIONS = (F.relu, F.relu_, torch.relu, torch.relu_)
 _RELU_METHODS = ("relu", "relu_")
 _OTHER_NAMES = (
@@ -59,13 +61,43 @@ class _Tracer(fx.Tracer):
         return True
 
 
-def _names(module: nn.Module) -> list[str]:
-    """The forward's arguments that have no default value: the others are traced with theirs."""
-    parameters = inspect.signature(type(module).forward).parameters.values()
-    kinds = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
-    if any(p.kind in kinds for p in parameters):
+def given_in(call: fx.Node, module: nn.Module) -> dict[str, Any]:
+    """What a call of ``module`` gives for arguments with a default: a constant, or ``VALUE`` for what it computed."""
+    recipe = getattr(module, "_recipe", None)  # of a generated forward, whose arguments are those of an earlier call
+    try:
+        signature = inspect.signature((type(module) if recipe is None else recipe.original).forward)
+        bound = signature.bind(None, *call.args, **call.kwargs).arguments
+    except (TypeError, ValueError):
+        return {}  # a call that the model cannot make either
+    empty, found = inspect.Parameter.empty, {}
+    for name, value in list(bound.items())[1:]:
+        if signature.parameters[name].default is not empty:
+            nodes: list[fx.Node] = []
+            fx.map_arg(value, nodes.append)
+            found[name] = VALUE if nodes else value
+    return found
+
+
+def _wrapped(module: nn.Module, given: dict[str, Any]) -> Any:
+    """``module``'s forward with the arguments that are there to be traced; the others have the values they always have.
+
+    Those without a default value are there, and those that the call gives. A constant among these is an argument of
+    the result, since the call gives it, but the trace sees its value: ``if shortcut is None`` must find a ``None``.
+    """
+    parameters = list(inspect.signature(type(module).forward).parameters.values())[1:]
+    if any(p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in parameters):
         raise Untraceable("its forward takes *args or **kwargs")
-    return [p.name for p in list(parameters)[1:] if p.default is inspect.Parameter.empty]
+    taken = [p for p in parameters if p.default is p.empty or p.name in given]
+    constants = {name: value for name, value in given.items() if value is not VALUE}
+    passed = [
+        ("" if p.kind is p.POSITIONAL_ONLY else f"{p.name}=")
+        + (f"constants[{p.name!r}]" if p.name in constants else p.name)
+        for p in taken
+    ]
+    made: dict[str, Any] = {"original": type(module).forward, "constants": constants}
+    signature = ", ".join(["self", *(p.name for p in taken)])
+    exec(f"def forward({signature}): return original({', '.join(['self', *passed])})", made)
+    return made["forward"]
 
 
 @contextlib.contextmanager
@@ -82,8 +114,10 @@ def _as_it_was(module: nn.Module) -> Iterator[None]:
                 buffer.copy_(value)
 
 
-def trace(module: nn.Module) -> list[fx.Graph]:
+def trace(module: nn.Module, given: dict[str, Any]) -> list[fx.Graph]:
     """The graph of ``module.forward``, or that of training and that of evaluation where they differ.
+
+    ``given`` is what :func:`given_in` found in the call.
 
     Raises:
         Untraceable: torch.fx cannot follow it.
@@ -93,11 +127,9 @@ def trace(module: nn.Module) -> list[fx.Graph]:
         with _as_it_was(module):
             cls = type(module)
             try:
-                names = ", ".join(_names(module))
-                made: dict[str, Any] = {"original": cls.forward}
-                exec(f"def forward(self, {names}): return original(self, {names})", made)
+                forward = _wrapped(module, given)
                 module.training = training
-                module.__class__ = type(cls.__name__, (cls,), {"forward": made["forward"]})
+                module.__class__ = type(cls.__name__, (cls,), {"forward": forward})
                 graphs.append(_Tracer().trace(module))
             except Untraceable:
                 raise

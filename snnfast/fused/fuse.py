@@ -57,6 +57,12 @@ class _Tracer(fx.Tracer):
             return True
         return super().is_leaf_module(m, module_qualified_name) or not any(True for _ in m.children())
 
+    def call_module(self, m: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
+        # timm's blocks have these where an option is not used: what goes in is what comes out.
+        if type(m) is nn.Identity and len(args) == 1 and not kwargs and not batch_norm.has_hooks(m):
+            return args[0]
+        return super().call_module(m, forward, args, kwargs)
+
 
 @dataclass
 class _Found:
@@ -275,7 +281,7 @@ def fuse(model: nn.Module) -> FuseReport:
         if found.calls[norm] > 1:
             report.left_alone[name] = f"the norm is called {found.calls[norm]} times in a forward"
         elif neuron is None:
-            untraced = "the forward around it cannot be traced, or does not call it"
+            untraced = unseen(norm)
             if any(map(_is_of_a_peer, model.modules())):
                 untraced = (
                     "neurons of other libraries, accelerated or not, are not taken: exchange their import; or "
@@ -292,6 +298,13 @@ def fuse(model: nn.Module) -> FuseReport:
             if connect:
                 report.connected[name] = connect.name
     return report
+
+
+def unseen(norm: nn.Module) -> str:
+    """Why no trace shows a call of ``norm``."""
+    if any(True for _ in norm.children()):  # timm's BatchNormAct2d: the trace goes inside
+        return f"{type(norm).__name__} is not one of the batch norms that are known here"
+    return "the forward around it cannot be traced, or does not call it"
 
 
 def _is_part_of_node(name: str, model: nn.Module) -> bool:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from .. import functional
 from ..analysis._modules import evaluating
+from ..distill.layers import untouched
 from ..fused import fuse
 from ..memory import keep_freed_memory
 from . import data, models
@@ -23,7 +24,7 @@ from .checkpoint import seed_everything, write_atomically
 from .config import TEACHERLESS, Config
 from .errors import InputError
 from .evaluation import evaluate
-from .objective import Objective, average_time, distiller, repeated
+from .objective import Objective, average_time, distiller, readout, repeated
 from .progress import Display, history_csv
 from .report import Logs, write_report
 from .trainer import Stage, Trainer
@@ -169,12 +170,15 @@ class _Networks:
         return network
 
     def _check(self, what: str, name: str, network: nn.Module, shape: tuple[int, ...]) -> None:
-        """One forward pass before anything is trained."""
-        network.eval()
+        """One forward pass in evaluation and one in training, which leave no trace, before anything is trained."""
         try:
-            with torch.no_grad():
+            with untouched(network):
                 output = network(self.example)
-        except (RuntimeError, ValueError, TypeError, IndexError) as error:
+                functional.reset_net(network)
+                readout(network.train()(self.example))
+        except InputError as error:
+            raise InputError(f"--{what} {name}: {error}") from None
+        except (RuntimeError, ValueError, TypeError, IndexError, AssertionError) as error:  # timm asserts sizes
             raise InputError(
                 f"--{what} {name} cannot run on {self.dataset.name}'s input {tuple(self.example.shape)}: {error}"
             ) from None

@@ -134,13 +134,18 @@ def build(name: str, what: str, classes: int, channels: int, timesteps: int | No
             default = parameters[key].default if key in parameters else None
             if isinstance(value, str) and isinstance(default, (int, float)):
                 raise InputError(f"{option} {key} must be a number, such as {default}, got {value!r}")
+    # The errors of a user's own function are for its author to see whole; a library's tell about the arguments.
+    kinds = Exception if args else (TypeError, ValueError, RuntimeError, KeyError)
     try:
         model = function(*args, **options)
-    except (TypeError, ValueError, RuntimeError, KeyError) as error:
+    except kinds as error:
         given = ", ".join(f"{k}={v.__name__ if isinstance(v, type) else repr(v)}" for k, v in options.items())
         texts = [f"{k}={v}" for k, v in extra.items() if isinstance(v, str)]
         read = f"; of {option}, {', '.join(texts)} was read as text (Python's are None, True, False)" if texts else ""
-        raise InputError(f"--{what} {name} cannot be made: {error}; it was called with {given}{read}") from None
+        said = f"KeyError: {error}" if isinstance(error, KeyError) else f"{error}"
+        known = package.list_models() if args else ()
+        near = "" if rest in known else nearest(rest, known)
+        raise InputError(f"--{what} {name} cannot be made: {said}; it was called with {given}{read}{near}") from None
     if not isinstance(model, nn.Module):
         raise InputError(f"--{what} {name} must return a torch.nn.Module, got {type(model).__name__}")
     return model

@@ -17,7 +17,16 @@ __all__ = ["Objective", "average_time", "distiller", "readout", "repeated"]
 
 
 def readout(output: Tensor) -> Tensor:
-    """Logits ``[B, C]`` of an ANN's output, or of a spiking network's ``[T, B, C]`` (the mean over T)."""
+    """Logits ``[B, C]`` of an ANN's output, or of a spiking network's ``[T, B, C]`` (the mean over T).
+
+    Raises:
+        InputError: something else, as networks with auxiliary classifiers give in training.
+    """
+    if not isinstance(output, Tensor):
+        raise InputError(
+            f"a network must give a tensor of logits in training too, got {type(output).__name__}; switch auxiliary "
+            "classifiers off, as --teacher-args aux_logits=False does for torchvision's GoogLeNet and Inception"
+        )
     return output.mean(0) if output.dim() == 3 else output
 
 
@@ -85,19 +94,20 @@ def repeated(frames: Tensor, steps: int | None) -> Tensor:
 
 
 def _stages(model: nn.Module) -> list[str]:
-    """Paths of a network's stages in order: numbered children (``layer1`` …), the list ``layers``, or what comes before
-    each pooling of a chain ``features``."""
+    """Paths of a network's stages in order: numbered children (``layer1`` …), those of ``layers`` or ``stages``, or
+    what comes before each pooling of a chain ``features``."""
     groups: dict[str, list[str]] = {}
     for name, child in model.named_children():
         stem = name.rstrip("0123456789")
         if stem and stem != name:
             groups.setdefault(stem, []).append(name)
-        elif isinstance(child, nn.ModuleList):
-            groups[name] = [f"{name}.{i}" for i in range(len(child))]
+        elif isinstance(child, nn.ModuleList) or (name in ("layers", "stages") and isinstance(child, nn.Sequential)):
+            groups[name] = [f"{name}.{part}" for part, _ in child.named_children()]
         elif name == "features" and isinstance(child, nn.Sequential):
             pools = [i for i, m in enumerate(child) if "Pool" in type(m).__name__]
             ends = {i - 1 for i in (*pools, len(child)) if i and i - 1 not in pools}
-            groups[name] = [f"{name}.{i}" for i in sorted(ends)]
+            parts = [part for part, _ in child.named_children()]  # DenseNet's have names
+            groups[name] = [f"{name}.{parts[i]}" for i in sorted(ends)]
     return next((groups[stem] for stem in ("layers", "layer", "stages", "stage", "features") if stem in groups), [])
 
 
