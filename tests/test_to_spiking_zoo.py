@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import zoo_models as zoo
-from test_to_spiking import B, Loop, T, check_equal, trained_norms
+from spiking_loops import B, Loop, T, check_equal, trained_norms
 from torch import nn
 from torch.nn import functional as F
 
