@@ -74,7 +74,7 @@ def one_batch(name: str, label: str, batch: int, settings: Settings) -> Iterator
             timesteps=T, width=8 if settings.quick else 64, neuron=lambda timesteps: Folded(peer.make(), timesteps)
         )
         theirs.load_state_dict(net.state_dict())
-        calls[f"{peer.name}'s neurons"] = (theirs.to(device).eval(), x)
+        calls[f"{peer.name}'s neurons"] = (peer_neurons.with_torch_pooling(theirs).to(device).eval(), x)
     if device == "cuda":
         calls[CAPTURED] = (snnfast.capture(fast, x), x)
     notes = check(net, calls, x)

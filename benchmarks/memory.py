@@ -1,7 +1,8 @@
 """``python -m benchmarks.memory``: what a training step keeps for its backward, beside SpikingJelly's neurons.
 
 Spiking ResNet-18 and VGG-11 of :mod:`snnfast.models`, CIFAR shapes, T = 4. Counted are the bytes that autograd saves,
-each storage once, without parameters and buffers. SpikingJelly's neurons stand in the same networks:
+each storage once, without parameters and buffers; max-pooling is PyTorch's everywhere, as on a GPU (snnfast's own on a
+CPU keeps a byte for each output, PyTorch's its input and an int64). SpikingJelly's neurons stand in the same networks:
 
 * ``torch``: its CPU implementation, as it is counted here;
 * ``GPU``: its native and Triton kernels keep the neuron's input x and its charge h, [T, N] each, h in float32. They
@@ -33,6 +34,7 @@ from snnfast.analysis import saved_bytes
 
 from .cpu_targets import Row
 from .measure import RESULTS, environment
+from .peer_neurons import with_torch_pooling
 
 T, B, LONG, CHUNK = 4, 2, 64, 8
 NETWORKS: dict[str, Callable[..., Any]] = {"ResNet-18": snnfast.models.resnet18, "VGG-11": snnfast.models.vgg11}
@@ -87,9 +89,8 @@ class TheirNeuron(nn.Module):
 # ---- what is counted ----
 def _network(make: Callable[..., Any], dtype: torch.dtype, neuron: Any = None, timesteps: int = T) -> nn.Module:
     torch.manual_seed(0)
-    if neuron is None:
-        return make(timesteps=timesteps, surrogate_function=ATAN).to(dtype)
-    return make(timesteps=timesteps, neuron=neuron).to(dtype)
+    own = {"surrogate_function": ATAN} if neuron is None else {"neuron": neuron}
+    return with_torch_pooling(make(timesteps=timesteps, **own)).to(dtype)
 
 
 def kept(make: Callable[..., Any], dtype: torch.dtype) -> dict[str, int]:

@@ -1,9 +1,10 @@
 """Whole training steps of spiking networks: forward, loss, backward, optimiser, with each library's neurons in place.
 
 VGG-11 and ResNet-18 with CIFAR's shapes, T = 4, B = 16. Neurons of the same arithmetic must give the same logits
-before anything is timed. ``free neurons`` is the same network with ReLUs, contiguous and unfused; the breakdown says
-where the rest goes. On a CPU some are measured once more in a process that keeps the memory it has freed
-(``snnfast.keep_freed_memory``); ``python -m benchmarks.network NAME --kept`` is that process.
+before anything is timed. On a CPU ours pool by snnfast's kernel and the others by PyTorch's, as their users' networks
+do. ``free neurons`` is the same network with ReLUs, contiguous and unfused; the breakdown says where the rest goes. On
+a CPU some are measured once more in a process that keeps the memory it has freed (``snnfast.keep_freed_memory``);
+``python -m benchmarks.network NAME --kept`` is that process.
 """
 
 from __future__ import annotations
@@ -25,7 +26,16 @@ from snnfast import functional, models
 from . import peer_neurons
 from .breakdown import Breakdown
 from .measure import keep_memory, take_turns, where_memory_is_kept
-from .peer_neurons import COMPILED, LOOP, SPIKINGJELLY, TAU, Folded, disagreement, implementation
+from .peer_neurons import (
+    COMPILED,
+    LOOP,
+    SPIKINGJELLY,
+    TAU,
+    Folded,
+    disagreement,
+    implementation,
+    with_torch_pooling,
+)
 from .rows import Row, Settings, at_least, at_most, ms
 
 NETWORKS: dict[str, Callable[..., Any]] = {"VGG-11": models.vgg11, "ResNet-18": models.resnet18}
@@ -65,7 +75,7 @@ def contenders(
         net = NETWORKS[name](timesteps=T, width=width, neuron=neuron)
         theirs = net.state_dict()  # sinabs' neurons have parameters of their own
         net.load_state_dict({k: v for k, v in ours.state_dict().items() if k in theirs}, strict=False)
-        return net
+        return net if neuron is Free else with_torch_pooling(net)
 
     for peer in peer_neurons.all_of(settings.device, T, dtype):
         if peer.make is None:
@@ -145,7 +155,7 @@ def one_network(name: str, label: str, dtype: torch.dtype, settings: Settings) -
             if nets.pop(slow, None) is not None:
                 missing[slow] = "measured in VGG-11 only"
     steps = {k: training_step(net, x, y, k, dtype) for k, net in nets.items()}
-    rounds = 1 if settings.quick else 5 if name == "VGG-11" or device == "cuda" else 3
+    rounds = 1 if settings.quick else 9 if name == "VGG-11" or device == "cuda" else 5
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         t = take_turns(steps, device, rounds)
@@ -206,7 +216,7 @@ def main() -> None:
     nets = {k: net for k, net in nets.items() if k.startswith(("snnfast", SPIKINGJELLY))}
     x, y = torch.rand(B, 3, SIZE, SIZE), torch.randint(0, 10, (B,))
     steps = {k: training_step(net, x, y, k, torch.float32) for k, net in nets.items()}
-    print(json.dumps(take_turns(steps, "cpu", 5 if name == "VGG-11" else 3)))
+    print(json.dumps(take_turns(steps, "cpu", 9 if name == "VGG-11" else 5)))
 
 
 def shares(

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 import snnfast
 from snnfast import surrogate
+from snnfast.pooling import MaxPool2d
 
 from .workloads import plain_loop
 
@@ -228,3 +229,11 @@ def disagreement(
     if peer.same and rate and device == "cpu" and dtype == torch.float32:
         raise SystemExit(f"{peer.name} and snnfast disagree on {rate:.1e} of the spikes: nothing timed")
     return rate, f"spikes equal {against}" if not rate else f"{rate:.0e} of the spikes are not {against}"
+
+
+def with_torch_pooling(net: nn.Module) -> nn.Module:
+    """``net`` with PyTorch's max-pooling in place of snnfast's, which gives the same."""
+    for module in net.modules():
+        if type(module) is MaxPool2d:
+            module.__class__ = nn.MaxPool2d
+    return net
