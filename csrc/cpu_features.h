@@ -90,6 +90,11 @@ float* partial_gradients(const FeatureCall& c, int64_t chunk) {
   return c.partial + chunk * (padded_floats(c.from) + kFloats) * c.to;
 }
 
+// Asks for a row of the next image: what a loss reads was written long ago, in runs too short for the processor to see.
+SNNFAST_FN void prefetch_row(const float* row, int64_t places) {
+  for (int64_t k = 0; k < places; k += 64 / int64_t(sizeof(float))) __builtin_prefetch(row + k);
+}
+
 // difference = what the convolution gave + bias - teacher for one channel; adds up its squares and itself.
 SNNFAST_FN void subtract_teacher(const float* teacher, float bias, int64_t places, float* difference,
                                  Float32Vector& squares, Float32Vector& sum) {
@@ -117,9 +122,11 @@ double feature_tile(const FeatureCall& c, const FeatureScratch& s, float* grad_w
   for (int64_t i = 0; i < c.from; ++i) {
     float* const mean = s.student + i * kPlaces;
     const float* const at = student + row(c.from, i);
-    for (int64_t k = 0; k < places; ++k) mean[k] = at[k];
-    for (int64_t t = 1; t < c.T; ++t)
-      for (int64_t k = 0; k < places; ++k) mean[k] += at[t * c.images * c.from * c.places + k];
+    for (int64_t t = 0; t < c.T; ++t) {
+      const float* const step = at + t * c.images * c.from * c.places;
+      prefetch_row(step + c.from * c.places, places);
+      for (int64_t k = 0; k < places; ++k) mean[k] = t ? mean[k] + step[k] : step[k];
+    }
     for (int64_t k = 0; k < places; ++k) mean[k] *= one_step;
     memset(mean + places, 0, (columns - places) * sizeof(float));
     if (c.mean) memcpy(static_cast<float*>(c.mean) + row(c.from, i), mean, places * sizeof(float));
@@ -130,8 +137,9 @@ double feature_tile(const FeatureCall& c, const FeatureScratch& s, float* grad_w
   Float32Vector of_channels{};  // eight of them, for adding lanes up takes longer than a channel
   for (int64_t o = 0; o < c.to; ++o) {
     Float32Vector sum = load_bits<Float32Vector>(grad_bias + o * kFloats);
-    subtract_teacher(static_cast<const float*>(c.teacher) + row(c.to, o), bias[o], places, s.difference + o * kPlaces,
-                     of_channels, sum);
+    const float* const teacher = static_cast<const float*>(c.teacher) + row(c.to, o);
+    prefetch_row(teacher + c.to * c.places, places);
+    subtract_teacher(teacher, bias[o], places, s.difference + o * kPlaces, of_channels, sum);
     if (o % 8 == 7 || o + 1 == c.to) {
       squares += sum_of_lanes(of_channels);
       of_channels = Float32Vector{};
