@@ -59,6 +59,8 @@ void multiply(const Product& m) {
   int64_t column = 0;
   for (; column + kTileVectors * kFloats <= m.columns; column += kTileVectors * kFloats)
     multiply_columns<kTileVectors, add>(m, column);
+  // Fewer than two vectors in four rows would wait for each sum.
+  for (; column + 2 * kFloats <= m.columns; column += 2 * kFloats) multiply_columns<2, add>(m, column);
   for (; column < m.columns; column += kFloats) multiply_columns<1, add>(m, column);
 }
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -118,7 +119,7 @@ class Distiller(nn.Module):
         self._teacher_paths = tuple(dict.fromkeys(path for loss in losses for path in loss.teacher_layers))
         self._needs_teacher_logits = any(loss.needs_teacher_logits for loss in losses)
         self._check_layers()
-        self._timed = bool(extend.timed_modules(student))
+        self._timed = tuple(extend.timed_modules(student))
         if teacher is not None:
             teacher.requires_grad_(False).eval()
         self._layouts: dict[tuple[str, str], str] | None = None
@@ -171,7 +172,7 @@ class Distiller(nn.Module):
             B = self._batch_size(raw, inputs)
             T = len(self._time_first(raw, B, self._temporal))
             if self._temporal is not None:
-                checks.steps(T, self._temporal.timesteps_teacher, self._timed)
+                checks.steps(T, self._temporal.timesteps_teacher, bool(self._timed))
             self._classes = raw.shape[-1]
             layouts = {("", "inputs"): layers.time_layout("example_inputs", [inputs], T, B)}
             for path, outputs in calls.items():
@@ -210,7 +211,7 @@ class Distiller(nn.Module):
         """The steps that a student with ``timesteps`` runs."""
         if temporal is not None:
             return temporal.timesteps_teacher
-        values = {module.timesteps for module in extend.timed_modules(self.student)}
+        values = {module.timesteps for module in self._timed}
         if len(values) > 1:
             raise ValueError(f"student must have one number of timesteps in all its modules, got {sorted(values)}")
         return values.pop()
@@ -232,7 +233,7 @@ class Distiller(nn.Module):
         with contextlib.ExitStack() as stack:
             if temporal is not None:
                 T = temporal.timesteps_teacher
-                stack.enter_context(extend.timesteps_set(extend.timed_modules(self.student), T))
+                stack.enter_context(extend.timesteps_set(self._timed, T))
                 if B is not None:
                     mode, T_student = temporal.batch_norm, temporal.timesteps_student
                     stack.enter_context(extend.batch_norm_by_steps(self.student, mode, T, T_student, B))
@@ -309,7 +310,7 @@ class Distiller(nn.Module):
         long_output = self._time_first(raw, B, temporal)
         T = len(long_output)
         if temporal is not None:
-            checks.steps(T, temporal.timesteps_teacher, self._timed)
+            checks.steps(T, temporal.timesteps_teacher, bool(self._timed))
         output = long_output if temporal is None else long_output[: temporal.timesteps_student]
         logits = self._read_out(output)
         batch = Batch(output, long_output, logits, labels, self.readout, self.task_loss)
@@ -383,6 +384,6 @@ class Distiller(nn.Module):
 
 
 def _distilled(output: Tensor, logits: Tensor, terms: Terms) -> Distilled:
-    weighted = {name: weight * value for name, (weight, value) in terms.items()}
-    loss = torch.stack(tuple(weighted.values())).sum()
+    weighted = {name: value if weight == 1.0 else weight * value for name, (weight, value) in terms.items()}
+    loss = functools.reduce(torch.add, weighted.values())
     return Distilled(output, logits, loss, {name: value for name, (_, value) in terms.items()}, weighted)

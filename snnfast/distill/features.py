@@ -33,15 +33,18 @@ def convolved_mse(student: Tensor, teacher: Tensor, convolution: nn.Conv2d) -> T
 
 
 def _is_served(student: Tensor, teacher: Tensor, convolution: nn.Conv2d) -> bool:
-    if convolution.bias is None or not student.is_cpu:
-        return False
-    parameters = (convolution.weight, convolution.bias)
+    weight, bias = convolution.weight, convolution.bias
     return (
-        all(type(p) in (nn.Parameter, Tensor) for p in parameters)
-        and is_plain(student)
-        and is_plain(teacher)
-        and all(t.is_cpu and t.dtype is torch.float32 and t.is_contiguous() for t in (student, teacher, *parameters))
+        is_plain(student)  # first: nothing below is for a compiler's eyes
+        and bias is not None
+        and _is_dense(student)
+        and _is_dense(teacher)
+        and _is_dense(weight)
+        and _is_dense(bias)
+        and type(teacher) is Tensor
         and not teacher.requires_grad
+        and type(weight) in (nn.Parameter, Tensor)
+        and type(bias) in (nn.Parameter, Tensor)
         and student.numel() > 0
         and student.shape[2] == convolution.in_channels
         and teacher.shape == (student.shape[1], convolution.out_channels, *student.shape[3:])
@@ -50,6 +53,10 @@ def _is_served(student: Tensor, teacher: Tensor, convolution: nn.Conv2d) -> bool
         and not (convolution._forward_hooks or convolution._forward_pre_hooks or convolution._backward_hooks)
         and native.missing(student.device) is None
     )
+
+
+def _is_dense(t: Tensor) -> bool:
+    return t.dtype is torch.float32 and t.is_cpu and t.is_contiguous() and not t.is_neg()
 
 
 class _ConvolvedMSE(torch.autograd.Function):
