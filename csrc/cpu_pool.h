@@ -158,8 +158,6 @@ SNNFAST_FN void unpool_row(const PoolCall& c, int64_t r) {
   if (c.H % 2 && r % rows == rows - 1) memset(bottom + row, 0, row * sizeof(T));
 }
 
-constexpr int64_t kPoolSerialBelow = 32768;  // elements of the input
-
 // Calls f with the length of short rows, if they are and this is a power of two.
 template <int n>
 struct Number {
@@ -179,8 +177,7 @@ SNNFAST_FN void with_short_rows(const PoolCall& c, F f) {
 template <class T, class Row, class ShortRows>
 SNNFAST_FN void for_each_row(const PoolCall& c, Row row, ShortRows short_rows) {
   const int64_t rows = c.planes * (c.H / 2), columns = c.W / 2;
-  [[maybe_unused]] const int threads =
-      c.planes * c.H * c.W * c.C < kPoolSerialBelow ? 1 : int(smaller(c.threads, rows));
+  [[maybe_unused]] const int threads = c.planes * c.H * c.W * c.C < kSerialBelow ? 1 : int(smaller(c.threads, rows));
   constexpr int64_t lanes = kVectorBytes / int64_t(sizeof(T));
   int64_t first = 0;
   with_short_rows<T>(c, [&](auto run) __attribute__((always_inline)) {

@@ -120,10 +120,6 @@ struct FeatureCall {
 };
 // At most so many chunks of images. They depend on the shape alone, so that no sum depends on the threads.
 constexpr int64_t kFeatureChunks = 16;
-inline int64_t feature_partial_floats(const FeatureCall& c) {
-  constexpr int64_t most_lanes = 16;
-  return kFeatureChunks * ((c.from + most_lanes - 1) / most_lanes * most_lanes + most_lanes) * c.to;
-}
 
 // Max-pooling of 2x2 windows side by side: x [planes, H, W, C] and y [planes, H / 2, W / 2, C], dense. Channels first
 // is many planes of C = 1.
@@ -140,6 +136,11 @@ struct PoolCall {
 };
 
 namespace {
+
+inline int64_t feature_partial_floats(const FeatureCall& c) {
+  constexpr int64_t most_lanes = 16;
+  return kFeatureChunks * ((c.from + most_lanes - 1) / most_lanes * most_lanes + most_lanes) * c.to;
+}
 
 inline double initial_state(const Call& c, int k) { return k == 0 ? c.v_init : 0.0; }
 

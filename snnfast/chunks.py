@@ -252,4 +252,6 @@ def _check_layers(model: nn.Module, chunk_statistics: bool) -> None:
 def _keeps_unknown_state(module: nn.Module) -> bool:
     if isinstance(module, MemoryModule) or isinstance(getattr(module, "_memories", None), dict):
         return False
-    return reset_of(module) is not None
+    if type(module).__module__.startswith("timm."):  # whose reset(num_classes) makes another classifier
+        return reset_of(module) is not None
+    return callable(getattr(module, "reset", None)) or reset_of(module) is not None

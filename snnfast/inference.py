@@ -16,8 +16,9 @@ from torch.utils._pytree import tree_map
 
 from . import functional, layer, network
 from ._notices import say_once
-from .fused.batch_norm import PLAIN_NORMS, STEP_NORMS, has_hooks
+from .fused.batch_norm import PLAIN_NORMS, STEP_NORMS
 from .fused.fuse import _LEAVES, _shared_parameters, _Tracer, fuse, unfuse, unseen
+from .tensors import has_hooks
 
 __all__ = ["Captured", "InferenceReport", "capture", "optimize_for_inference"]
 

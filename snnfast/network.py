@@ -6,7 +6,6 @@ Public through :mod:`snnfast.functional`. Those on networks treat SpikingJelly's
 from __future__ import annotations
 
 import copy
-import functools
 import inspect
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -89,19 +88,19 @@ def reset_of(module: nn.Module) -> Any:
     reset = getattr(module, "reset", None)  # in snnTorch's neurons a tensor
     if isinstance(module, base.MemoryModule):
         return reset
-    if callable(reset) and not isinstance(reset, nn.Module):
-        function = getattr(reset, "__func__", None)  # of a method, which comes with its first argument
-        if _arguments_needed(reset if function is None else function) == (function is not None):
-            return reset
+    if callable(reset) and not isinstance(reset, nn.Module) and _needs_nothing(reset):
+        return reset
     return _their_reset(module)
 
 
-@functools.lru_cache(maxsize=1024)  # a signature takes longer to read than a neuron to reset
-def _arguments_needed(function: Callable[..., Any]) -> int:
-    """How many arguments ``function`` cannot do without: timm's classifiers have a ``reset(num_classes)``."""
-    parameters = inspect.signature(function).parameters.values()
+def _needs_nothing(method: Callable[..., Any]) -> bool:
+    """Whether ``method`` can be called without arguments: timm's classifiers have a ``reset(num_classes)``."""
+    try:
+        parameters = inspect.signature(method).parameters.values()
+    except (TypeError, ValueError):  # of a builtin, which does not tell
+        return True
     kinds = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
-    return sum(p.default is inspect.Parameter.empty and p.kind not in kinds for p in parameters)
+    return all(p.default is not inspect.Parameter.empty or p.kind in kinds for p in parameters)
 
 
 def _their_reset(module: nn.Module) -> Any:

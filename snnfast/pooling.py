@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .backends import native
-from .tensors import is_plain
+from .tensors import in_cpu_memory
 
 __all__ = ["MaxPool2d", "max_pool2d", "with_fast_pooling"]
 
@@ -83,20 +83,8 @@ def _are(number: int, sizes: Any) -> bool:
     return type(sizes) in (tuple, list) and len(sizes) == 2 and all(type(s) is int and s == number for s in sizes)
 
 
-def _is_dense(t: Tensor) -> bool:
-    """Whether nobody looks at a call with ``t``, which has its own values in a CPU's memory."""
-    return (
-        is_plain(t)
-        and t.is_cpu
-        and t.layout is torch.strided
-        and not torch._C._functorch.is_legacy_batchedtensor(t)  # autograd.grad(is_grads_batched=True)
-        and torch._C._len_torch_function_stack() == 0
-        and t.data_ptr() != 0  # no stand-in for zeros, and not freed
-    )
-
-
 def _is_served(x: Tensor) -> bool:
-    if not _is_dense(x) or x.dtype not in _DTYPES or x.dim() not in (3, 4) or native.missing(x.device) is not None:
+    if not in_cpu_memory(x) or x.dtype not in _DTYPES or x.dim() not in (3, 4) or native.missing(x.device) is not None:
         return False
     return x.shape[-2] > 1 and x.shape[-1] > 1 and x.numel() > 0
 
@@ -135,10 +123,10 @@ def _pool(x: Tensor, keeps: bool) -> tuple[Tensor, Tensor | None]:
 def _unpool(grad: Tensor, chosen: Tensor, shape: torch.Size, last: bool) -> Tensor:
     """The gradient of an input of ``shape``."""
     layout = _format(last)
-    if chosen.dtype is not torch.uint8 or chosen.shape != grad.shape:
+    if chosen.dtype is not torch.uint8 or chosen.shape != grad.shape or not in_cpu_memory(chosen):
         raise RuntimeError(
-            f"saved_tensors_hooks must give back what autograd saved, a tensor of torch.uint8 and {tuple(grad.shape)}; "
-            f"got {chosen.dtype} and {tuple(chosen.shape)}"
+            "saved_tensors_hooks must give back what autograd saved, a tensor of torch.uint8 and "
+            f"{tuple(grad.shape)} on cpu; got {chosen.dtype} and {tuple(chosen.shape)} on {chosen.device}"
         )
     grad, chosen = (t.contiguous(memory_format=layout) for t in (grad, chosen))
     grad_x = torch.empty(shape, dtype=grad.dtype, device=grad.device, memory_format=layout)
@@ -174,6 +162,6 @@ class _MaxPool2d(torch.autograd.Function):
             return None
         (chosen,) = ctx.saved_tensors
         shape, last = ctx.of
-        if torch.is_grad_enabled() or not _is_dense(grad):  # create_graph, or vmap over gradients
+        if torch.is_grad_enabled() or not in_cpu_memory(grad):  # create_graph, or vmap over gradients
             return _unpool_in_torch(grad, chosen, shape, last)
         return _unpool(grad, chosen, shape, last)

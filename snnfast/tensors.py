@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from . import dynamics
@@ -13,6 +14,9 @@ from . import dynamics
 __all__ = [
     "empty_sequence",
     "empty_state",
+    "has_hooks",
+    "in_cpu_memory",
+    "is_called_plainly",
     "is_plain",
     "is_time_major",
     "is_unwatched",
@@ -79,6 +83,31 @@ def is_unwatched() -> bool:
 def is_plain(x: Tensor) -> bool:
     """Whether nobody looks at a call with this tensor, which is no subclass and has its own values in memory."""
     return type(x) is Tensor and is_unwatched() and not x.is_neg() and (x.is_cpu or x.device.type != "meta")
+
+
+def in_cpu_memory(t: Tensor) -> bool:
+    """Whether nobody looks at a call with ``t``, which has its own values in a CPU's memory."""
+    return (
+        is_plain(t)
+        and t.is_cpu
+        and t.layout is torch.strided
+        and not torch._C._functorch.is_legacy_batchedtensor(t)  # autograd.grad(is_grads_batched=True)
+        and torch._C._len_torch_function_stack() == 0
+        and t.data_ptr() != 0  # no stand-in for zeros, and not freed
+    )
+
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+def has_hooks(module: Any, allowed: tuple[Any, ...] = ()) -> bool:
+    """Whether something hooked into ``module``'s calls would see a difference."""
+    return any(hook not in allowed for name in _HOOKS for hook in getattr(module, name).values())
+
+
+def is_called_plainly(module: nn.Module) -> bool:
+    """Whether a call of ``module`` is its class's forward and nothing more."""
+    return not ("forward" in module.__dict__ or has_hooks(module) or torch.nn.modules.module._has_any_global_hook())
 
 
 def saveable(tensors: Sequence[Tensor | None]) -> Sequence[Tensor | None]:

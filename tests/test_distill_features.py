@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -107,7 +109,7 @@ def test_what_wants_no_gradient_gets_none():
 
 @pytest.mark.parametrize(
     "change",
-    ["float64", "strides", "teacher", "channels", "hook", "autocast", "empty"],
+    ["float64", "strides", "teacher", "channels", "hook", "forward", "subclass", "wide", "meta", "autocast", "empty"],
 )
 def test_torch_serves_the_rest(change, monkeypatch):
     student, teacher, convolution = pair()
@@ -122,9 +124,18 @@ def test_torch_serves_the_rest(change, monkeypatch):
         monkeypatch.setattr(features, "_MOST_CHANNELS", 8)
     elif change == "hook":
         convolution.register_forward_hook(lambda module, inputs, output: called.append(output.shape))
+    elif change == "forward":
+        convolution.forward = lambda x: nn.Conv2d.forward(convolution, x) + 1
+    elif change == "subclass":
+        convolution.__class__ = type(
+            "Shifted", (nn.Conv2d,), {"forward": lambda self, x: nn.Conv2d.forward(self, x) + 1}
+        )
+    elif change == "wide":
+        convolution = nn.Conv2d(6, 9, 3, padding=1)
     elif change == "empty":
         student, teacher = student[:, :0], teacher[:0]
-    with torch.autocast("cpu", torch.bfloat16, enabled=change == "autocast"):
+    device = torch.device("meta") if change == "meta" else contextlib.nullcontext()  # for what is made inside
+    with device, torch.autocast("cpu", torch.bfloat16, enabled=change == "autocast"):
         assert not features._is_served(student, teacher, convolution)
         got, want = convolved_mse(student, teacher, convolution), composed(student, teacher, convolution)
     assert torch.equal(got, want) or change == "empty"  # which is NaN
@@ -143,3 +154,10 @@ def test_an_adapter_pools_the_larger_image():
     teacher = torch.randn(5, 9, 3, 5)
     want = F.mse_loss(adapter.bridge(F.adaptive_avg_pool2d(student.mean(0), (3, 5))), teacher)
     assert torch.allclose(adapter(student, teacher), want, rtol=1e-5)
+
+
+def test_freed_memory_is_not_read():
+    student, teacher, convolution = pair()
+    teacher.untyped_storage().resize_(0)
+    assert not features._is_served(student, teacher, convolution)
+    assert not features._is_served(student, torch._efficientzerotensor(5, 9, 3, 5), convolution)

@@ -300,3 +300,29 @@ def test_another_batch_size_starts_from_the_reset_value():
     node(torch.zeros(1, 3))
     node(torch.zeros(1, 2))
     assert torch.equal(node.v, torch.full((2,), 0.5))
+
+
+def test_reset_net_calls_whatever_needs_no_argument():
+    def forwarding(method):
+        return lambda *args, **kwargs: method(*args, **kwargs)
+
+    class Wrapped(torch.nn.Module):
+        @forwarding
+        def reset(self):
+            self.done = True
+
+    class Own(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.count = []
+            self.reset = self.count.clear  # a builtin
+
+    class WithArgument(torch.nn.Module):
+        def reset(self, classes):
+            raise AssertionError("called")
+
+    wrapped, own = Wrapped(), Own()
+    own.count.append(1)
+    functional.reset_net(torch.nn.ModuleList([wrapped, own, WithArgument()]))
+    assert wrapped.done
+    assert not own.count

@@ -102,6 +102,7 @@ def test_fuzz(n, c, h, w, dtype, kind, layout, grad_layout, cpu_set, seed):
     x = arranged(values(kind, (n, c, h, w), generator).to(dtype), layout, generator)
     grad = values(("random", "special")[seed % 2], (n, c, h // 2, w // 2), generator).to(dtype)
     _C.set_cpu_set(cpu_set)
+    assert pooling._is_served(x) == (h > 1 and w > 1)
     try:
         check(x, arranged(grad, grad_layout, generator))
     finally:
@@ -145,17 +146,14 @@ def test_what_no_window_covers_has_no_gradient(cpu_set):
 
 
 @pytest.mark.parametrize("shape", [(4, 64, 33, 40), (3, 100, 8, 8), (64, 128, 4, 4), (9, 1, 64, 128)])
-def test_results_do_not_depend_on_the_number_of_threads(shape):
-    before = torch.get_num_threads()
-    try:
-        for threads in (1, 2, 3):
-            torch.set_num_threads(threads)
-            for memory_format in FORMATS:
-                x = torch.randn(shape).round().contiguous(memory_format=memory_format)
-                grad = torch.randn(*shape[:2], shape[2] // 2, shape[3] // 2).contiguous(memory_format=memory_format)
-                check(x, grad)
-    finally:
-        torch.set_num_threads(before)
+def test_results_do_not_depend_on_the_number_of_threads(shape, pool_calls, keeps_threads):
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        for memory_format in FORMATS:
+            x = torch.randn(shape).round().contiguous(memory_format=memory_format)
+            grad = torch.randn(*shape[:2], shape[2] // 2, shape[3] // 2).contiguous(memory_format=memory_format)
+            check(x, grad)
+    assert pool_calls.count("max_pool_backward") == 6
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
@@ -181,7 +179,7 @@ def test_without_a_batch(pool_calls):
     assert pool_calls
 
 
-def test_memory_formats_that_strides_leave_open():
+def test_memory_formats_that_strides_leave_open(pool_calls):
     for shape in ((1, 1, 4, 4), (2, 1, 5, 4), (1, 3, 2, 2), (4, 1, 2, 2)):
         for memory_format in FORMATS:
             check(torch.randn(shape).contiguous(memory_format=memory_format))
@@ -189,6 +187,7 @@ def test_memory_formats_that_strides_leave_open():
     check(torch.randn(2, 3, 8, 8).contiguous(memory_format=torch.channels_last)[:, :, ::2])
     check(torch.randn(8, 8).expand(2, 3, 8, 8))
     check(torch.randn(4, 8, 8, 2).permute(3, 0, 1, 2))
+    assert pool_calls.count("max_pool_backward") == 12
 
 
 def test_anything_else_is_torchs(pool_calls):

@@ -234,7 +234,7 @@ def feature_loss(student: Tensor, teacher: Tensor, weight: Tensor, bias: Tensor,
     """
     T, B, C = student.shape[:3]
     step = student[0]
-    loss = torch.empty((), dtype=torch.float32)
+    loss = torch.empty((), dtype=torch.float32, device=student.device)
     wanted = tuple(map(torch.empty_like, (step, step, weight, bias))) if gradients else ()
     _C.cpu_feature_loss(
         *(torch.get_num_threads(), T, B, C, teacher.shape[1], step.numel() // (B * C)),

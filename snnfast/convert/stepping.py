@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from .. import base
+from ..tensors import has_hooks
 from .adapters.base import FinalState, Fused, adapters
 
-__all__ = ["has_hooks", "is_stateful", "run_over_time"]
+__all__ = ["is_stateful", "run_over_time"]
 
 
 def _library(module: nn.Module) -> Any:
@@ -22,12 +23,6 @@ def _library(module: nn.Module) -> Any:
 def is_stateful(module: nn.Module) -> bool:
     """Whether ``module`` keeps or takes a state from step to step: snnfast's modules and the known libraries'."""
     return isinstance(module, base.MemoryModule) or _library(module) is not None
-
-
-def has_hooks(module: Any) -> bool:
-    return bool(
-        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    )
 
 
 def run_over_time(

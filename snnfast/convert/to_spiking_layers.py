@@ -21,7 +21,8 @@ def repeat(x: Any, T: int) -> Any:
     A list of tensors, such as the branches that a block gets, is repeated one by one.
     """
     if isinstance(x, (list, tuple)) and not isinstance(x, torch.Size):
-        return type(x)(repeat(part, T) for part in x)
+        parts = [repeat(part, T) for part in x]
+        return type(x)(*parts) if hasattr(x, "_fields") else type(x)(parts)  # named tuples take them one by one
     if T == 1 or not isinstance(x, Tensor) or x.dim() == 0:
         return x
     if x.dim() == 4 and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last):

@@ -19,8 +19,9 @@ from torch.utils._pytree import tree_map
 
 from .._notices import say_once
 from ..pooling import MaxPool2d, max_pool2d
+from ..tensors import is_called_plainly
 from .adapters.base import FinalState
-from .stepping import has_hooks, is_stateful, run_over_time
+from .stepping import is_stateful, run_over_time
 from .unroll_graph import CONSTANT, TIMED, Program, program_of
 
 __all__ = ["unroll"]
@@ -226,7 +227,7 @@ class _Pass:
             used: Any = {n.args[1] for n in node.users} if _unpacked(node) else None
             x = self._unfolded(args[0], node.all_input_nodes[0], f"{target} takes")
             return run_over_time(module, target, x, args[1:], kwargs, used)
-        if type(module) is nn.MaxPool2d and not has_hooks(module):
+        if type(module) is nn.MaxPool2d and is_called_plainly(module):
             return MaxPool2d.forward(module, *args, **kwargs)  # type: ignore[arg-type]
         if isinstance(module, _BatchNorm) and module.training and self.bn == "per_step":
             return self._batch_norm(module, args[0], timed)

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..backends import native
-from ..tensors import is_plain
+from ..tensors import in_cpu_memory, is_called_plainly
 
 _MOST_CHANNELS = 256  # beyond, torch's own convolutions are as fast
 
@@ -27,36 +27,36 @@ def convolved_mse(student: Tensor, teacher: Tensor, convolution: nn.Conv2d) -> T
         student: ``[T, B, C, H, W]``.
         teacher: ``[B, C_teacher, H, W]``, fixed.
     """
-    if _is_served(student, teacher, convolution):
-        return _ConvolvedMSE.apply(student, teacher, convolution.weight, convolution.bias)[0]
-    return F.mse_loss(convolution(time_mean(student)), teacher)
+    if not _is_served(student, teacher, convolution):
+        return F.mse_loss(convolution(time_mean(student)), teacher)
+    weight, bias = convolution.weight, convolution.bias
+    assert bias is not None  # _is_served has seen to it
+    if torch.is_grad_enabled() and (student.requires_grad or weight.requires_grad or bias.requires_grad):
+        return _ConvolvedMSE.apply(student, teacher, weight, bias)[0]
+    return native.feature_loss(student, teacher, weight, bias, False)[0]
 
 
 def _is_served(student: Tensor, teacher: Tensor, convolution: nn.Conv2d) -> bool:
-    weight, bias = convolution.weight, convolution.bias
     return (
-        is_plain(student)  # first: nothing below is for a compiler's eyes
-        and bias is not None
-        and _is_dense(student)
+        _is_dense(student)  # first: nothing below is for a compiler's eyes
         and _is_dense(teacher)
-        and _is_dense(weight)
-        and _is_dense(bias)
-        and type(teacher) is Tensor
         and not teacher.requires_grad
-        and type(weight) in (nn.Parameter, Tensor)
-        and type(bias) in (nn.Parameter, Tensor)
-        and student.numel() > 0
-        and student.shape[2] == convolution.in_channels
-        and teacher.shape == (student.shape[1], convolution.out_channels, *student.shape[3:])
+        and type(convolution) is nn.Conv2d
+        and is_called_plainly(convolution)
+        and convolution.weight.shape == (teacher.shape[1], student.shape[2], 1, 1)
+        and all(type(p) in (nn.Parameter, Tensor) and _is_dense(p.detach()) for p in convolution.parameters())
+        and convolution.bias is not None
+        and convolution.stride == (1, 1)
+        and convolution.padding == (0, 0)
+        and teacher.shape == (student.shape[1], teacher.shape[1], *student.shape[3:])
         and max(student.shape[2], teacher.shape[1]) <= _MOST_CHANNELS
         and not torch.is_autocast_enabled("cpu")
-        and not (convolution._forward_hooks or convolution._forward_pre_hooks or convolution._backward_hooks)
         and native.missing(student.device) is None
     )
 
 
 def _is_dense(t: Tensor) -> bool:
-    return t.dtype is torch.float32 and t.is_cpu and t.is_contiguous() and not t.is_neg()
+    return t.dtype is torch.float32 and in_cpu_memory(t) and t.is_contiguous() and t.numel() > 0
 
 
 class _ConvolvedMSE(torch.autograd.Function):
@@ -64,7 +64,7 @@ class _ConvolvedMSE(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, student: Tensor, teacher: Tensor, weight: Tensor, bias: Tensor) -> Any:
-        loss, *rest = native.feature_loss(student, teacher, weight, bias, any(ctx.needs_input_grad))
+        loss, *rest = native.feature_loss(student, teacher, weight, bias, True)
         ctx.set_materialize_grads(False)
         ctx.shape = student.shape
         ctx.save_for_backward(teacher, weight, bias, *rest)

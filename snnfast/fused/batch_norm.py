@@ -11,7 +11,7 @@ from .. import layer
 from ..backends.native_batch_norm import Running, move
 from ..neuron import BaseNode, IFNode, LIFNode, ParametricLIFNode
 from ..surrogate import is_fused, recognise
-from ..tensors import is_plain
+from ..tensors import has_hooks, is_plain
 from . import kernels
 from .ops import Connect, batch_norm_multi_step, connected
 
@@ -268,16 +268,3 @@ def _connect(name: str | None) -> Connect:
     if not isinstance(name, str) or name.upper() not in names:
         raise ValueError(f"connect must be None or one of {', '.join(map(repr, names))}, got {name!r}")
     return Connect[name.upper()]
-
-
-_HOOKS = (
-    "_forward_hooks",
-    "_forward_pre_hooks",
-    "_backward_hooks",
-    "_backward_pre_hooks",
-)
-
-
-def has_hooks(module: nn.Module, allowed: tuple[Any, ...] = ()) -> bool:
-    """Whether something hooked into ``module``'s calls would see a difference."""
-    return any(hook not in allowed for name in _HOOKS for hook in getattr(module, name).values())

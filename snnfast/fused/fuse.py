@@ -16,6 +16,7 @@ from ..convert.to_spiking_layers import Dropout as DropoutOfRates
 from ..convert.to_spiking_layers import MaxPoolOfRates, Repeat, _repeat_input, _start_afresh
 from ..network import holds_single_steps
 from ..neuron import BaseNode
+from ..tensors import has_hooks
 from . import batch_norm
 from .ops import Connect
 from .pair import Defer, NormAndNeuron, is_fused
@@ -59,7 +60,7 @@ class _Tracer(fx.Tracer):
 
     def call_module(self, m: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
         # timm's blocks have these where an option is not used: what goes in is what comes out.
-        if type(m) is nn.Identity and len(args) == 1 and not kwargs and not batch_norm.has_hooks(m):
+        if type(m) is nn.Identity and len(args) == 1 and not kwargs and not has_hooks(m):
             return args[0]
         return super().call_module(m, forward, args, kwargs)
 
@@ -237,7 +238,7 @@ def _why_not(norm: nn.Module, neuron: Any, found: _Found, shared: set[int]) -> s
             return f"{word} has a forward of its own"
         if _repeat_input in module._forward_pre_hooks.values():
             return f"{word} repeats its input over time (it is the first one of to_spiking)"
-        if batch_norm.has_hooks(module, allowed=(_start_afresh,)):
+        if has_hooks(module, allowed=(_start_afresh,)):
             return f"{word} has hooks"
     if norm.training != neuron.training:
         mode = {True: "training", False: "evaluation"}

@@ -172,6 +172,10 @@ class _Networks:
     def _check(self, what: str, name: str, network: nn.Module, shape: tuple[int, ...]) -> None:
         """One forward pass in evaluation and one in training, which leave no trace, before anything is trained."""
         try:
+            network.eval()
+            with torch.no_grad():
+                network(self.example)  # which makes what a lazy layer lacks
+            functional.reset_net(network)
             with untouched(network):
                 output = network(self.example)
                 functional.reset_net(network)

@@ -144,7 +144,7 @@ def build(name: str, what: str, classes: int, channels: int, timesteps: int | No
         read = f"; of {option}, {', '.join(texts)} was read as text (Python's are None, True, False)" if texts else ""
         said = f"KeyError: {error}" if isinstance(error, KeyError) else f"{error}"
         known = package.list_models() if args else ()
-        near = "" if rest in known else nearest(rest, known)
+        near = "" if rest.partition(".")[0] in known else nearest(rest, known)  # timm's names have tags
         raise InputError(f"--{what} {name} cannot be made: {said}; it was called with {given}{read}{near}") from None
     if not isinstance(model, nn.Module):
         raise InputError(f"--{what} {name} must return a torch.nn.Module, got {type(model).__name__}")
