@@ -1,7 +1,8 @@
 """Latency and throughput of whole networks: as trained, after optimize_for_inference, and with SpikingJelly's neurons.
 
 VGG-11 and ResNet-18 with CIFAR's shapes, T = 4, batch 1 and 256, without gradients; on a GPU also captured as a CUDA
-graph. Outputs are compared before anything is timed. On a CPU ours pool by snnfast's kernel, SpikingJelly's by PyTorch's.
+graph. Outputs are compared before anything is timed. On a CPU ours pool by snnfast's kernel and the one with
+SpikingJelly's neurons by PyTorch's.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """to_spiking, fuse, analysis and distillation on the networks that torchvision and timm define themselves.
 
 The main environment has neither; ``make oldest`` installs both. What was found here is tested with small classes of the
-same kind in test_to_spiking_zoo.py, test_fuse.py, test_inference.py, test_neuron.py and test_train_*.py, which need no package.
+same kind, which need no package, in test_to_spiking_zoo.py, test_fuse.py, test_inference.py, test_neuron.py and
+test_train_*.py.
 """
 
 from __future__ import annotations
