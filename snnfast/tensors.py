@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
+from torch.nn.modules import module as torch_module
 
 from . import dynamics
 
@@ -97,6 +98,13 @@ def in_cpu_memory(t: Tensor) -> bool:
     )
 
 
+# Those of register_module_forward_hook and its like.
+_ALL_MODULES_HOOKS = (
+    torch_module._global_forward_hooks,
+    torch_module._global_forward_pre_hooks,
+    torch_module._global_backward_hooks,
+    torch_module._global_backward_pre_hooks,
+)
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
@@ -107,7 +115,7 @@ def has_hooks(module: Any, allowed: tuple[Any, ...] = ()) -> bool:
 
 def is_called_plainly(module: nn.Module) -> bool:
     """Whether a call of ``module`` is its class's forward and nothing more."""
-    return not ("forward" in module.__dict__ or has_hooks(module) or torch.nn.modules.module._has_any_global_hook())
+    return "forward" not in module.__dict__ and not has_hooks(module) and not any(_ALL_MODULES_HOOKS)
 
 
 def saveable(tensors: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
