@@ -204,6 +204,12 @@ def test_fused_training(small_mnist: Path, tmp_path: Path, monkeypatch: pytest.M
 
 
 @pytest.mark.usefixtures("no_report")
+def test_lazy_layers_are_made_before_training(small_mnist: Path, tmp_path: Path) -> None:
+    more = ["--student", "train_networks:lazy", "--distill", "none", "--no-tensorboard", "--epochs", "1"]
+    assert train(small_mnist, tmp_path / "run", *more) == 0
+
+
+@pytest.mark.usefixtures("no_report")
 def test_compiled_training(small_mnist: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # What inductor makes of neurons is test_torch's to see; here it would take half a minute.
     compiler = functools.partialmethod(torch.nn.Module.compile, backend="aot_eager")

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from .. import functional
 from ..analysis._modules import evaluating
@@ -172,10 +173,10 @@ class _Networks:
     def _check(self, what: str, name: str, network: nn.Module, shape: tuple[int, ...]) -> None:
         """One forward pass in evaluation and one in training, which leave no trace, before anything is trained."""
         try:
-            network.eval()
-            with torch.no_grad():
-                network(self.example)  # which makes what a lazy layer lacks
-            functional.reset_net(network)
+            if any(is_lazy(t) for t in (*network.parameters(), *network.buffers())):
+                with torch.no_grad():
+                    network.eval()(self.example)  # makes what such layers lack, and must leave it
+                functional.reset_net(network)
             with untouched(network):
                 output = network(self.example)
                 functional.reset_net(network)
