@@ -172,38 +172,5 @@ SNNFAST_FN typename Pool<T, bytes>::Bits added_to_zero(typename Pool<T, bytes>::
   return P::where(~P::equals(g, minus_zero), g);
 }
 
-// ---- neighbours ----
-// Runs of `run` lanes of a, and behind them of b, to even and odd ones, and back.
-template <class V>
-SNNFAST_FN V pick(V a, V b, const V& from) {
-#if defined(__clang__)
-  constexpr int lanes = sizeof(V) / sizeof(a[0]);
-  V found;
-  for (int i = 0; i < lanes; ++i) found[i] = from[i] < lanes ? a[from[i]] : b[from[i] - lanes];
-  return found;
-#else
-  return __builtin_shuffle(a, b, from);
-#endif
-}
-template <int run, class V>
-SNNFAST_FN void split_runs(V a, V b, V& even, V& odd) {
-  constexpr int lanes = sizeof(V) / sizeof(a[0]);
-  V first, second;
-  for (int i = 0; i < lanes; ++i) first[i] = i / run * 2 * run + i % run, second[i] = first[i] + run;
-  even = pick(a, b, first);
-  odd = pick(a, b, second);
-}
-template <int run, class V>
-SNNFAST_FN void join_runs(V even, V odd, V& a, V& b) {
-  constexpr int lanes = sizeof(V) / sizeof(a[0]);
-  V low, high;
-  for (int i = 0; i < lanes; ++i) {
-    low[i] = i / (2 * run) * run + i % run + (i / run % 2) * lanes;
-    high[i] = (i + lanes) / (2 * run) * run + i % run + ((i + lanes) / run % 2) * lanes;
-  }
-  a = pick(even, odd, low);
-  b = pick(even, odd, high);
-}
-
 }  // namespace
 }  // namespace snnfast

@@ -298,6 +298,40 @@ SNNFAST_FN void store_spikes(T* to, V s) {
     store<stream>(to, s);
 }
 
+// ---- neighbours ----
+// Lanes of a, and behind them of b, by number. Vectors of unsigned integers, for these number lanes too.
+template <class V>
+SNNFAST_FN V pick(V a, V b, const V& from) {
+#if defined(__clang__)  // which has no __builtin_shuffle, and finds the instruction by itself
+  constexpr int lanes = sizeof(V) / sizeof(a[0]);
+  V found;
+  for (int i = 0; i < lanes; ++i) found[i] = from[i] < lanes ? a[from[i]] : b[from[i] - lanes];
+  return found;
+#else
+  return __builtin_shuffle(a, b, from);
+#endif
+}
+// Runs of `run` lanes of a, and behind them of b, to even and odd ones, and back.
+template <int run, class V>
+SNNFAST_FN void split_runs(V a, V b, V& even, V& odd) {
+  constexpr int lanes = sizeof(V) / sizeof(a[0]);
+  V first, second;
+  for (int i = 0; i < lanes; ++i) first[i] = i / run * 2 * run + i % run, second[i] = first[i] + run;
+  even = pick(a, b, first);
+  odd = pick(a, b, second);
+}
+template <int run, class V>
+SNNFAST_FN void join_runs(V even, V odd, V& a, V& b) {
+  constexpr int lanes = sizeof(V) / sizeof(a[0]);
+  V low, high;
+  for (int i = 0; i < lanes; ++i) {
+    low[i] = i / (2 * run) * run + i % run + (i / run % 2) * lanes;
+    high[i] = (i + lanes) / (2 * run) * run + i % run + ((i + lanes) / run % 2) * lanes;
+  }
+  a = pick(even, odd, low);
+  b = pick(even, odd, high);
+}
+
 // ---- bfloat16, two vectors at a time ----
 // 32 bits of memory are two neighbours, so a shift and a mask make two vectors of float32: the even elements and the
 // odd ones. Rows of bfloat16 keep what they leave in scratch memory in that order, and put into the usual one ("join")
@@ -334,35 +368,17 @@ SNNFAST_FN void store_spike_parts(BFloat16* to, const Float32Vector (&from)[2]) 
   store_bits<stream>(to, (UInt32Vector)from[0] >> 16 | (UInt32Vector)from[1]);
 }
 
-// Lanes of a, and behind them of b, by number.
-SNNFAST_FN Float32Vector shuffle(Float32Vector a, Float32Vector b, Int32Vector from) {
-#if defined(__clang__)  // which has no __builtin_shuffle, and finds the instruction by itself
-  constexpr int lanes = sizeof(Float32Vector) / sizeof(float);
-  Float32Vector found;
-  for (int i = 0; i < lanes; ++i) found[i] = from[i] < lanes ? a[from[i]] : b[from[i] - lanes];
-  return found;
-#else
-  return __builtin_shuffle(a, b, from);
-#endif
-}
 SNNFAST_FN void split(Float32Vector& first, Float32Vector& second) {
-  constexpr int lanes = sizeof(Float32Vector) / sizeof(float);
-  Int32Vector even, odd;
-  for (int i = 0; i < lanes; ++i) even[i] = 2 * i, odd[i] = 2 * i + 1;
-  const Float32Vector a = first, b = second;
-  first = shuffle(a, b, even);
-  second = shuffle(a, b, odd);
+  UInt32Vector even, odd;
+  split_runs<1>((UInt32Vector)first, (UInt32Vector)second, even, odd);
+  first = (Float32Vector)even;
+  second = (Float32Vector)odd;
 }
 SNNFAST_FN void join(Float32Vector& even, Float32Vector& odd) {
-  constexpr int lanes = sizeof(Float32Vector) / sizeof(float);
-  Int32Vector low, high;
-  for (int i = 0; i < lanes; ++i) {
-    low[i] = i / 2 + (i % 2) * lanes;
-    high[i] = low[i] + lanes / 2;
-  }
-  const Float32Vector a = even, b = odd;
-  even = shuffle(a, b, low);
-  odd = shuffle(a, b, high);
+  UInt32Vector first, second;
+  join_runs<1>((UInt32Vector)even, (UInt32Vector)odd, first, second);
+  even = (Float32Vector)first;
+  odd = (Float32Vector)second;
 }
 // Between memory in the usual order and the parts of a row.
 template <class R, class V>

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules import module as torch_module
 
 from . import backends, constant_input, dynamics, functional, ops
 from ._arguments import says_what_it_takes, without
@@ -19,15 +18,10 @@ from .base import MemoryModule
 from .dynamics import Constants, Neuron, Parameters
 from .readout import LI
 from .surrogate import Sigmoid, SurrogateLike, is_fused, recognise
+from .tensors import ALL_MODULES_HOOKS
 
 __all__ = ["LI", "BaseNode", "IFNode", "LIFNode", "ParametricLIFNode"]
 
-# Those of register_module_forward_hook and its like.
-_ALL_MODULES_HOOKS = (
-    torch_module._global_forward_hooks,
-    torch_module._global_backward_hooks,
-    torch_module._global_backward_pre_hooks,
-)
 _STEPS = ("neuronal_charge", "neuronal_fire", "neuronal_reset", "single_step_forward", "multi_step_forward")
 
 
@@ -253,7 +247,7 @@ class BaseNode(MemoryModule):
             and self._step_mode == "m"
             and self.timesteps is not None
             and not any((self._forward_hooks, self._backward_hooks, self._backward_pre_hooks))
-            and not any(_ALL_MODULES_HOOKS)
+            and not any(ALL_MODULES_HOOKS)
             and not self._store_v_seq
             and self._backend in ("auto", "native")
             and constant_input.serves(x, self.timesteps)

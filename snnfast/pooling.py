@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from .backends import native
 from .tensors import in_cpu_memory
 
-__all__ = ["MaxPool2d", "max_pool2d", "with_fast_pooling"]
+__all__ = ["PYTORCHS", "MaxPool2d", "max_pool2d", "with_fast_pooling"]
 
+PYTORCHS = (F.max_pool2d, torch.max_pool2d)
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 

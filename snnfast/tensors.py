@@ -13,6 +13,7 @@ from torch.nn.modules import module as torch_module
 from . import dynamics
 
 __all__ = [
+    "ALL_MODULES_HOOKS",
     "empty_sequence",
     "empty_state",
     "has_hooks",
@@ -99,7 +100,7 @@ def in_cpu_memory(t: Tensor) -> bool:
 
 
 # Those of register_module_forward_hook and its like.
-_ALL_MODULES_HOOKS = (
+ALL_MODULES_HOOKS = (
     torch_module._global_forward_hooks,
     torch_module._global_forward_pre_hooks,
     torch_module._global_backward_hooks,
@@ -115,7 +116,7 @@ def has_hooks(module: Any, allowed: tuple[Any, ...] = ()) -> bool:
 
 def is_called_plainly(module: nn.Module) -> bool:
     """Whether a call of ``module`` is its class's forward and nothing more."""
-    return "forward" not in module.__dict__ and not has_hooks(module) and not any(_ALL_MODULES_HOOKS)
+    return "forward" not in module.__dict__ and not has_hooks(module) and not any(ALL_MODULES_HOOKS)
 
 
 def saveable(tensors: Sequence[Tensor | None]) -> Sequence[Tensor | None]:

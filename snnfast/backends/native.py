@@ -224,26 +224,6 @@ def unpack_bits(bits: Tensor, one: int, to: Tensor) -> None:
     _C.cpu_unpack_bits(torch.get_num_threads(), to.element_size(), to.numel(), to.data_ptr(), bits.data_ptr(), one)
 
 
-# ---- the loss of feature distillation ----
-def feature_loss(student: Tensor, teacher: Tensor, weight: Tensor, bias: Tensor, gradients: bool) -> tuple[Tensor, ...]:
-    """The mean of ``(weight * student's mean over time + bias - teacher)^2``.
-
-    With ``gradients`` also that mean over time, and the gradients of one step of ``student``, of ``weight`` and of
-    ``bias``. Everything is contiguous float32 on the CPU: ``[T, B, C, *]``, ``[B, C_teacher, *]``,
-    ``[C_teacher, C, 1, 1]`` and ``[C_teacher]``.
-    """
-    T, B, C = student.shape[:3]
-    step = student[0]
-    loss = torch.empty((), dtype=torch.float32, device=student.device)
-    wanted = tuple(map(torch.empty_like, (step, step, weight, bias))) if gradients else ()
-    _C.cpu_feature_loss(
-        *(torch.get_num_threads(), T, B, C, teacher.shape[1], step.numel() // (B * C)),
-        *(t.data_ptr() for t in (student, teacher, weight, bias, loss)),
-        *((t.data_ptr() for t in wanted) if gradients else (0, 0, 0, 0)),
-    )
-    return loss, *wanted
-
-
 def _cuda_bits(call: Any, t: Tensor, bits: Tensor, one: int) -> None:
     stream = torch.cuda.current_stream(t.device).cuda_stream
     other = bits.data_ptr() + bits.numel() - 8
@@ -278,6 +258,26 @@ def max_pool_backward(dims: tuple[int, int, int, int], grad_y: Tensor, chosen: T
     """The gradient of :func:`max_pool`'s input."""
     addresses = grad_y.data_ptr(), chosen.data_ptr(), grad_x.data_ptr()
     _C.cpu_max_pool_backward(torch.get_num_threads(), _DTYPE[grad_x.dtype], *dims, *addresses)
+
+
+# ---- the loss of feature distillation ----
+def feature_loss(student: Tensor, teacher: Tensor, weight: Tensor, bias: Tensor, gradients: bool) -> tuple[Tensor, ...]:
+    """The mean of ``(weight * student's mean over time + bias - teacher)^2``.
+
+    With ``gradients`` also that mean over time, and the gradients of one step of ``student``, of ``weight`` and of
+    ``bias``. Everything is contiguous float32 on the CPU: ``[T, B, C, *]``, ``[B, C_teacher, *]``,
+    ``[C_teacher, C, 1, 1]`` and ``[C_teacher]``.
+    """
+    T, B, C = student.shape[:3]
+    step = student[0]
+    loss = torch.empty((), dtype=torch.float32, device=student.device)
+    wanted = tuple(map(torch.empty_like, (step, step, weight, bias))) if gradients else ()
+    _C.cpu_feature_loss(
+        *(torch.get_num_threads(), T, B, C, teacher.shape[1], step.numel() // (B * C)),
+        *(t.data_ptr() for t in (student, teacher, weight, bias, loss)),
+        *((t.data_ptr() for t in wanted) if gradients else (0, 0, 0, 0)),
+    )
+    return loss, *wanted
 
 
 def openmp_runtimes() -> list[str]:

@@ -17,9 +17,8 @@ from typing import Any
 
 import torch
 from torch import fx, nn
-from torch.nn import functional as F
 
-from ..pooling import max_pool2d
+from ..pooling import PYTORCHS, max_pool2d
 from .to_spiking_classes import generated
 from .to_spiking_layers import (
     DROPOUTS,
@@ -364,7 +363,7 @@ class _Walk:
         """A functional dropout or max-pooling, where there is time."""
         module = stand_in(node.target, node.args, node.kwargs, self.converter.timesteps, self.converter.pool_rates)
         if module is None:
-            if node.target in (F.max_pool2d, torch.max_pool2d):  # the same results: no reason for a generated forward
+            if node.target in PYTORCHS:  # the same results: no reason for a generated forward
                 node.target = max_pool2d
             return
         name = self._added(node.target.__name__.strip("_"), module)  # type: ignore[union-attr]

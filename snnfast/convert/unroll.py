@@ -18,7 +18,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_map
 
 from .._notices import say_once
-from ..pooling import MaxPool2d, max_pool2d
+from ..pooling import PYTORCHS, MaxPool2d, max_pool2d
 from ..tensors import is_called_plainly
 from .adapters.base import FinalState
 from .stepping import is_stateful, run_over_time
@@ -219,7 +219,7 @@ class _Pass:
             if target in (F.batch_norm, torch.batch_norm) and timed and self.bn == "per_step":
                 steps = args[0].unflatten(0, (self.T, self.batch))
                 return torch.cat([target(step, *args[1:], **kwargs) for step in steps])
-            return (max_pool2d if target is F.max_pool2d else target)(*args, **kwargs)
+            return (max_pool2d if target in PYTORCHS else target)(*args, **kwargs)
         if node.op == "call_method":
             return getattr(args[0], target)(*args[1:], **kwargs)
         module: Any = self.model.get_submodule(target)

@@ -68,7 +68,7 @@ class _ConvolvedMSE(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.shape = student.shape
         ctx.save_for_backward(teacher, weight, bias, *rest)
-        return loss, *rest[:1]
+        return loss, rest[0]
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None, grad_mean: Tensor | None) -> Any:
