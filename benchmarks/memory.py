@@ -1,8 +1,9 @@
 """``python -m benchmarks.memory``: what a training step keeps for its backward, beside SpikingJelly's neurons.
 
 Spiking ResNet-18 and VGG-11 of :mod:`snnfast.models`, CIFAR shapes, T = 4. Counted are the bytes that autograd saves,
-each storage once, without parameters and buffers; max-pooling is PyTorch's everywhere, as on a GPU (snnfast's own on a
-CPU keeps a byte for each output, PyTorch's its input and an int64). SpikingJelly's neurons stand in the same networks:
+each storage once, without parameters and buffers; max-pooling is PyTorch's, as on a GPU, but in the rows that say
+otherwise (snnfast's own on a CPU keeps a byte for each output, PyTorch's its input and an int64). SpikingJelly's neurons
+stand in the same networks:
 
 * ``torch``: its CPU implementation, as it is counted here;
 * ``GPU``: its native and Triton kernels keep the neuron's input x and its charge h, [T, N] each, h in float32. They
@@ -20,6 +21,7 @@ import argparse
 import contextlib
 import copy
 import functools
+import itertools
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -31,6 +33,7 @@ from torch import Tensor, nn
 import snnfast
 from snnfast import functional
 from snnfast.analysis import saved_bytes
+from snnfast.pooling import MaxPool2d
 
 from .cpu_targets import Row
 from .measure import RESULTS, environment
@@ -87,10 +90,13 @@ class TheirNeuron(nn.Module):
 
 
 # ---- what is counted ----
-def _network(make: Callable[..., Any], dtype: torch.dtype, neuron: Any = None, timesteps: int = T) -> nn.Module:
+def _network(
+    make: Callable[..., Any], dtype: torch.dtype, neuron: Any = None, timesteps: int = T, own_pooling: bool = False
+) -> nn.Module:
     torch.manual_seed(0)
     own = {"surrogate_function": ATAN} if neuron is None else {"neuron": neuron}
-    return with_torch_pooling(make(timesteps=timesteps, **own)).to(dtype)
+    net = make(timesteps=timesteps, **own).to(dtype)
+    return net if own_pooling else with_torch_pooling(net)
 
 
 def kept(make: Callable[..., Any], dtype: torch.dtype) -> dict[str, int]:
@@ -102,11 +108,12 @@ def kept(make: Callable[..., Any], dtype: torch.dtype) -> dict[str, int]:
     found["SpikingJelly, GPU"] = saved_bytes(_network(make, dtype, TheirNeuronOnGpu), x)
     of_h = functools.partial(TheirNeuronOnGpu, input_too=False)
     found["SpikingJelly, GPU, h alone"] = saved_bytes(_network(make, dtype, of_h), x)
-    for fused in (False, True):
-        net = _network(make, dtype)
+    pools = any(isinstance(m, MaxPool2d) for m in _network(make, dtype, own_pooling=True).modules())
+    for fused, own_pooling in itertools.product((False, True), (False, True) if pools else (False,)):
+        net = _network(make, dtype, own_pooling=own_pooling)
         if fused:
             snnfast.fuse(net)
-        name = "snnfast + fuse" if fused else "snnfast"
+        name = ("snnfast + fuse" if fused else "snnfast") + (" + max-pooling of its own" if own_pooling else "")
         found[name] = saved_bytes(net, x)
         with snnfast.packed_spikes():
             found[f"{name} + packed_spikes"] = saved_bytes(net, x)

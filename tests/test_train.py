@@ -126,6 +126,12 @@ def test_the_objective_is_that_of_the_distiller_by_hand(small_mnist: Path, tmp_p
 
 
 @pytest.mark.usefixtures("no_report")
+def test_a_teacher_that_stays_as_it_is_need_not_be_trainable(small_mnist: Path, tmp_path: Path) -> None:
+    teacher = ["--teacher", "train_networks:auxiliary", "--teacher-epochs", "0"]  # its logits in training are a tuple
+    assert train(small_mnist, tmp_path / "run", *teacher, "--distill", "logit", "--no-plain", "--epochs", "1") == 0
+
+
+@pytest.mark.usefixtures("no_report")
 def test_teacher_checkpoints_and_cached_logits(small_mnist: Path, tmp_path: Path) -> None:
     a = tmp_path / "a"
     assert train(small_mnist, a, "--distill", "logit", "--no-plain") == 0

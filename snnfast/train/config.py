@@ -237,6 +237,10 @@ class Config:
         """Whether a loss asks for a teacher."""
         return any(set(losses) - TEACHERLESS for losses in self.distilled())
 
+    def trains_teacher(self) -> bool:
+        """Whether the teacher is trained here; one with a checkpoint, or no epochs, stays as it is."""
+        return self.teacher_checkpoint is None and self.teacher_epochs != 0
+
     def long_timesteps(self) -> int:
         """T_t, the steps of the self-distillation's target."""
         return 2 * self.timesteps if self.timesteps_teacher is None else self.timesteps_teacher

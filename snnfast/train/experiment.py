@@ -145,7 +145,7 @@ class _Networks:
         network = self._build("student", config.student, config.timesteps, extra, _STUDENT)
         if config.fuse:
             self._fuse(network)
-        self._check("student", config.student, network, (config.timesteps, self.count, self.dataset.classes))
+        self._check("student", config.student, network, (config.timesteps, self.count, self.dataset.classes), True)
         return network
 
     def _fuse(self, network: nn.Module) -> None:
@@ -164,14 +164,14 @@ class _Networks:
         network = self._build("teacher", config.teacher, None, extra, _TEACHER)
         if self.dataset.has_time:
             average_time(network)
-        self._check("teacher", config.teacher, network, (self.count, self.dataset.classes))
+        self._check("teacher", config.teacher, network, (self.count, self.dataset.classes), config.trains_teacher())
         if config.teacher_checkpoint is not None:
             weights = models.load_weights(config.teacher_checkpoint)
             models.fill(network, weights, f"--teacher-checkpoint {config.teacher_checkpoint}")
         return network
 
-    def _check(self, what: str, name: str, network: nn.Module, shape: tuple[int, ...]) -> None:
-        """One forward pass in evaluation and one in training, which leave no trace, before anything is trained."""
+    def _check(self, what: str, name: str, network: nn.Module, shape: tuple[int, ...], trained: bool) -> None:
+        """One forward pass in evaluation, and one in training where it will be trained, which leave no trace."""
         try:
             if any(is_lazy(t) for t in (*network.parameters(), *network.buffers())):
                 with torch.no_grad():
@@ -179,8 +179,9 @@ class _Networks:
                 functional.reset_net(network)
             with untouched(network):
                 output = network(self.example)
-                functional.reset_net(network)
-                readout(network.train()(self.example))
+                if trained:
+                    functional.reset_net(network)
+                    readout(network.train()(self.example))
         except InputError as error:
             raise InputError(f"--{what} {name}: {error}") from None
         except (RuntimeError, ValueError, TypeError, IndexError, AssertionError) as error:  # timm asserts sizes
@@ -310,8 +311,8 @@ def _run(config: Config, fabric: Any, display: Display) -> dict[str, Any]:
             write_atomically(config.out / stage.name / "model.safetensors", save(weights))
 
     if teacher is not None:
-        epochs = config.epochs if config.teacher_epochs is None else config.teacher_epochs
-        if config.teacher_checkpoint is None and epochs > 0:
+        if config.trains_teacher():
+            epochs = config.teacher_epochs or config.epochs
             teacher.requires_grad_(True)  # the Distillers have frozen it
             identity = config.identity("teacher") | fingerprint
             train(Stage("teacher", "teacher", teacher, Objective(teacher), epochs, None, identity))
