@@ -12,7 +12,7 @@ from torch import Tensor
 
 from . import backends, dynamics, ops
 from .dynamics import Constants, Inputs
-from .tensors import is_plain, laid_out_as, saveable
+from .tensors import apply_unwatched, is_plain, laid_out_as, saveable
 
 __all__ = ["CONSTANT_STEPS", "multi_step", "serves"]
 
@@ -99,5 +99,5 @@ def multi_step(
     tensors = x, v0, decay
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
         x, v0, decay = saveable(tensors)  # type: ignore[assignment]
-        return _ConstantInput.apply(x, T, v0, decay, constants)
+        return apply_unwatched(_ConstantInput, x, T, v0, decay, constants)
     return _run(x, T, v0, decay, constants)

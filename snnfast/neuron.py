@@ -18,7 +18,7 @@ from .base import MemoryModule
 from .dynamics import Constants, Neuron, Parameters
 from .readout import LI
 from .surrogate import Sigmoid, SurrogateLike, is_fused, recognise
-from .tensors import ALL_MODULES_HOOKS
+from .tensors import ALL_MODULES_HOOKS, is_wrapped
 
 __all__ = ["LI", "BaseNode", "IFNode", "LIFNode", "ParametricLIFNode"]
 
@@ -251,6 +251,7 @@ class BaseNode(MemoryModule):
             and not self._store_v_seq
             and self._backend in ("auto", "native")
             and constant_input.serves(x, self.timesteps)
+            and not (isinstance(self.v, Tensor) and is_wrapped(self.v))
             and is_fused(recognise(self.surrogate_function))
         )
         if fits:

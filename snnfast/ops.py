@@ -17,7 +17,18 @@ from torch.autograd import forward_ad
 from . import backends, dynamics
 from .dynamics import NEURONS, STORE_V_SEQ, Constants, Inputs
 from .surrogate import SURROGATES, Scaled, apply
-from .tensors import empty_sequence, empty_state, is_plain, is_time_major, laid_out_as, nothing, saveable, time_major
+from .tensors import (
+    apply_unwatched,
+    empty_sequence,
+    empty_state,
+    is_plain,
+    is_time_major,
+    is_wrapped,
+    laid_out_as,
+    nothing,
+    saveable,
+    time_major,
+)
 
 _INPUTS = (
     "Tensor x, Tensor? v0, Tensor? i0, Tensor? decay, Tensor? threshold, Tensor? beta, Tensor? current_decay, "
@@ -364,9 +375,10 @@ def multi_step(inputs: Inputs, constants: Constants, backend: int) -> Outputs:
     :data:`snnfast.backends.KERNELS`.
     """
     needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
-    if is_plain(inputs.x):
+    v0, i0 = inputs.v0, inputs.i0
+    if is_plain(inputs.x) and (v0 is None or not is_wrapped(v0)) and (i0 is None or not is_wrapped(i0)):
         if needs_grad:
-            return _EagerMultiStep.apply(constants, backend, *saveable(inputs))
+            return apply_unwatched(_EagerMultiStep, constants, backend, *saveable(inputs))
         return _run_forward(inputs, constants, backend)
     args = *inputs, *constants, backend
     if needs_grad or torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:

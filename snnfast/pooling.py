@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .backends import native
-from .tensors import in_cpu_memory
+from .tensors import apply_unwatched, in_cpu_memory
 
 __all__ = ["PYTORCHS", "MaxPool2d", "max_pool2d", "with_fast_pooling"]
 
@@ -45,7 +45,7 @@ def max_pool2d(
     """
     if _is_served(input) and _is_halving(kernel_size, stride, padding, dilation, ceil_mode, return_indices):
         if torch.is_grad_enabled() and input.requires_grad:
-            return _MaxPool2d.apply(input)
+            return apply_unwatched(_MaxPool2d, input)
         return _pool(input, False)[0]
     options: dict[str, Any] = {"ceil_mode": ceil_mode, "return_indices": return_indices}
     return F.max_pool2d(input, kernel_size, stride, padding, dilation, **options)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from . import dynamics
 
 __all__ = [
     "ALL_MODULES_HOOKS",
+    "apply_unwatched",
     "empty_sequence",
     "empty_state",
     "has_hooks",
@@ -22,6 +23,7 @@ __all__ = [
     "is_plain",
     "is_time_major",
     "is_unwatched",
+    "is_wrapped",
     "laid_out_as",
     "nothing",
     "saveable",
@@ -82,9 +84,25 @@ def is_unwatched() -> bool:
     )
 
 
+# Of a tensor that torch.func made; it may outlive the transform, in a neuron's state say, and has no memory of its own.
+is_wrapped: Callable[[Tensor], bool] = torch._C._functorch.is_functorch_wrapped_tensor
+
+
 def is_plain(x: Tensor) -> bool:
     """Whether nobody looks at a call with this tensor, which is no subclass and has its own values in memory."""
-    return type(x) is Tensor and is_unwatched() and not x.is_neg() and (x.is_cpu or x.device.type != "meta")
+    return (
+        type(x) is Tensor
+        and is_unwatched()
+        and not x.is_neg()
+        and not is_wrapped(x)
+        and (x.is_cpu or x.device.type != "meta")
+    )
+
+
+def apply_unwatched(function: type[torch.autograd.Function], *args: Any) -> Any:
+    """``function.apply(*args)`` where :func:`is_unwatched` and no tensor :func:`is_wrapped`, without the search for just
+    these, 2 us a call."""
+    return super(torch.autograd.Function, function).apply(*args)  # type: ignore[misc]
 
 
 def in_cpu_memory(t: Tensor) -> bool:

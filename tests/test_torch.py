@@ -188,6 +188,27 @@ def test_double_backward_by_some_inputs_only(backend, device):
             assert torch.allclose(g, w, rtol=1e-8, atol=1e-10), wanted
 
 
+def test_what_a_transform_left_behind():
+    """Tensors that torch.func wrapped outlive it, in a neuron's state say; PyTorch's own operations take them."""
+    left: list[torch.Tensor] = []
+    node = snnfast.LIFNode(step_mode="m")
+    x = torch.randn(4, 8)
+
+    def f(x):
+        left.append(x * 1)
+        return node(x).sum()
+
+    torch.func.grad(f)(x)
+    after_transform = node.v
+    assert all(map(torch._C._functorch.is_dead_tensor_wrapper, (left[0], after_transform)))
+    twice = functional.lif_multi_step(torch.cat((x, x)), surrogate_function=surrogate.Sigmoid())[0]
+    for grad in (False, True):
+        with torch.set_grad_enabled(grad):
+            node.v = after_transform
+            assert torch.equal(node(x.clone().requires_grad_()), twice[4:])
+            assert torch.equal(functional.lif_multi_step(left[0])[0], twice[:4])
+
+
 @pytest.mark.parametrize(("backend", "device"), kernel_backends())
 @pytest.mark.parametrize("neuron", NEURONS, ids=lambda n: n.name)
 def test_torch_func(backend, device, neuron):

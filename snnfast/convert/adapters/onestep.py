@@ -16,7 +16,7 @@ from torch import Tensor
 from ... import backends, functional, ops
 from ...backends import native
 from ...dynamics import Constants, Inputs
-from ...tensors import is_unwatched, saveable
+from ...tensors import apply_unwatched, is_plain, is_wrapped, saveable
 from .base import Plan
 
 
@@ -88,7 +88,7 @@ def _differentiable_backward(call: _Call, saved: Any, grads: Any, own_gradients:
 
 
 def _dense(t: Any, x: Tensor) -> bool:
-    return not isinstance(t, Tensor) or (t.dtype is x.dtype and t.is_contiguous())
+    return not isinstance(t, Tensor) or (t.dtype is x.dtype and t.is_contiguous() and not is_wrapped(t))
 
 
 def one_step(
@@ -107,8 +107,7 @@ def one_step(
         or not x.numel()
         or not x.is_cpu
         or backends.choose("auto", x.device) != backends.NATIVE
-        or type(x) is not Tensor
-        or not is_unwatched()
+        or not is_plain(x)
     ):
         return _general(plan, x, state, own, decay)
     prepared = plan.prepared  # of the last call: own tensors that cannot change come as the same tuple
@@ -143,7 +142,7 @@ def one_step(
         ):
             if any(t is not None and t.is_inference() for t in (x, v, i, decay)):
                 tensors = saveable(tensors)
-            found = _Step.apply(call, own_gradients, *tensors)
+            found = apply_unwatched(_Step, call, own_gradients, *tensors)
         else:
             found = _forward(call, tensors)
     return found[0], found[1:] if call.has_current else found[1]
