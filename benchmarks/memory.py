@@ -2,8 +2,8 @@
 
 Spiking ResNet-18 and VGG-11 of :mod:`snnfast.models`, CIFAR shapes, T = 4. Counted are the bytes that autograd saves,
 each storage once, without parameters and buffers; max-pooling is PyTorch's, as on a GPU, but in the rows that say
-otherwise (snnfast's own on a CPU keeps a byte for each output, PyTorch's its input and an int64). SpikingJelly's neurons
-stand in the same networks:
+otherwise (snnfast's own on a CPU keeps a byte for each output, PyTorch's its input and an int64). SpikingJelly's
+neurons stand in the same networks:
 
 * ``torch``: its CPU implementation, as it is counted here;
 * ``GPU``: its native and Triton kernels keep the neuron's input x and its charge h, [T, N] each, h in float32. They
