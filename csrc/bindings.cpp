@@ -3,6 +3,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <array>
 #include <memory>
 #include <new>
 #include <stdexcept>
@@ -268,6 +269,59 @@ void cpu_max_pool_backward(int threads, int dtype, int64_t planes, int64_t H, in
   run_pool(call, call.grad_x, planes * H * W * C, true);
 }
 
+// ---- event-driven convolution ----
+// `sizes` are EventCall's numbers in their order.
+EventCall event_call(int threads, const std::array<int64_t, 15>& sizes) {
+  EventCall call{};
+  call.threads = threads;
+  int64_t* const to[] = {&call.images,   &call.C,         &call.H,         &call.W,          &call.O,
+                         &call.Ho,       &call.Wo,        &call.kernel_h,  &call.kernel_w,   &call.stride_h,
+                         &call.stride_w, &call.padding_h, &call.padding_w, &call.dilation_h, &call.dilation_w};
+  for (size_t i = 0; i < sizes.size(); ++i) *to[i] = sizes[i];
+  return call;
+}
+
+int64_t cpu_count_events(int threads, int64_t n, uintptr_t x) {
+  py::gil_scoped_release release;
+  return kernels->count_events(static_cast<const float*>(pointer(x)), n, threads);
+}
+
+void cpu_pack_event_weights(int threads, const std::array<int64_t, 15>& sizes, bool channels_last, uintptr_t weight,
+                            uintptr_t bias, uintptr_t packed) {
+  py::gil_scoped_release release;
+  EventCall call = event_call(threads, sizes);
+  call.weight_channels_last = channels_last;
+  kernels->pack_event_weights(call, static_cast<const float*>(pointer(weight)),
+                              static_cast<const float*>(pointer(bias)), static_cast<float*>(pointer(packed)));
+}
+
+void cpu_event_convolve(int threads, const std::array<int64_t, 15>& sizes, bool channels_last, uintptr_t x,
+                        uintptr_t packed, uintptr_t y) {
+  py::gil_scoped_release release;
+  EventCall call = event_call(threads, sizes);
+  call.channels_last = channels_last;
+  call.x = static_cast<const float*>(pointer(x));
+  call.weight = static_cast<const float*>(pointer(packed));
+  call.y = static_cast<float*>(pointer(y));
+  const int64_t bytes = call.images * call.O * call.Ho * call.Wo * int64_t(sizeof(float));
+  if (bytes >= int64_t(4) << 20) advise_huge_pages(call.y, bytes);
+  if (!kernels->event_convolve(call)) throw std::bad_alloc();
+}
+
+void cpu_event_weight_gradient(int threads, const std::array<int64_t, 15>& sizes, bool channels_last,
+                               bool weight_channels_last, uintptr_t x, uintptr_t grad_y, uintptr_t grad_weight,
+                               uintptr_t workspace) {
+  py::gil_scoped_release release;
+  EventCall call = event_call(threads, sizes);
+  call.channels_last = channels_last;
+  call.weight_channels_last = weight_channels_last;
+  call.x = static_cast<const float*>(pointer(x));
+  call.grad_y = static_cast<const float*>(pointer(grad_y));
+  call.grad_weight = static_cast<float*>(pointer(grad_weight));
+  call.workspace = static_cast<float*>(pointer(workspace));
+  if (!kernels->event_weight_gradient(call)) throw std::bad_alloc();
+}
+
 #ifdef SNNFAST_CUDA
 void throw_if(const std::string& error) {
   if (!error.empty()) throw std::runtime_error("snnfast: CUDA: " + error);
@@ -332,13 +386,20 @@ PYBIND11_MODULE(_C, m) {
   m.def("cpu_feature_loss", &cpu_feature_loss);
   m.def("cpu_max_pool", &cpu_max_pool);
   m.def("cpu_max_pool_backward", &cpu_max_pool_backward);
+  m.def("cpu_count_events", &cpu_count_events);
+  m.def("event_packed_floats", [](const std::array<int64_t, 15>& s) { return event_packed_floats(event_call(1, s)); });
+  m.def("cpu_pack_event_weights", &cpu_pack_event_weights);
+  m.def("cpu_event_convolve", &cpu_event_convolve);
+  m.def("event_workspace_floats",
+        [](const std::array<int64_t, 15>& s) { return event_workspace_floats(event_call(1, s)); });
+  m.def("cpu_event_weight_gradient", &cpu_event_weight_gradient);
   m.def("corrected_division_is_exact", [](float tau) { return kernels->corrected_division_is_exact(tau); });
   m.def("cpu_sets", &cpu_sets, "Instruction sets of this build that this processor has, best first.");
   m.def("cpu_set", [] { return kernels->name; });
   m.def("set_cpu_set", &set_cpu_set, "For tests and benchmarks: use this instruction set from now on.");
   m.def("stream_stores_from", [] { return stream_stores_from; }, "Bytes of output from which stores stream.");
   m.def("set_stream_stores_from", [](int64_t bytes) { stream_stores_from = bytes; });
-  m.attr("calls") = 9;  // raise it with every change of a signature here; native.py refuses another build's
+  m.attr("calls") = 10;  // raise it with every change of a signature here; native.py refuses another build's
   m.attr("surrogates") = py::dict();
   m.attr("neurons") = py::dict();
 #define SNNFAST_NAME(id, name) m.attr("surrogates")[#name] = id;

@@ -8,6 +8,7 @@
 #include "bn_channels.h"
 #include "cpu_bits.h"
 #include "cpu_constant_input.h"
+#include "cpu_event_gradient.h"
 #include "cpu_features.h"
 #include "cpu_pool.h"
 
@@ -219,6 +220,10 @@ extern const CpuKernels SNNFAST_NAME(SNNFAST_CPU_SET) = {
     unpack_bits,
     feature_loss,
     max_pool,
+    count_events,
+    pack_event_weights,
+    event_convolve,
+    event_weight_gradient,
 };
 
 }  // namespace snnfast

@@ -16,6 +16,10 @@ struct CpuKernels {
   void (*unpack_bits)(const BitsCall&);
   bool (*feature_loss)(const FeatureCall&);  // false: out of memory
   void (*max_pool)(const PoolCall&, bool backward);
+  int64_t (*count_events)(const float* x, int64_t n, int threads);
+  void (*pack_event_weights)(const EventCall&, const float* weight, const float* bias, float* packed);
+  bool (*event_convolve)(const EventCall&);         // false: out of memory
+  bool (*event_weight_gradient)(const EventCall&);  // likewise
 };
 
 // One per instruction set of this build, declared by SNNFAST_CPU_SETS = X(avx512) X(avx2) X(baseline).

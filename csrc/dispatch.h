@@ -135,7 +135,42 @@ struct PoolCall {
   int threads;
 };
 
+// A convolution over the inputs that are not 0 (cpu_events.h), float32, dense: x [images, C, H, W] or, channels last,
+// [images, H, W, C], and y [images, Ho, Wo, O].
+struct EventCall {
+  int64_t images, C, H, W, O, Ho, Wo;
+  int64_t kernel_h, kernel_w, stride_h, stride_w, padding_h, padding_w, dilation_h, dilation_w;
+  bool channels_last, weight_channels_last;
+  const float* x;
+  const float* weight;  // event_packed_floats(): as pack_event_weights writes them
+  float* y;
+
+  // The gradient of the weights, stride 1: of y's gradient, channels last.
+  const float* grad_y;
+  float* grad_weight;  // [O, C, kernel_h, kernel_w], or with weight_channels_last [O, kernel_h, kernel_w, C]
+  float* workspace;    // event_workspace_floats()
+  int threads;
+};
+constexpr int64_t kEventUnit = 16, kEventOutputs = 64;  // output channels: those filled up to, and those of a block
+constexpr int64_t kMostEventsOfWindow = 640;            // for a block of input channels
+
 namespace {
+
+// Input channels of a block: a byte holds their number, and the weights of a block stay in the second-level cache.
+inline int64_t event_inputs(int64_t places_of_window) {
+  const int64_t fitting = kMostEventsOfWindow / places_of_window / 8 * 8;
+  return fitting < 8 ? 8 : fitting > 64 ? 64 : fitting;
+}
+inline int64_t event_padded(int64_t outputs) { return (outputs + kEventUnit - 1) / kEventUnit * kEventUnit; }
+inline int64_t event_workspace_floats(const EventCall& c) {
+  const auto border = [](int64_t reach, int64_t padding) { return reach > padding ? 2 * (reach - padding) : 0; };
+  return (c.O + kEventOutputs - 1) / kEventOutputs * kEventOutputs * c.images *
+         (c.Ho + border((c.kernel_h - 1) * c.dilation_h, c.padding_h)) *
+         (c.Wo + border((c.kernel_w - 1) * c.dilation_w, c.padding_w));
+}
+inline int64_t event_packed_floats(const EventCall& c) {
+  return event_padded(c.O) * (c.C * c.kernel_h * c.kernel_w + 1);
+}
 
 inline int64_t feature_partial_floats(const FeatureCall& c) {
   constexpr int64_t most_lanes = 16;

@@ -20,7 +20,7 @@ from torch import Tensor
 from ..dynamics import NEURONS, Constants, Inputs
 from ..surrogate import SURROGATES
 
-_CALLS = 9  # csrc/bindings.cpp: what this module calls
+_CALLS = 10  # csrc/bindings.cpp: what this module calls
 try:
     _C: Any = importlib.import_module("snnfast._C")
 except ImportError as error:
@@ -258,6 +258,37 @@ def max_pool_backward(dims: tuple[int, int, int, int], grad_y: Tensor, chosen: T
     """The gradient of :func:`max_pool`'s input."""
     addresses = grad_y.data_ptr(), chosen.data_ptr(), grad_x.data_ptr()
     _C.cpu_max_pool_backward(torch.get_num_threads(), _DTYPE[grad_x.dtype], *dims, *addresses)
+
+
+# ---- event-driven convolution ----
+def count_events(x: Tensor) -> int:
+    """How many elements of a dense float32 CPU tensor are not 0."""
+    return _C.cpu_count_events(torch.get_num_threads(), x.numel(), x.data_ptr())
+
+
+def pack_event_weights(sizes: tuple[int, ...], weight: Tensor, bias: Tensor | None) -> Tensor:
+    """A dense weight ``[O, C, kh, kw]`` and its bias as :func:`event_convolve` takes them.
+
+    ``sizes`` are x's shape ``[B, C, H, W]``, O, y's height and width, and pairs for kernel, stride, padding, dilation.
+    """
+    packed = torch.empty(_C.event_packed_floats(sizes), dtype=torch.float32, device=weight.device)
+    addresses = weight.data_ptr(), 0 if bias is None else bias.data_ptr(), packed.data_ptr()
+    _C.cpu_pack_event_weights(torch.get_num_threads(), sizes, not weight.is_contiguous(), *addresses)
+    return packed
+
+
+def event_convolve(sizes: tuple[int, ...], x: Tensor, packed: Tensor, y: Tensor) -> None:
+    """The convolution of the elements of ``x`` that are not 0; ``x`` is dense, ``y`` dense with channels last."""
+    addresses = x.data_ptr(), packed.data_ptr(), y.data_ptr()
+    _C.cpu_event_convolve(torch.get_num_threads(), sizes, not x.is_contiguous(), *addresses)
+
+
+def event_weight_gradient(sizes: tuple[int, ...], x: Tensor, grad_y: Tensor, grad_weight: Tensor) -> None:
+    """The gradient of the weight of :func:`event_convolve` with a stride of 1; ``grad_y`` has channels last."""
+    workspace = torch.empty(_C.event_workspace_floats(sizes), dtype=torch.float32, device=x.device)
+    addresses = x.data_ptr(), grad_y.data_ptr(), grad_weight.data_ptr(), workspace.data_ptr()
+    layouts = not x.is_contiguous(), not grad_weight.is_contiguous()
+    _C.cpu_event_weight_gradient(torch.get_num_threads(), sizes, *layouts, *addresses)
 
 
 # ---- the loss of feature distillation ----

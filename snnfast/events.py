@@ -1,0 +1,192 @@
+"""Convolutions that compute with the spikes that there are: on a CPU, where few neurons fire, a fraction of the work.
+
+A spiking convolution's input is 0 nearly everywhere, 95 % of it in an untrained ResNet-18, and a dense kernel spends as
+much on each 0 as on a spike. An event-driven one lists the inputs that are not 0 and adds up the weights they meet;
+so does the gradient of these weights. The gradient of the input is dense, and PyTorch's.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import layer
+from .backends import native
+from .tensors import apply_unwatched, in_cpu_memory
+
+__all__ = ["EventConv2d", "event_driven"]
+
+_MOST_EVENTS, _MOST_EVENTS_STRIDED = 0.2, 0.1  # of the input; beyond, the dense kernel is as fast
+_FEWEST_CHANNELS = 16
+
+
+class _EventDriven(nn.Conv2d):
+    keeps_weights = False  # whether nobody trains them: what the kernel makes of them then serves later calls
+    _kept: tuple[int, int, Tensor] | None = None
+
+    def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        if not self._is_served(input, weight, bias):
+            return super()._conv_forward(input, weight, bias)
+        if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (input, weight, bias)):
+            return apply_unwatched(_EventConvolution, self, input, weight, bias)
+        return self._convolve(input, weight, bias)
+
+    def _is_served(self, x: Tensor, *parameters: Tensor | None) -> bool:
+        fits = (
+            _why_not(self) is None
+            and in_cpu_memory(x)
+            and x.dim() == 4
+            and x.shape[1] == self.in_channels
+            and x.numel() > 0
+            and x.dtype is torch.float32
+            and all(t is None or _is_plain_parameter(t) for t in parameters)
+            and not torch.is_autocast_enabled("cpu")
+            and native.missing(x.device) is None
+        )
+        if not fits or min(self._output_size(x)) < 1:
+            return False
+        most = _MOST_EVENTS if self.stride == (1, 1) else _MOST_EVENTS_STRIDED
+        return native.count_events(_dense(x)) <= most * x.numel()
+
+    def _output_size(self, x: Tensor) -> tuple[int, ...]:
+        geometry: Any = zip(x.shape[2:], self.kernel_size, self.stride, self.padding, self.dilation, strict=True)
+        return tuple((size + 2 * pad - dilation * (kernel - 1) - 1) // stride + 1
+                     for size, kernel, stride, pad, dilation in geometry)  # fmt: skip
+
+    def _convolve(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        x, sizes = _dense(x), self._sizes(x)
+        y = torch.empty((x.shape[0], *sizes[4:7]), memory_format=torch.channels_last)
+        native.event_convolve(sizes, x, self._packed(sizes, weight, bias), y)
+        return y
+
+    def _sizes(self, x: Tensor) -> Any:
+        """As the kernels take them."""
+        geometry = *self.kernel_size, *self.stride, *self.padding, *self.dilation
+        return *x.shape, self.out_channels, *self._output_size(x), *geometry
+
+    def _packed(self, sizes: Any, weight: Tensor, bias: Tensor | None) -> Tensor:
+        key = weight.data_ptr(), weight._version
+        if self.keeps_weights and self._kept is not None and self._kept[:2] == key:
+            return self._kept[2]
+        packed = native.pack_event_weights(sizes, _dense(weight), bias)
+        if self.keeps_weights:
+            self._kept = *key, packed
+        return packed
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_kept"}
+
+
+class EventConv2d(_EventDriven):
+    """:class:`torch.nn.Conv2d` that skips the inputs that are 0.
+
+    Served are float32 inputs ``[B, C, H, W]`` on the CPU of which at most a quarter is not 0 (a tenth for windows of
+    1 x 1), with 16 channels or more on both sides, one group, and padding with zeros; their output is channels last.
+    Every other call is :class:`torch.nn.Conv2d`'s; which it is depends on the input alone. Both add up the same
+    products in another order, so they agree to rounding, but a 0 meets no weight here, not even an infinite one.
+    Gradients are PyTorch's.
+
+    Arguments and errors are those of :class:`torch.nn.Conv2d`.
+
+    Example:
+        >>> spikes = (torch.rand(8, 32, 10, 10) < 0.05).float()
+        >>> EventConv2d(32, 64, 3, padding=1)(spikes).shape
+        torch.Size([8, 64, 10, 10])
+    """
+
+
+class StepEventConv2d(_EventDriven, layer.Conv2d):
+    """:class:`snnfast.layer.Conv2d` as :class:`EventConv2d`."""
+
+
+_EVENT_DRIVEN: dict[type, type[_EventDriven]] = {nn.Conv2d: EventConv2d, layer.Conv2d: StepEventConv2d}
+
+
+def event_driven(model: nn.Module) -> list[str]:
+    """Make the convolutions of ``model`` event-driven (:class:`EventConv2d`), in place; for training and inference.
+
+    On a CPU a network whose neurons fire rarely runs in a fraction of the time: each call of a convolution counts the
+    inputs that are not 0 and runs dense where there are too many, as in the first layer. Parameters, ``state_dict``,
+    hooks and gradients stay; outputs change by rounding, so a spike may differ where the charge is within rounding of
+    the threshold. On a GPU, and for other dtypes, the layers are what they were.
+
+    Args:
+        model: any module, and every :class:`torch.nn.Conv2d` or :class:`snnfast.layer.Conv2d` in it that can be
+            event-driven: no subclass, one group, padding with zeros, 16 channels or more on both sides.
+
+    Returns:
+        The names of the convolutions that are event-driven now.
+
+    Raises:
+        TypeError: ``model`` is not a module.
+
+    Example:
+        >>> net = snnfast.models.resnet18(timesteps=4)
+        >>> len(event_driven(net))
+        19
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    for module in model.modules():
+        made = _EVENT_DRIVEN.get(type(module))
+        if made is not None and _why_not(module) is None:
+            module.__class__ = made
+    return [name for name, module in model.named_modules() if isinstance(module, _EventDriven)]
+
+
+def _why_not(conv: Any) -> str | None:
+    """Why the kernel does not serve a convolution of these numbers."""
+    if conv.groups != 1:
+        return f"it has {conv.groups} groups"
+    if conv.padding_mode != "zeros" or isinstance(conv.padding, str):
+        return f"it pads with {conv.padding_mode}, padding={conv.padding!r}"
+    if tuple(conv.kernel_size) == (1, 1):
+        return "its window is 1 x 1, which a dense kernel reads as fast"
+    if min(conv.in_channels, conv.out_channels) < _FEWEST_CHANNELS:
+        return f"it has {conv.in_channels} and {conv.out_channels} channels, fewer than {_FEWEST_CHANNELS}"
+    return None
+
+
+def _dense(x: Tensor) -> Tensor:
+    """``x`` itself where it fills its memory, channels first or last."""
+    return x if x.is_contiguous() or x.is_contiguous(memory_format=torch.channels_last) else x.contiguous()
+
+
+def _is_plain_parameter(t: Tensor) -> bool:
+    return type(t) in (nn.Parameter, Tensor) and t.dtype is torch.float32 and in_cpu_memory(t.detach())
+
+
+class _EventConvolution(torch.autograd.Function):
+    """Keeps input and weight, as PyTorch's does; the gradient of the input is dense, and PyTorch's."""
+
+    @staticmethod
+    def forward(ctx: Any, conv: _EventDriven, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.conv, ctx.has_bias = conv, bias is not None
+        return conv._convolve(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        conv: _EventDriven = ctx.conv
+        of_x, of_weight, of_bias = ctx.needs_input_grad[1:]
+        # Not where the gradients are to be differentiated again, or where hooks gave back something else.
+        by_events = (
+            of_weight
+            and conv.stride == (1, 1)
+            and not torch.is_grad_enabled()
+            and all(t.dtype is torch.float32 and in_cpu_memory(t) for t in (x, grad))
+        )
+        found = torch.ops.aten.convolution_backward(
+            *(grad, x, weight, [len(weight)] if ctx.has_bias else None, conv.stride, conv.padding, conv.dilation),
+            *(False, (0, 0), 1, (of_x, of_weight and not by_events, of_bias)),
+        )
+        if not by_events:
+            return None, *found
+        grad_weight = torch.empty_like(weight)
+        grad = grad.contiguous(memory_format=torch.channels_last)
+        x = _dense(x)
+        native.event_weight_gradient(conv._sizes(x), x, grad, grad_weight)
+        return None, found[0], grad_weight, found[2]
