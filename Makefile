@@ -70,7 +70,7 @@ sanitize: $(VENV)/test.stamp
 	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 PYTHONPATH=$(CURDIR)/build/sanitize:$(CURDIR)/tests SNNFAST_POISON=0 \
 	  $(CURDIR)/$(BIN)/python -m pytest --rootdir=$(CURDIR)/tests -c $(CURDIR)/pyproject.toml -p no:cacheprovider -q \
 	  $(CURDIR)/tests/test_parity.py $(CURDIR)/tests/test_cpu_kernels.py \
-	  $(CURDIR)/tests/test_distill_features.py $(CURDIR)/tests/test_pooling.py -k "not fork"
+	  $(CURDIR)/tests/test_distill_features.py $(CURDIR)/tests/test_pooling.py $(CURDIR)/tests/test_events.py -k "not fork"
 
 # Not a part of CI: that torch comes with CUDA packages, five gigabytes. The kernels are those of the other environment.
 # This is where torchvision and timm are: the torch that is pinned elsewhere has no torchvision of its version.

@@ -26,9 +26,9 @@ struct GradientCopy {
   int64_t border_h, border_w, height, width;
 };
 
-void copy_gradients(const EventCall& c, const GradientCopy& g) {
+void copy_gradients(const EventCall& c, const GradientCopy& g, [[maybe_unused]] int threads) {
   const int64_t blocks = (c.O + kEventOutputs - 1) / kEventOutputs;
-#pragma omp parallel for num_threads(c.threads) if (c.threads > 1) collapse(2) schedule(static)
+#pragma omp parallel for num_threads(threads) if (threads > 1) collapse(2) schedule(static)
   for (int64_t block = 0; block < blocks; ++block)
     for (int64_t image = 0; image < c.images; ++image) {
       const int64_t first = block * kEventOutputs, n = smaller(kEventOutputs, c.O - first);
@@ -126,14 +126,15 @@ SNNFAST_FN void add_gradients(const float* gradients, int64_t offset, const uint
 // out, and then nothing that was written counts.
 bool event_weight_gradient(const EventCall& c) {
   const int64_t K = c.kernel_h * c.kernel_w;
+  const int threads = c.images * c.O * c.Ho * c.Wo < kSerialBelow ? 1 : c.threads;
   const GradientCopy g(c);
-  copy_gradients(c, g);
+  copy_gradients(c, g, threads);
   const int64_t places = g.height * g.width, fitting = kGradientTileBytes / (places * kEventOutputs * sizeof(float));
   const int64_t together = smaller(fitting < 1 ? 1 : fitting, c.images);
   const int64_t blocks = (c.O + kEventOutputs - 1) / kEventOutputs;
   const int64_t parts = (c.C + kGradientInputs - 1) / kGradientInputs;
   int allocated = 1;
-#pragma omp parallel num_threads(c.threads) if (c.threads > 1) reduction(min : allocated)
+#pragma omp parallel num_threads(threads) if (threads > 1) reduction(min : allocated)
   {
     ChannelEvents events(together * c.H * c.W);
     float* const sums = static_cast<float*>(malloc(kGradientInputs * K * kEventOutputs * sizeof(float)));

@@ -9,6 +9,7 @@ torch.Size([16, 2, 4])
 from . import analysis, distill, encoding, functional, fused, layer, losses, models, neuron, surrogate
 from ._version import __version__
 from .convert import accelerate, from_nir, restore, to_nir, to_spiking, unroll, verify
+from .events import event_driven
 from .fused import fuse, unfuse
 from .inference import capture, optimize_for_inference
 from .memory import chunked, keep_freed_memory, packed_spikes
@@ -25,6 +26,7 @@ __all__ = [
     "chunked",
     "distill",
     "encoding",
+    "event_driven",
     "from_nir",
     "functional",
     "fuse",

@@ -24,7 +24,7 @@ _FEWEST_CHANNELS = 16
 
 class _EventDriven(nn.Conv2d):
     keeps_weights = False  # whether nobody trains them: what the kernel makes of them then serves later calls
-    _kept: tuple[int, int, Tensor] | None = None
+    _kept: tuple[list[tuple[Tensor, int]], Tensor] | None = None  # they, with their versions, and what was made
 
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         if not self._is_served(input, weight, bias):
@@ -67,12 +67,15 @@ class _EventDriven(nn.Conv2d):
         return *x.shape, self.out_channels, *self._output_size(x), *geometry
 
     def _packed(self, sizes: Any, weight: Tensor, bias: Tensor | None) -> Tensor:
-        key = weight.data_ptr(), weight._version
-        if self.keeps_weights and self._kept is not None and self._kept[:2] == key:
-            return self._kept[2]
+        given = [t for t in (weight, bias) if t is not None]
+        if self._kept is not None:
+            made_of, packed = self._kept
+            same = len(made_of) == len(given) and all(a is b for (a, _), b in zip(made_of, given, strict=True))
+            if same and all(t._version == version for t, version in made_of):
+                return packed
         packed = native.pack_event_weights(sizes, _dense(weight), bias)
-        if self.keeps_weights:
-            self._kept = *key, packed
+        if self.keeps_weights and not any(t.is_inference() for t in given):  # which have no version
+            self._kept = [(t, t._version) for t in given], packed
         return packed
 
     def __getstate__(self) -> dict[str, Any]:
@@ -82,11 +85,11 @@ class _EventDriven(nn.Conv2d):
 class EventConv2d(_EventDriven):
     """:class:`torch.nn.Conv2d` that skips the inputs that are 0.
 
-    Served are float32 inputs ``[B, C, H, W]`` on the CPU of which at most a quarter is not 0 (a tenth for windows of
-    1 x 1), with 16 channels or more on both sides, one group, and padding with zeros; their output is channels last.
-    Every other call is :class:`torch.nn.Conv2d`'s; which it is depends on the input alone. Both add up the same
-    products in another order, so they agree to rounding, but a 0 meets no weight here, not even an infinite one.
-    Gradients are PyTorch's.
+    Served are float32 inputs ``[B, C, H, W]`` on the CPU of which at most a fifth is not 0 (a tenth with strides), with
+    windows larger than 1 x 1, 16 channels or more on both sides, one group, and padding with zeros; their output is
+    channels last. Every other call is :class:`torch.nn.Conv2d`'s; which it is depends on the input alone. Both add up
+    the same products in another order, so they agree to rounding, but a 0 meets no weight here, not even an infinite
+    one. The gradient of the weight skips them too, where the stride is 1; second derivatives are PyTorch's.
 
     Arguments and errors are those of :class:`torch.nn.Conv2d`.
 
@@ -108,13 +111,14 @@ def event_driven(model: nn.Module) -> list[str]:
     """Make the convolutions of ``model`` event-driven (:class:`EventConv2d`), in place; for training and inference.
 
     On a CPU a network whose neurons fire rarely runs in a fraction of the time: each call of a convolution counts the
-    inputs that are not 0 and runs dense where there are too many, as in the first layer. Parameters, ``state_dict``,
-    hooks and gradients stay; outputs change by rounding, so a spike may differ where the charge is within rounding of
-    the threshold. On a GPU, and for other dtypes, the layers are what they were.
+    inputs that are not 0 and runs dense where there are too many. Parameters, ``state_dict`` and hooks stay; outputs
+    and gradients change by rounding, so a spike may differ where the charge is within rounding of the threshold. On a
+    GPU, under :func:`torch.compile`, and for other dtypes, the layers are what they were.
 
     Args:
         model: any module, and every :class:`torch.nn.Conv2d` or :class:`snnfast.layer.Conv2d` in it that can be
-            event-driven: no subclass, one group, padding with zeros, 16 channels or more on both sides.
+            event-driven: no subclass, one group, padding with zeros, windows larger than 1 x 1, 16 channels or more on
+            both sides.
 
     Returns:
         The names of the convolutions that are event-driven now.
@@ -123,9 +127,9 @@ def event_driven(model: nn.Module) -> list[str]:
         TypeError: ``model`` is not a module.
 
     Example:
-        >>> net = snnfast.models.resnet18(timesteps=4)
-        >>> len(event_driven(net))
-        19
+        >>> net = nn.Sequential(nn.Conv2d(3, 16, 3), snnfast.IFNode(timesteps=4), nn.Conv2d(16, 32, 3))
+        >>> event_driven(net)
+        ['2']
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")

@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_map
 
 from . import functional, layer, network
 from ._notices import say_once
+from .events import EventConv2d, StepEventConv2d, event_driven
 from .fused.batch_norm import PLAIN_NORMS, STEP_NORMS
 from .fused.fuse import _LEAVES, _shared_parameters, _Tracer, fuse, unfuse, unseen
 from .tensors import has_hooks
@@ -24,7 +25,7 @@ __all__ = ["Captured", "InferenceReport", "capture", "optimize_for_inference"]
 
 _NORM = nn.modules.batchnorm._BatchNorm
 _CONVOLUTIONS: tuple[type, ...] = (
-    nn.Conv1d, nn.Conv2d, nn.Conv3d, layer.Conv1d, layer.Conv2d, layer.Conv3d,
+    nn.Conv1d, nn.Conv2d, nn.Conv3d, layer.Conv1d, layer.Conv2d, layer.Conv3d, EventConv2d, StepEventConv2d,
 )  # fmt: skip
 _TRANSPOSED: tuple[type, ...] = (
     nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d,
@@ -38,17 +39,19 @@ _THEIR_NORMS = {c.__name__: c for c in PLAIN_NORMS}
 
 @dataclass
 class InferenceReport:
-    """What :func:`optimize_for_inference` did with the batch norms of a network, by their names.
+    """What :func:`optimize_for_inference` did with a network's batch norms and convolutions, by their names.
 
     Attributes:
         folded: ``(layer, norm)`` where the norm became part of the layer's weights.
         fused: ``(norm, neuron)`` that run as one (:func:`snnfast.fuse`).
         left_alone: norms that stay as they were, with the reason.
+        event_driven: convolutions that skip inputs of 0 on a CPU (:func:`snnfast.event_driven`).
     """
 
     folded: list[tuple[str, str]] = field(default_factory=list)
     fused: list[tuple[str, str]] = field(default_factory=list)
     left_alone: dict[str, str] = field(default_factory=dict)
+    event_driven: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
         counts = len(self.folded), len(self.fused), len(self.left_alone)
@@ -57,6 +60,8 @@ class InferenceReport:
         lines += [f"  {before} <- {norm}" for before, norm in self.folded]
         lines += [f"  {norm} + {neuron}" for norm, neuron in self.fused]
         lines += [f"  {norm} left alone: {reason}" for norm, reason in self.left_alone.items()]
+        if self.event_driven:
+            lines.append(f"convolutions that skip inputs of 0 on a CPU: {', '.join(self.event_driven)}")
         return "\n".join(lines)
 
 
@@ -196,7 +201,8 @@ def optimize_for_inference(model: nn.Module) -> tuple[Any, InferenceReport]:
 
     A batch norm whose input is the output of a convolution, which goes nowhere else, becomes part of the convolution's
     weights (an :class:`torch.nn.Identity` stands in its place). Any other one that a neuron follows runs together with
-    it (:func:`snnfast.fuse`). Neurons keep nothing for a backward. Outputs equal those of ``model.eval()`` within
+    it (:func:`snnfast.fuse`). Convolutions skip inputs of 0 on a CPU (:func:`snnfast.event_driven`). Neurons keep
+    nothing for a backward. Outputs equal those of ``model.eval()`` within
     rounding: a spike may differ only where the charge is within rounding of the threshold. The model itself is not
     changed, and the copy starts from the initial state. The copy stays in evaluation mode: its ``train()`` says so and
     does nothing, for there is no batch norm to train.
@@ -249,6 +255,9 @@ def optimize_for_inference(model: nn.Module) -> tuple[Any, InferenceReport]:
     report.fused = fused.fused
     for name, reason in fused.left_alone.items():
         report.left_alone[name] = f"not folded: {reasons[name]}; not fused: {reason}"
+    report.event_driven = event_driven(net)
+    for name in report.event_driven:
+        net.get_submodule(name).keeps_weights = True
     net.train = partial(_only_evaluates, net)
     return net, report
 
