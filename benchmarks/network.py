@@ -2,8 +2,9 @@
 
 VGG-11 and ResNet-18 with CIFAR's shapes, T = 4, B = 16. Neurons of the same arithmetic must give the same logits
 before anything is timed. On a CPU ours pool by snnfast's kernel and the others by PyTorch's, as their users' networks
-do. ``free neurons`` is the same network with ReLUs, contiguous and unfused; the breakdown says where the rest goes. On
-a CPU some are measured once more in a process that keeps the memory it has freed (``snnfast.keep_freed_memory``);
+do; rows with ``event_driven()`` have convolutions of ours too, all others, and "best" among them, PyTorch's. ``free
+neurons`` is the same network with ReLUs, contiguous and unfused; the breakdown says where the rest goes. On a CPU some
+are measured once more in a process that keeps the memory it has freed (``snnfast.keep_freed_memory``);
 ``python -m benchmarks.network NAME --kept`` is that process.
 """
 
@@ -41,6 +42,7 @@ from .rows import Row, Settings, at_least, at_most, ms
 NETWORKS: dict[str, Callable[..., Any]] = {"VGG-11": models.vgg11, "ResNet-18": models.resnet18}
 T, B, SIZE = 4, 16, 32
 FREE, FUSED, LAST = "free neurons", "snnfast, fuse()", ", channels_last"
+EVENTS = f"{FUSED}, event_driven()"
 
 
 def _neurons(net: nn.Module) -> list[nn.Module]:
@@ -86,7 +88,10 @@ def contenders(
     found = {k: v.to(settings.device) for k, v in found.items()}
     found[FUSED] = copy.deepcopy(found["snnfast"])
     snnfast.fuse(found[FUSED])
-    for label in ("snnfast", FUSED, *(k for k in found if k.startswith(SPIKINGJELLY))):
+    if settings.device == "cpu":
+        found[EVENTS] = copy.deepcopy(found[FUSED])
+        snnfast.event_driven(found[EVENTS])
+    for label in [k for k in found if k.startswith(("snnfast", SPIKINGJELLY))]:
         found[f"{label}{LAST}"] = copy.deepcopy(found[label]).to(memory_format=torch.channels_last)
     return found, missing
 
@@ -159,7 +164,7 @@ def one_network(name: str, label: str, dtype: torch.dtype, settings: Settings) -
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         t = take_turns(steps, device, rounds)
-    best = min((k for k in nets if k.startswith("snnfast")), key=lambda k: t[k])
+    best = best_of(t)
     theirs = {k: seconds for k, seconds in t.items() if k.startswith(SPIKINGJELLY)}
     target = 1.3 if device == "cpu" and name == "VGG-11" else 1.5 if device == "cuda" else None
     work = f"{label}: training step"
@@ -177,11 +182,35 @@ def one_network(name: str, label: str, dtype: torch.dtype, settings: Settings) -
         yield Row(f"{work}, snnfast", k, None, None, True, "x", reason)
     for k in (FUSED, f"snnfast{LAST}", f"{FUSED}{LAST}"):
         yield at_least(f"{work}, {k}", "snnfast", t["snnfast"] / t[k], None, note=ms(t[k]))
+    if device == "cpu":
+        events = best_of(t, with_events=True)
+        rates = f"of the convolutions' inputs {event_rates(nets[events], x)} are not 0"
+        for k in (best, *theirs):
+            note = f"{ms(t[events])} against {ms(t[k])}; {rates}"
+            yield at_least(f"{work}, {events}", k, t[k] / t[events], None, note=note)
     limit = 1.25 if device == "cuda" else None
     yield at_most(f"{work}, {best}", FREE, t[best] / t[FREE], limit, note=f"{ms(t[best])} against {ms(t[FREE])}")
     if device == "cpu" and not settings.quick:
         yield from with_kept_memory(name, work, t)
     yield from shares(label, nets, steps, settings)
+
+
+def best_of(t: dict[str, float], with_events: bool = False) -> str:
+    """The fastest of ours, with or without convolutions of our own."""
+    return min((k for k in t if k.startswith("snnfast") and k.startswith(EVENTS) == with_events), key=lambda k: t[k])
+
+
+def event_rates(net: nn.Module, x: Tensor) -> str:
+    """The share of inputs that are not 0, from the convolution with the fewest to that with the most."""
+    net, rates = copy.deepcopy(net), []
+    for module in net.modules():
+        if isinstance(module, snnfast.events.EventConv2d):
+            module.register_forward_pre_hook(
+                lambda module, inputs: rates.append((inputs[0] != 0).float().mean().item())
+            )
+    with torch.no_grad():
+        net(x)
+    return f"{min(rates):.0%} to {max(rates):.0%}"
 
 
 def with_kept_memory(name: str, work: str, default: dict[str, float]) -> Iterator[Row]:
@@ -191,16 +220,17 @@ def with_kept_memory(name: str, work: str, default: dict[str, float]) -> Iterato
     except RuntimeError as error:
         yield Row(f"{work}, keep_freed_memory()", "without", None, None, True, "x", str(error))
         return
-    best = min((k for k in t if k.startswith("snnfast")), key=lambda k: t[k])
+    best, events = best_of(t), best_of(t, with_events=True)
     rivals = [k for k in t if k.startswith(SPIKINGJELLY)]
-    for k in (best, *rivals):
+    for k in (best, events, *rivals):
         note = f"{ms(t[k])} against {ms(default[k])}"
         yield at_least(f"{work}, {k}, keep_freed_memory()", "without", default[k] / t[k], None, note=note)
     for rival in rivals:
-        note = f"{ms(t[best])} against {ms(t[rival])}"
-        yield at_least(
-            f"{work}, {best}, both keep_freed_memory()", f"{rival}'s neurons", t[rival] / t[best], None, note=note
-        )
+        for ours in (best, events):
+            note = f"{ms(t[ours])} against {ms(t[rival])}"
+            yield at_least(
+                f"{work}, {ours}, both keep_freed_memory()", f"{rival}'s neurons", t[rival] / t[ours], None, note=note
+            )
 
 
 def main() -> None:

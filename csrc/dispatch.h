@@ -157,7 +157,7 @@ constexpr int64_t kMostEventsOfWindow = 640;            // for a block of input 
 namespace {
 
 // Input channels of a block: a byte holds their number, and the weights of a block stay in the second-level cache.
-inline int64_t event_inputs(int64_t places_of_window) {
+inline int64_t event_inputs(int64_t places_of_window) {  // at most 80
   const int64_t fitting = kMostEventsOfWindow / places_of_window / 8 * 8;
   return fitting < 8 ? 8 : fitting > 64 ? 64 : fitting;
 }

@@ -20,6 +20,7 @@ __all__ = ["EventConv2d", "event_driven"]
 
 _MOST_EVENTS, _MOST_EVENTS_STRIDED = 0.2, 0.1  # of the input; beyond, the dense kernel is as fast
 _FEWEST_CHANNELS = 16
+_MOST_PLACES = 80  # of a window; the kernel's lists hold no more
 
 
 class _EventDriven(nn.Conv2d):
@@ -86,7 +87,7 @@ class EventConv2d(_EventDriven):
     """:class:`torch.nn.Conv2d` that skips the inputs that are 0.
 
     Served are float32 inputs ``[B, C, H, W]`` on the CPU of which at most a fifth is not 0 (a tenth with strides), with
-    windows larger than 1 x 1, 16 channels or more on both sides, one group, and padding with zeros; their output is
+    windows of 2 to 80 places, 16 channels or more on both sides, one group, and padding with zeros; their output is
     channels last. Every other call is :class:`torch.nn.Conv2d`'s; which it is depends on the input alone. Both add up
     the same products in another order, so they agree to rounding, but a 0 meets no weight here, not even an infinite
     one. The gradient of the weight skips them too, where the stride is 1; second derivatives are PyTorch's.
@@ -117,7 +118,7 @@ def event_driven(model: nn.Module) -> list[str]:
 
     Args:
         model: any module, and every :class:`torch.nn.Conv2d` or :class:`snnfast.layer.Conv2d` in it that can be
-            event-driven: no subclass, one group, padding with zeros, windows larger than 1 x 1, 16 channels or more on
+            event-driven: no subclass, one group, padding with zeros, windows of 2 to 80 places, 16 channels or more on
             both sides.
 
     Returns:
@@ -146,8 +147,8 @@ def _why_not(conv: Any) -> str | None:
         return f"it has {conv.groups} groups"
     if conv.padding_mode != "zeros" or isinstance(conv.padding, str):
         return f"it pads with {conv.padding_mode}, padding={conv.padding!r}"
-    if tuple(conv.kernel_size) == (1, 1):
-        return "its window is 1 x 1, which a dense kernel reads as fast"
+    if not 1 < conv.kernel_size[0] * conv.kernel_size[1] <= _MOST_PLACES:
+        return f"its window is {conv.kernel_size}: not of 2 to {_MOST_PLACES} places"
     if min(conv.in_channels, conv.out_channels) < _FEWEST_CHANNELS:
         return f"it has {conv.in_channels} and {conv.out_channels} channels, fewer than {_FEWEST_CHANNELS}"
     return None

@@ -175,6 +175,7 @@ def test_the_input_alone_decides(monkeypatch):
         {"out_channels": 32, "kernel_size": 1},
         {"out_channels": 32, "kernel_size": 3, "groups": 2},
         {"out_channels": 8, "kernel_size": 3},
+        {"out_channels": 32, "kernel_size": 9, "padding": 4},
         {"out_channels": 32, "kernel_size": 3, "padding": "same"},
         {"out_channels": 32, "kernel_size": 3, "padding": 1, "padding_mode": "circular"},
         {"out_channels": 32, "kernel_size": 3, "dtype": torch.float64},
