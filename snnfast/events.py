@@ -7,6 +7,7 @@ so does the gradient of these weights. The gradient of the input is dense, and P
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from . import layer
 from .backends import native
 from .tensors import apply_unwatched, in_cpu_memory
 
-__all__ = ["EventConv2d", "event_driven"]
+__all__ = ["EventConv2d", "EventReport", "event_driven"]
 
 _MOST_EVENTS, _MOST_EVENTS_STRIDED = 0.2, 0.1  # of the input; beyond, the dense kernel is as fast
 _FEWEST_CHANNELS = 16
@@ -108,7 +109,26 @@ class StepEventConv2d(_EventDriven, layer.Conv2d):
 _EVENT_DRIVEN: dict[type, type[_EventDriven]] = {nn.Conv2d: EventConv2d, layer.Conv2d: StepEventConv2d}
 
 
-def event_driven(model: nn.Module) -> list[str]:
+@dataclass
+class EventReport:
+    """What :func:`event_driven` did.
+
+    Attributes:
+        event_driven: names of the convolutions that are event-driven now.
+        left_alone: names of the others, with the reason.
+    """
+
+    event_driven: list[str] = field(default_factory=list)
+    left_alone: dict[str, str] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        lines = [f"event-driven: {len(self.event_driven)}, left alone: {len(self.left_alone)}"]
+        lines += [f"  {name}" for name in self.event_driven]
+        lines += [f"  {name} left alone: {reason}" for name, reason in self.left_alone.items()]
+        return "\n".join(lines)
+
+
+def event_driven(model: nn.Module) -> EventReport:
     """Make the convolutions of ``model`` event-driven (:class:`EventConv2d`), in place; for training and inference.
 
     On a CPU a network whose neurons fire rarely runs in a fraction of the time: each call of a convolution counts the
@@ -122,23 +142,34 @@ def event_driven(model: nn.Module) -> list[str]:
             both sides.
 
     Returns:
-        The names of the convolutions that are event-driven now.
+        An :class:`EventReport`, which prints.
 
     Raises:
         TypeError: ``model`` is not a module.
 
     Example:
         >>> net = nn.Sequential(nn.Conv2d(3, 16, 3), snnfast.IFNode(timesteps=4), nn.Conv2d(16, 32, 3))
-        >>> event_driven(net)
-        ['2']
+        >>> print(event_driven(net))
+        event-driven: 1, left alone: 1
+          2
+          0 left alone: it has 3 and 16 channels, fewer than 16
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-    for module in model.modules():
-        made = _EVENT_DRIVEN.get(type(module))
-        if made is not None and _why_not(module) is None:
-            module.__class__ = made
-    return [name for name, module in model.named_modules() if isinstance(module, _EventDriven)]
+    report = EventReport()
+    for name, module in model.named_modules():
+        if not isinstance(module, nn.Conv2d):
+            continue
+        if type(module) not in _EVENT_DRIVEN and not isinstance(module, _EventDriven):
+            reason: str | None = f"{type(module).__name__} is a class of its own"
+        else:
+            reason = _why_not(module)
+        if reason is not None:
+            report.left_alone[name] = reason
+            continue
+        module.__class__ = _EVENT_DRIVEN.get(type(module), type(module))
+        report.event_driven.append(name)
+    return report
 
 
 def _why_not(conv: Any) -> str | None:

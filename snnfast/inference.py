@@ -255,7 +255,7 @@ def optimize_for_inference(model: nn.Module) -> tuple[Any, InferenceReport]:
     report.fused = fused.fused
     for name, reason in fused.left_alone.items():
         report.left_alone[name] = f"not folded: {reasons[name]}; not fused: {reason}"
-    report.event_driven = event_driven(net)
+    report.event_driven = event_driven(net).event_driven
     for name in report.event_driven:
         net.get_submodule(name).keeps_weights = True
     net.train = partial(_only_evaluates, net)

@@ -189,7 +189,10 @@ def test_other_convolutions_are_pytorchs(conv, monkeypatch):
     plain.load_state_dict(made.state_dict())
     assert torch.equal(made(x), plain(x))
     if conv.get("dtype") is None:  # whose reason may be in the input
-        assert event_driven(nn.Sequential(plain)) == []
+        report = event_driven(nn.Sequential(plain))
+        assert type(plain) is nn.Conv2d
+        assert not report.event_driven
+        assert f"0 left alone: {report.left_alone['0']}" in str(report)
     assert not ran
 
 
@@ -238,8 +241,11 @@ def test_a_network_in_place():
     dense = copy.deepcopy(net)
     seen: list[Tensor] = []
     net[2].register_forward_hook(lambda module, inputs, output: seen.append(output))
-    assert event_driven(net) == ["2"]
-    assert event_driven(net) == ["2"]  # again
+    assert event_driven(net).event_driven == ["2"]
+    assert event_driven(net).event_driven == ["2"]  # again
+    assert event_driven(nn.Sequential(type("Own", (nn.Conv2d,), {})(16, 16, 3))).left_alone == {
+        "0": "Own is a class of its own"
+    }
     assert list(net.state_dict()) == list(dense.state_dict())
     assert isinstance(net[2], nn.Conv2d)
     x = torch.rand(8, 3, 12, 12) * 3
@@ -260,7 +266,7 @@ def test_layers_with_a_step_mode(monkeypatch):
     ran = calls(monkeypatch)
     net = nn.Sequential(layer.Conv2d(16, 16, 3, step_mode="m"))
     plain = copy.deepcopy(net)
-    assert event_driven(net) == ["0"]
+    assert event_driven(net).event_driven == ["0"]
     x = spikes(4 * 2, 16, 6, 6).unflatten(0, (4, 2))
     assert torch.allclose(net(x), plain(x), atol=1e-6)
     assert ran == ["event_convolve"]
@@ -287,7 +293,7 @@ def test_fuse_before_and_after():
         net = snnfast.models.resnet18(timesteps=2, width=16)
         first(net)
         second(net)
-        assert isinstance(net.get_submodule(event_driven(net)[0]), EventConv2d)
+        assert isinstance(net.get_submodule(event_driven(net).event_driven[0]), EventConv2d)
         net(torch.rand(2, 3, 32, 32)).sum().backward()
         assert all(p.grad is not None for p in net.parameters())
 
