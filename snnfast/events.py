@@ -148,7 +148,8 @@ def event_driven(model: nn.Module) -> EventReport:
         TypeError: ``model`` is not a module.
 
     Example:
-        >>> net = nn.Sequential(nn.Conv2d(3, 16, 3), snnfast.IFNode(timesteps=4), nn.Conv2d(16, 32, 3))
+        >>> from snnfast import IFNode
+        >>> net = nn.Sequential(nn.Conv2d(3, 16, 3), IFNode(timesteps=4), nn.Conv2d(16, 32, 3))
         >>> print(event_driven(net))
         event-driven: 1, left alone: 1
           2
