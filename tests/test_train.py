@@ -210,6 +210,22 @@ def test_fused_training(small_mnist: Path, tmp_path: Path, monkeypatch: pytest.M
 
 
 @pytest.mark.usefixtures("no_report")
+def test_event_driven_training(small_mnist: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from snnfast import events
+
+    served, is_served = [], events.EventConv2d._is_served
+    monkeypatch.setattr(
+        events.EventConv2d, "_is_served", lambda *args: (served.append(is_served(*args)), served[-1])[1]
+    )
+    more = ["--distill", "none", "--no-tensorboard", "--epochs", "1", "--model-args", "width=16"]
+    assert train(small_mnist, tmp_path / "dense", *more) == 0
+    assert not served
+    assert train(small_mnist, tmp_path / "events", *more, "--event-driven") == 0
+    assert any(served)
+    assert losses(tmp_path / "events") == pytest.approx(losses(tmp_path / "dense"), rel=2e-2)
+
+
+@pytest.mark.usefixtures("no_report")
 def test_lazy_layers_are_made_before_training(small_mnist: Path, tmp_path: Path) -> None:
     more = ["--student", "train_networks:lazy", "--distill", "none", "--no-tensorboard", "--epochs", "1"]
     assert train(small_mnist, tmp_path / "run", *more) == 0

@@ -61,6 +61,10 @@ pytestmark = pytest.mark.usefixtures("keeps_threads")
         ("--teacher-checkpoint nowhere.pt", "--teacher-checkpoint nowhere.pt is missing"),
         ("--device cuda:99", "--device cuda:99"),
         ("--precision 16-mixed", "--precision 16-mixed needs a GPU"),
+        (
+            "--event-driven",
+            r"--event-driven finds no convolution of --student .* \(layer1.0: it has 1 and 8 channels, .*",
+        ),
         ("--fuse --model-args norm=False", r"--fuse finds no batch norm of --student .* \(it has none\); leave it out"),
     ],
 )

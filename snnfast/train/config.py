@@ -133,6 +133,9 @@ class Config:
     fuse: bool = _option(
         "machine", False, "each batch norm of the student and the neuron behind it in one kernel (snnfast.fuse)"
     )
+    event_driven: bool = _option(
+        "machine", False, "on a CPU the student's convolutions skip inputs of 0 (snnfast.event_driven)"
+    )
     compile: bool = _option(
         "machine", False, "torch.compile the teacher's and the plain student's training; distilled ones run as they are"
     )
@@ -271,7 +274,8 @@ class Config:
         if kind == "teacher":
             names |= teacher | ({"timesteps"} if self.data in EVENTS else set())
         else:
-            names |= student | ({"fuse"} if self.fuse else set())  # checkpoints of before know no such option
+            # Checkpoints of before know no such options.
+            names |= student | {name for name in ("fuse", "event_driven") if getattr(self, name)}
         if kind == "distilled":
             names |= {f.name for f in fields(self) if f.metadata["group"] == "distillation"} - {"distill", "no_plain"}
             names |= {"teacher", "teacher_args"}

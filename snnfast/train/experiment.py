@@ -17,6 +17,7 @@ from torch.nn.parameter import is_lazy
 from .. import functional
 from ..analysis._modules import evaluating
 from ..distill.layers import untouched
+from ..events import event_driven
 from ..fused import fuse
 from ..memory import keep_freed_memory
 from . import data, models
@@ -145,6 +146,8 @@ class _Networks:
         network = self._build("student", config.student, config.timesteps, extra, _STUDENT)
         if config.fuse:
             self._fuse(network)
+        if config.event_driven:
+            self._make_event_driven(network)
         self._check("student", config.student, network, (config.timesteps, self.count, self.dataset.classes), True)
         return network
 
@@ -154,6 +157,15 @@ class _Networks:
             reasons = "; ".join(f"{name}: {reason}" for name, reason in report.left_alone.items())
             raise InputError(
                 f"--fuse finds no batch norm of --student {self.config.student} that can be fused "
+                f"({reasons or 'it has none'}); leave it out"
+            )
+
+    def _make_event_driven(self, network: nn.Module) -> None:
+        report = event_driven(network)
+        if not report.event_driven:
+            reasons = "; ".join(f"{name}: {reason}" for name, reason in report.left_alone.items())
+            raise InputError(
+                f"--event-driven finds no convolution of --student {self.config.student} that can be "
                 f"({reasons or 'it has none'}); leave it out"
             )
 
