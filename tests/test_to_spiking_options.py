@@ -393,6 +393,8 @@ def test_other_refusals():
         snnfast.to_spiking(small(), T, snnfast.IFNode())
     with pytest.raises(TypeError, match="neuron must make a module with timesteps"):
         snnfast.to_spiking(small(), T, lambda timesteps: nn.ReLU())
+    with pytest.raises(TypeError, match=r"neuron must take timesteps, as snnfast.LIFNode .* got torch.nn.*\.ReLU"):
+        snnfast.to_spiking(small(), T, nn.ReLU)  # or another library's neuron
     with pytest.raises(ValueError, match="tau must be"):
         snnfast.to_spiking(small(), T, tau=0.5)
     for name in ("max_pool", "other_activations"):

@@ -263,6 +263,11 @@ def _new_neuron(neuron: Callable[..., nn.Module], timesteps: int, neuron_kwargs:
             f"neuron must be a class of neurons, such as snnfast.LIFNode, got {neuron!r}; its arguments go beside it, "
             "as in tau=2.0"
         )
+    if isinstance(neuron, type) and "timesteps" not in (names_of(neuron) or ["timesteps"]):
+        raise TypeError(
+            f"neuron must take timesteps, as snnfast.LIFNode or another snnfast.neuron.BaseNode does, got "
+            f"{neuron.__module__}.{neuron.__name__}"
+        )
     made = neuron(timesteps=timesteps, **neuron_kwargs)
     if not isinstance(made, nn.Module) or not hasattr(made, "timesteps"):
         raise TypeError(
