@@ -119,7 +119,8 @@ def to_spiking(
     ``state_dict`` keys; a :class:`~snnfast.ParametricLIFNode` adds its ``w``, a calibrated neuron its threshold. ReLU
     modules become neurons under the same path. Functional calls (``F.relu``, ``torch.relu``, ``x.relu_()``,
     ``x.clamp(min=0)``) are found by torch.fx; their neurons are named ``relu``, ``relu_2`` and so on, and a ReLU module
-    that is called several times becomes as many neurons. Convolutions and batch norms see ``[T * B, *]``: in training,
+    that is called several times becomes as many neurons. In a ``forward`` that was followed so, numbers and flags read
+    from the module stay what they were; parameters and buffers do not. Convolutions and batch norms see ``[T * B, *]``: in training,
     batch norm takes its statistics over time and batch together.
 
     With direct coding, layers before the first neuron run once and their result is repeated; batch norms there have the
