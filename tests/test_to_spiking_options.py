@@ -442,3 +442,11 @@ def test_repeat_keeps_layout_and_gradient():
     y.sum().backward()
     assert (x.grad == 3).all()
     assert repeat(7, 3) == 7
+
+
+@pytest.mark.parametrize("wrap", [nn.DataParallel, lambda net: torch.compile(net, backend="eager")])
+def test_a_wrapped_network_is_asked_for_itself(wrap):
+    with pytest.raises(
+        TypeError, match=r"wrapped in a (DataParallel: give model.module|OptimizedModule: give model._orig)"
+    ):
+        snnfast.to_spiking(wrap(small()), T)

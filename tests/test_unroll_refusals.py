@@ -177,3 +177,11 @@ def test_a_multi_step_network_is_told_so_whatever_its_first_layer(first):
     functional.set_step_mode(model, "m")
     with pytest.raises(ValueError, match=r"in step mode 'm': unroll takes a single-step model"):
         snnfast.unroll(model, torch.rand(4, 3, 1, 8, 8))
+
+
+@pytest.mark.parametrize("wrap", [nn.DataParallel, lambda net: torch.compile(net, backend="eager")])
+def test_a_wrapped_network_is_asked_for_itself(wrap):
+    with pytest.raises(
+        TypeError, match=r"wrapped in a (DataParallel: give model.module|OptimizedModule: give model._orig)"
+    ):
+        snnfast.unroll(wrap(nn.Sequential(nn.Linear(6, 6), snnfast.IFNode())), torch.rand(5, 3, 6))

@@ -21,7 +21,7 @@ from .._notices import say_once
 from ..pooling import PYTORCHS, MaxPool2d, max_pool2d
 from ..tensors import is_called_plainly
 from .adapters.base import FinalState
-from .stepping import is_stateful, refuse_multi_step, run_over_time
+from .stepping import is_stateful, refuse_multi_step, refuse_wrapper, run_over_time
 from .unroll_graph import CONSTANT, TIMED, Program, program_of
 
 __all__ = ["unroll"]
@@ -69,6 +69,7 @@ def unroll(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    refuse_wrapper(model)
     if not isinstance(x, Tensor):
         raise TypeError(f"x must be a torch.Tensor, got {type(x).__name__}")
     if bn not in ("per_step", "merged"):
