@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from ._arguments import without
 from .base import MemoryModule, StepModule
 
 __all__ = ["LatencyEncoder", "PoissonEncoder", "direct", "latency", "poisson"]
@@ -173,3 +174,7 @@ class LatencyEncoder(MemoryModule):
 
     def extra_repr(self) -> str:
         return f"T={self.T}"
+
+
+if not TYPE_CHECKING:  # to a type checker, what is not there is an error
+    __getattr__ = without(__name__)

@@ -22,7 +22,12 @@ from .tensors import ALL_MODULES_HOOKS, is_wrapped
 
 __all__ = ["LI", "BaseNode", "IFNode", "LIFNode", "ParametricLIFNode"]
 
-_STEPS = ("neuronal_charge", "neuronal_fire", "neuronal_reset", "single_step_forward", "multi_step_forward")
+_STEPS = ("neuronal_charge", "neuronal_fire", "neuronal_reset", "single_step_functional_forward",
+          "single_step_forward", "multi_step_forward")  # fmt: skip
+_NOT_HERE = (
+    "multi_step_functional_forward",
+    "materialize_states",
+)  # steps of SpikingJelly 2's neurons, not called here
 
 
 class BaseNode(MemoryModule):
@@ -65,6 +70,12 @@ class BaseNode(MemoryModule):
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
+        for name in _NOT_HERE:
+            if name in cls.__dict__:
+                raise TypeError(
+                    f"{cls.__name__} overrides {name}, which snnfast's neurons do not call: override "
+                    "single_step_functional_forward alone, or take SpikingJelly's own BaseNode, which works beside ours"
+                )
         if "dynamics" not in cls.__dict__ and any(step in cls.__dict__ for step in _STEPS):
             cls.dynamics = None  # a step of its own: no kernel knows it
 
@@ -154,6 +165,24 @@ class BaseNode(MemoryModule):
         r = spike.detach() if self.detach_reset else spike
         self.v = self.v - r * self.v_threshold if self.v_reset is None else r * self.v_reset + (1.0 - r) * self.v
 
+    def v_float_to_tensor(self, x: Tensor) -> None:
+        """Make ``v`` a tensor that fits one time step ``x`` ``[*]``, for a ``single_step_forward`` of your own."""
+        v, dtype = self._state_for(x.unsqueeze(0)), dynamics.state_dtype(x.dtype)
+        self.v = v if isinstance(v, Tensor) else torch.full_like(x, v, dtype=dtype, requires_grad=False)
+
+    def single_step_functional_forward(
+        self, inputs: tuple[Tensor, ...], states: tuple[Any, ...], **kwargs: Any
+    ) -> tuple[tuple[Tensor, ...], tuple[Any, ...]]:
+        """The three steps as SpikingJelly 2's neurons write them: ``((x,), states)`` -> ``((spikes,), states)``.
+
+        ``states`` are those of :meth:`register_memory`, ``v`` first. A neuron of your own may override this instead.
+        """
+        self._set_memories(states)
+        self.neuronal_charge(inputs[0])
+        s = self.neuronal_fire()
+        self.neuronal_reset(s)
+        return (s,), tuple(v for _, v in self.named_memories())
+
     # ---- calls ----
     def _state_for(self, x_seq: Tensor) -> float | Tensor:
         """``self.v`` as it fits ``x_seq``: kept, moved to its dtype and device, or started afresh."""
@@ -168,16 +197,23 @@ class BaseNode(MemoryModule):
 
     def _step(self, x: Tensor) -> Tensor:
         """One step of the reference path; ``self.v`` is a tensor."""
+        if type(self).single_step_functional_forward is not BaseNode.single_step_functional_forward:
+            outputs, states = self.single_step_functional_forward((x,), tuple(v for _, v in self.named_memories()))
+            self._set_memories(states)
+            return outputs[0]
         self.neuronal_charge(x)
         s = self.neuronal_fire()
         self.neuronal_reset(s)
         return s
 
+    def _set_memories(self, states: tuple[Any, ...]) -> None:
+        for name, value in zip(self._memory_reset_values, states, strict=True):
+            setattr(self, name, value)
+
     def _own_steps(self, x_seq: Tensor) -> tuple[Tensor, Tensor | None]:
         """The reference path of a user's own neuron: ``[T, *]`` -> spikes and, if wanted, potentials."""
         dtype = dynamics.state_dtype(x_seq.dtype)
-        v = self._state_for(x_seq)
-        self.v = v if isinstance(v, Tensor) else torch.full_like(x_seq[0], v, dtype=dtype, requires_grad=False)
+        self.v_float_to_tensor(x_seq[0])
         spikes, potentials = [], []
         for x in x_seq.to(dtype):
             spikes.append(self._step(x))
@@ -283,8 +319,9 @@ class BaseNode(MemoryModule):
                 return self._run_constant(x_seq)
         T = self.timesteps
         functional.check_input("x_seq", x_seq, 1, folded=T is not None)
+        own = type(self).single_step_forward is not BaseNode.single_step_forward
         if T is None:
-            s, v_seq = self._run(x_seq)
+            s, v_seq = self._each_step(x_seq) if own else self._run(x_seq)
             if v_seq is not self.v_seq:
                 self.v_seq = v_seq
             return s
@@ -293,8 +330,18 @@ class BaseNode(MemoryModule):
                 f"x_seq must be [T * B, *] with timesteps={T}, got a first dimension of {x_seq.shape[0]}, which {T} "
                 "does not divide; repeat the input T times before the network, or set timesteps to its number of steps"
             )
-        s, self.v_seq = self._run(x_seq.unflatten(0, (T, x_seq.shape[0] // T)))
+        x_seq = x_seq.unflatten(0, (T, x_seq.shape[0] // T))
+        s, self.v_seq = self._each_step(x_seq) if own else self._run(x_seq)
         return s.flatten(0, 1)
+
+    def _each_step(self, x_seq: Tensor) -> tuple[Tensor, Tensor | None]:
+        """A user's own :meth:`single_step_forward` over time: ``[T, *]`` -> its outputs and, if wanted, potentials."""
+        outputs, potentials = [], []
+        for x in x_seq:
+            outputs.append(self.single_step_forward(x))
+            if self._store_v_seq:
+                potentials.append(self.v)
+        return torch.stack(outputs), torch.stack(potentials) if potentials else None
 
     def extra_repr(self) -> str:
         parts = [

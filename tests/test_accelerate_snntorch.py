@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from peer_checks import assert_same, step_loop
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import snnfast
 
@@ -330,3 +331,31 @@ def test_training_after_an_evaluation_in_inference_mode(beta):
         run()
     run().backward()
     assert net[0].weight.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("unrolled", [False, True], ids=["stepped", "unrolled"])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: snntorch.Leaky(beta=0.9, init_hidden=True),
+        lambda: snntorch.Synaptic(alpha=0.8, beta=0.9, init_hidden=True),
+    ],
+    ids=["Leaky", "Synaptic"],
+)
+def test_the_first_call_of_all_under_gradient_checkpointing(make, unrolled):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(6, 5), make(), nn.Linear(5, 4), make())
+    snnfast.accelerate(net)
+    x = 3 * torch.randn(4, 3, 6)
+
+    def run(x):
+        utils.reset(net)
+        return snnfast.unroll(net, x) if unrolled else torch.stack([net(step) for step in x])
+
+    grads = []
+    for call in (lambda x: checkpoint(run, x, use_reentrant=False), run):
+        net.zero_grad()
+        call(x).sum().backward()
+        grads.append(net[0].weight.grad.clone())
+    assert grads[0].abs().sum() > 0
+    assert torch.equal(*grads)

@@ -204,3 +204,8 @@ def test_wrong_shapes_of_losses(loss):
 def test_wrong_weight():
     with pytest.raises(ValueError, match=r"weight must be from 0 to 1, got 1\.5"):
         losses.tet_loss(torch.zeros(2, 4, 3), torch.zeros(4, dtype=torch.int64), weight=1.5)
+
+
+def test_encoders_that_are_not_here_name_their_import():
+    with pytest.raises(AttributeError, match=r"keeps its import, spikingjelly.activation_based.encoding"):
+        encoding.WeightedPhaseEncoder  # noqa: B018

@@ -174,6 +174,59 @@ def test_a_subclass_that_overrides_a_step_leaves_the_kernels():
     assert torch.equal(Renamed(step_mode="m")(x), plain(x))
 
 
+def test_a_single_step_of_a_users_own_is_taken_in_both_modes():
+    class Analog(snnfast.LIFNode):
+        """As reinforcement-learning examples for SpikingJelly before 2.0 read out their networks."""
+
+        def single_step_forward(self, x):
+            self.v_float_to_tensor(x)
+            self.neuronal_charge(x)
+            return self.v
+
+    x = torch.randn(4, 3, 5)
+    want, v = [], torch.zeros(3, 5)
+    for x_t in x:
+        v = v + (x_t - v) / 2.0
+        want.append(v)
+    want = torch.stack(want)
+    single, multi, folded = Analog(), Analog(step_mode="m", store_v_seq=True), Analog(timesteps=4)
+    assert torch.equal(torch.stack([single(x_t) for x_t in x]), want)
+    assert torch.equal(multi(x), want)
+    assert torch.equal(multi.v_seq, want)
+    assert torch.equal(folded(x.flatten(0, 1)), want.flatten(0, 1))
+
+
+def test_neurons_written_as_those_of_spikingjelly_2():
+    class Adaptive(neuron.BaseNode):
+        def __init__(self, **kwargs):
+            super().__init__(**kwargs)
+            self.register_memory("a", 0.0)
+
+        def single_step_functional_forward(self, inputs, states, **kwargs):
+            v, a = states[0] + inputs[0] - states[1], states[1]
+            s = self.surrogate_function(v - self.v_threshold)
+            return (s,), (v * (1.0 - s), 0.9 * a + 0.1 * s)
+
+    class Halved(snnfast.LIFNode):
+        def single_step_functional_forward(self, inputs, states, **kwargs):
+            return super().single_step_functional_forward((inputs[0] / 2,), states)
+
+    x = torch.randn(6, 3, 5) + 0.5
+    multi, single = Adaptive(step_mode="m"), Adaptive()
+    got = multi(x)
+    v = a = torch.zeros(3, 5)
+    for x_t, s_t in zip(x, got, strict=True):
+        v = v + x_t - a
+        s = (v >= 1.0).float()
+        v, a = v * (1.0 - s), 0.9 * a + 0.1 * s
+        assert torch.equal(s_t, s)
+        assert torch.equal(single(x_t), s)
+    assert torch.equal(multi.a, a)
+    assert torch.equal(Halved(step_mode="m")(x * 2), snnfast.LIFNode(step_mode="m")(x))
+    with pytest.raises(TypeError, match="overrides materialize_states"):
+        type("Own", (snnfast.LIFNode,), {"materialize_states": lambda self, inputs, states, step_mode: states})
+
+
 class Triangle(surrogate.SurrogateFunction):
     def derivative(self, u):
         return (1 - u.abs()).clamp(min=0)

@@ -100,3 +100,33 @@ def test_channels_last_stays():
     net.eval()
     assert torch.allclose(net(x.to(memory_format=torch.channels_last)), net(x), atol=1e-6)
     assert layouts[0]
+
+
+class Normalised(nn.Module):
+    """Normalises its input by buffers, and reads one more for a decision where ``decides``."""
+
+    def __init__(self, decides):
+        super().__init__()
+        self.decides = decides
+        self.conv, self.fc = nn.Conv2d(3, 4, 3), nn.Linear(4, 2)
+        self.register_buffer("mean", torch.rand(3))
+        self.register_buffer("std", torch.rand(3) + 0.5)
+
+    def forward(self, x):
+        if self.decides and self.mean.sum() < 0:
+            return x
+        x = (x - self.mean.view(1, 3, 1, 1)) / self.std.view(1, 3, 1, 1)
+        return self.fc(F.relu(self.conv(x)).mean((2, 3)))
+
+
+def test_what_is_computed_from_buffers_follows_them():
+    ann, other = Normalised(False), Normalised(False)
+    x = 9 * torch.randn(B, 3, 6, 6)
+    net = snnfast.to_spiking(ann, T)
+    before = net(x)
+    net.load_state_dict(other.state_dict())
+    assert torch.equal(net(x), snnfast.to_spiking(other, T)(x))
+    net.load_state_dict({**ann.state_dict(), "mean": ann.mean + 1})
+    assert not torch.equal(net(x), before)
+    assert net.to("meta")(x.to("meta")).is_meta  # as on any other device
+    assert snnfast.to_spiking(Normalised(True), T)(x).shape == (T, B, 2)

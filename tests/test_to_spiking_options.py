@@ -393,6 +393,8 @@ def test_other_refusals():
         snnfast.to_spiking(small(), T, snnfast.IFNode())
     with pytest.raises(TypeError, match="neuron must make a module with timesteps"):
         snnfast.to_spiking(small(), T, lambda timesteps: nn.ReLU())
+    with pytest.raises(TypeError, match=r"neuron must take timesteps, as snnfast.LIFNode .* got torch.nn.*\.ReLU"):
+        snnfast.to_spiking(small(), T, nn.ReLU)  # or another library's neuron
     with pytest.raises(ValueError, match="tau must be"):
         snnfast.to_spiking(small(), T, tau=0.5)
     for name in ("max_pool", "other_activations"):
@@ -440,3 +442,11 @@ def test_repeat_keeps_layout_and_gradient():
     y.sum().backward()
     assert (x.grad == 3).all()
     assert repeat(7, 3) == 7
+
+
+@pytest.mark.parametrize("wrap", [nn.DataParallel, lambda net: torch.compile(net, backend="eager")])
+def test_a_wrapped_network_is_asked_for_itself(wrap):
+    with pytest.raises(
+        TypeError, match=r"wrapped in a (DataParallel: give model.module|OptimizedModule: give model._orig)"
+    ):
+        snnfast.to_spiking(wrap(small()), T)

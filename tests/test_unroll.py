@@ -14,6 +14,8 @@ from torch.nn import functional as F
 from unroll_networks import FullyConnected
 
 import snnfast
+from snnfast.convert import unroll_graph
+from snnfast.convert.unroll_graph import Program
 
 snntorch = pytest.importorskip("snntorch", reason="snntorch is not installed")
 norse = pytest.importorskip("norse.torch", reason="norse is not installed")
@@ -253,6 +255,56 @@ def test_training_and_evaluation_mode_and_an_exchanged_layer():
     model[0] = nn.Linear(6, 2)
     model[2].reset()
     assert snnfast.unroll(model, x).shape == (5, 3, 2)
+
+
+class Annealed(nn.Module):
+    """Reads numbers, flags and a buffer in ``forward``, as schedules in training scripts change them."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc, self.lif = nn.Linear(6, 6), snnfast.LIFNode()
+        self.gain, self.skips, self.gains, self.rate = 1.0, False, [1.0], torch.tensor(1.0)
+        self.register_buffer("scale", torch.tensor(1.0))
+
+    def forward(self, x):
+        x = self.fc(x) * self.gain * self.gains[0] * (1 / self.scale) * torch.exp(self.rate)
+        s = self.lif(F.dropout(x, 0.9, self.training))
+        return s + x if self.skips else s
+
+
+def test_what_forward_reads_of_the_model_may_change_between_calls(monkeypatch):
+    traced = []
+    monkeypatch.setattr(unroll_graph, "Program", lambda *args: traced.append(args) or Program(*args))
+    net = Annealed().eval()
+    model = nn.Sequential(net)  # whose own mode stays
+    x = torch.randn(5, 3, 6)
+
+    def changes(net):
+        yield net
+        net.gain = 4.0
+        yield net
+        net.gains[0] = 0.5
+        yield net
+        net.scale.mul_(0.25)
+        yield net
+        net.rate = torch.tensor(-1.0)
+        yield net
+        net.skips = True
+        yield net
+
+    results = []
+    for _ in changes(net):
+        net.lif.reset()
+        snnfast.unroll(model, x)
+        net.lif.reset()
+        got = snnfast.unroll(model, x)
+        net.lif.reset()
+        assert torch.equal(got, loop(model, x))
+        results.append(got)
+        assert len(traced) == len(results)  # once for each change
+    net.train()
+    net.lif.reset()
+    assert not torch.equal(snnfast.unroll(model, x), results[-1])  # now dropout drops
 
 
 class ConvWithNeuron(nn.Conv2d):

@@ -8,7 +8,7 @@ from torch import nn
 from unroll_networks import FullyConnected
 
 import snnfast
-from snnfast import _notices
+from snnfast import _notices, functional, layer
 
 snntorch = pytest.importorskip("snntorch", reason="snntorch is not installed")
 norse = pytest.importorskip("norse.torch", reason="norse is not installed")
@@ -169,3 +169,19 @@ def test_errors_that_no_shape_explains_pass_as_they_are():
     net = nn.Sequential(nn.Linear(3, 2), snnfast.IFNode())
     with pytest.raises(RuntimeError, match="dtype"):
         snnfast.unroll(net, torch.rand(5, 4, 3, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("first", [layer.Conv2d(1, 2, 3), layer.SeqToANNContainer(nn.Conv2d(1, 2, 3))])
+def test_a_multi_step_network_is_told_so_whatever_its_first_layer(first):
+    model = nn.Sequential(first, snnfast.IFNode())
+    functional.set_step_mode(model, "m")
+    with pytest.raises(ValueError, match=r"in step mode 'm': unroll takes a single-step model"):
+        snnfast.unroll(model, torch.rand(4, 3, 1, 8, 8))
+
+
+@pytest.mark.parametrize("wrap", [nn.DataParallel, lambda net: torch.compile(net, backend="eager")])
+def test_a_wrapped_network_is_asked_for_itself(wrap):
+    with pytest.raises(
+        TypeError, match=r"wrapped in a (DataParallel: give model.module|OptimizedModule: give model._orig)"
+    ):
+        snnfast.unroll(wrap(nn.Sequential(nn.Linear(6, 6), snnfast.IFNode())), torch.rand(5, 3, 6))

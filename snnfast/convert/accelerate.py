@@ -185,14 +185,14 @@ class Verification:
         for title, found in (("spikes", self.spikes), ("output", self.outputs), ("gradient", self.gradients)):
             rows += [(f"{title} {c.name}", f"{c.elements}", f"{c.differing}", f"{c.relative:.1e}") for c in found]
         before, after = self.seconds
-        same = "the same" if self.ok else "NOT the same"
+        same = "the same" if self.ok else "NOT the same" if self.report.replaced else "nothing was converted"
         return (
             f"{_table(rows)}\n{same} (tolerance {self.tolerance:.0e}); forward and backward "
             f"{before * 1e3:.2f} ms, accelerated {after * 1e3:.2f} ms, {before / after:.1f} times"
         )
 
 
-def _compare(name: str, a: Tensor | None, b: Tensor | None) -> Compared:
+def _compare(name: str, a: Tensor | None, b: Tensor | None, scale: float = 0.0) -> Compared:
     if a is None or b is None:
         same = a is b
         count = 0 if same else (a if a is not None else b).numel()  # type: ignore[union-attr]
@@ -204,8 +204,20 @@ def _compare(name: str, a: Tensor | None, b: Tensor | None) -> Compared:
     differing = int(((a != b) & ~((a != a) & (b != b))).sum())
     if not differing or not a.is_floating_point():
         return Compared(name, a.numel(), differing, float(differing > 0))
-    error, scale = (a.double() - b.double()).abs().max(), a.double().abs().max()
-    return Compared(name, a.numel(), differing, float(error / scale) if scale > 0 else float("inf"))
+    error, scale = float((a.double() - b.double()).abs().max()), max(scale, float(a.double().abs().max()))
+    return Compared(name, a.numel(), differing, error / scale if scale > 0 else float("inf"))
+
+
+def _scales(gradients: dict[str, Tensor | None]) -> dict[str, float]:
+    """The largest gradient of each parameter's layer: a bias before a batch norm has none but what rounding leaves of
+    it, which cannot be compared with itself."""
+    largest: dict[str, float] = {}
+    layers = {name: name.rpartition(".")[0] if not name.startswith("of the input") else name for name in gradients}
+    for name, gradient in gradients.items():
+        if gradient is not None and gradient.numel():
+            layer = layers[name]
+            largest[layer] = max(largest.get(layer, 0.0), float(gradient.double().abs().max()))
+    return {name: largest.get(layer, 0.0) for name, layer in layers.items()}
 
 
 class _Run(NamedTuple):
@@ -275,7 +287,8 @@ def verify(
         x: what the model is called with: a tensor, or any nest of tensors.
         run: ``run(model, x)`` calls the model where that is more than ``model(x)``: a loop over time, say. What it
             returns (any nest of tensors) is compared and differentiated.
-        tolerance: the largest difference of outputs and gradients, relative to the largest value of the tensor.
+        tolerance: the largest difference of outputs, relative to the largest value of the tensor, and of gradients,
+            relative to the largest of the layer's.
         repeats: timed runs of each; the median counts.
         seed: of the generators before each run, and of the random weights that make a loss of the outputs.
 
@@ -317,12 +330,13 @@ def verify(
     a, b = found
     if len(a.outputs) != len(b.outputs):
         raise RuntimeError(f"run returned {len(a.outputs)} tensors, and {len(b.outputs)} from the accelerated model")
+    scales = _scales(a.gradients)
     medians = [statistics.median(times) if times else float("nan") for times in seconds]
     return Verification(
         report,
         [_compare(n, _joined(a.spikes[n]), _joined(b.spikes[n])) for n in names],
         [_compare(f"{k}", *pair) for k, pair in enumerate(zip(a.outputs, b.outputs, strict=True))],
-        [_compare(n, a.gradients[n], b.gradients.get(n)) for n in a.gradients],
+        [_compare(n, a.gradients[n], b.gradients.get(n), scales[n]) for n in a.gradients],
         (medians[0], medians[1]),
         tolerance,
     )

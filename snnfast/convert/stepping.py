@@ -13,7 +13,7 @@ from .. import base
 from ..tensors import has_hooks
 from .adapters.base import FinalState, Fused, adapters
 
-__all__ = ["is_stateful", "run_over_time"]
+__all__ = ["is_stateful", "refuse_multi_step", "refuse_wrapper", "run_over_time"]
 
 
 def _library(module: nn.Module) -> Any:
@@ -23,6 +23,27 @@ def _library(module: nn.Module) -> Any:
 def is_stateful(module: nn.Module) -> bool:
     """Whether ``module`` keeps or takes a state from step to step: snnfast's modules and the known libraries'."""
     return isinstance(module, base.MemoryModule) or _library(module) is not None
+
+
+def refuse_wrapper(model: nn.Module) -> None:
+    """Raise if ``model`` is not the network itself but a wrapper of PyTorch's around it."""
+    wrappers = {"DataParallel": "module", "DistributedDataParallel": "module", "OptimizedModule": "_orig_mod"}
+    kind = type(model)
+    inside = wrappers.get(kind.__name__) if kind.__module__.startswith("torch.") else None
+    if inside is not None:
+        raise TypeError(
+            f"model must be the network itself, got it wrapped in a {kind.__name__}: give model.{inside}, and wrap or "
+            "compile what comes of it"
+        )
+
+
+def refuse_multi_step(name: str, module: Any) -> None:
+    """Raise if ``module`` has a step mode and is not in ``'s'``."""
+    if getattr(module, "step_mode", "s") != "s":
+        raise ValueError(
+            f"{name} is in step mode {module.step_mode!r}: unroll takes a single-step model. Call "
+            "functional.set_step_mode(model, 's') first, or the model itself with [T, B, ...]"
+        )
 
 
 def run_over_time(
@@ -43,11 +64,7 @@ def run_over_time(
                 "itself, in its library's layout, or use the library's neuron for one time step"
             )
     if hasattr(module, "step_mode"):
-        if module.step_mode != "s":
-            raise ValueError(
-                f"{name} is in step mode {module.step_mode!r}: unroll takes a single-step model. Call "
-                "functional.set_step_mode(model, 's') first, or the model itself with [T, B, ...]"
-            )
+        refuse_multi_step(name, module)
         if not args and not kwargs and not has_hooks(module):
             return module.multi_step_forward(x_seq).flatten(0, 1)
     if isinstance(module, Fused) and not has_hooks(module):

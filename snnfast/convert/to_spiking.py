@@ -15,7 +15,7 @@ from .._arguments import names_of, refuse_unknown
 from ..encoding import check_steps
 from ..neuron import IFNode, LIFNode
 from ..pooling import with_fast_pooling
-from .stepping import is_stateful
+from .stepping import is_stateful, refuse_wrapper
 from .to_spiking_classes import with_mixin
 from .to_spiking_coding import Coding, find_coding
 from .to_spiking_graph import DYNAMIC, STATIC, Converter, NeedsTime
@@ -119,8 +119,9 @@ def to_spiking(
     ``state_dict`` keys; a :class:`~snnfast.ParametricLIFNode` adds its ``w``, a calibrated neuron its threshold. ReLU
     modules become neurons under the same path. Functional calls (``F.relu``, ``torch.relu``, ``x.relu_()``,
     ``x.clamp(min=0)``) are found by torch.fx; their neurons are named ``relu``, ``relu_2`` and so on, and a ReLU module
-    that is called several times becomes as many neurons. Convolutions and batch norms see ``[T * B, *]``: in training,
-    batch norm takes its statistics over time and batch together.
+    that is called several times becomes as many neurons. In a ``forward`` that was followed so, numbers and flags read
+    from the module stay what they were; parameters and buffers do not. Convolutions and batch norms see ``[T * B, *]``:
+    in training, batch norm takes its statistics over time and batch together.
 
     With direct coding, layers before the first neuron run once and their result is repeated; batch norms there have the
     same statistics, except that the unbiased running variance counts ``B`` and not ``T * B`` samples. Dropout draws one
@@ -169,6 +170,7 @@ def to_spiking(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    refuse_wrapper(model)
     for path, module in model.named_modules():
         if is_stateful(module):
             raise ValueError(
@@ -262,6 +264,11 @@ def _new_neuron(neuron: Callable[..., nn.Module], timesteps: int, neuron_kwargs:
         raise TypeError(
             f"neuron must be a class of neurons, such as snnfast.LIFNode, got {neuron!r}; its arguments go beside it, "
             "as in tau=2.0"
+        )
+    if isinstance(neuron, type) and "timesteps" not in (names_of(neuron) or ["timesteps"]):
+        raise TypeError(
+            f"neuron must take timesteps, as snnfast.LIFNode or another snnfast.neuron.BaseNode does, got "
+            f"{neuron.__module__}.{neuron.__name__}"
         )
     made = neuron(timesteps=timesteps, **neuron_kwargs)
     if not isinstance(made, nn.Module) or not hasattr(made, "timesteps"):

@@ -53,9 +53,10 @@ class Untraceable(Exception):
 class _Tracer(fx.Tracer):
     """One module's own forward; every module that it calls is a leaf."""
 
-    def __init__(self) -> None:
+    def __init__(self, of_buffers: bool) -> None:
         super().__init__()
         self.record_stack_traces = True
+        self.proxy_buffer_attributes = of_buffers
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return True
@@ -122,6 +123,16 @@ def trace(module: nn.Module, given: dict[str, Any]) -> list[fx.Graph]:
     Raises:
         Untraceable: torch.fx cannot follow it.
     """
+    try:
+        graphs = _both_modes(module, given, of_buffers=True)
+    except Untraceable:
+        graphs = _both_modes(module, given, of_buffers=False)  # it may decide by a buffer's value
+    return graphs[:1] if _same(*graphs) else graphs
+
+
+def _both_modes(module: nn.Module, given: dict[str, Any], of_buffers: bool) -> list[fx.Graph]:
+    """The graphs of training and of evaluation. What they compute from buffers is part of them, or else becomes a
+    constant, which knows nothing of values loaded later or of another device."""
     graphs = []
     for training in (True, False):
         with _as_it_was(module):
@@ -130,12 +141,12 @@ def trace(module: nn.Module, given: dict[str, Any]) -> list[fx.Graph]:
                 forward = _wrapped(module, given)
                 module.training = training
                 module.__class__ = type(cls.__name__, (cls,), {"forward": forward})
-                graphs.append(_Tracer().trace(module))
+                graphs.append(_Tracer(of_buffers).trace(module))
             except Untraceable:
                 raise
             except Exception as error:  # a forward run on proxies may raise anything
                 raise Untraceable(f"{type(error).__name__}: {error}".splitlines()[0]) from error
-    return graphs[:1] if _same(*graphs) else graphs
+    return graphs
 
 
 def _same(a: fx.Graph, b: fx.Graph) -> bool:

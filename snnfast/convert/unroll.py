@@ -21,7 +21,7 @@ from .._notices import say_once
 from ..pooling import PYTORCHS, MaxPool2d, max_pool2d
 from ..tensors import is_called_plainly
 from .adapters.base import FinalState
-from .stepping import is_stateful, run_over_time
+from .stepping import is_stateful, refuse_multi_step, refuse_wrapper, run_over_time
 from .unroll_graph import CONSTANT, TIMED, Program, program_of
 
 __all__ = ["unroll"]
@@ -69,6 +69,7 @@ def unroll(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    refuse_wrapper(model)
     if not isinstance(x, Tensor):
         raise TypeError(f"x must be a torch.Tensor, got {type(x).__name__}")
     if bn not in ("per_step", "merged"):
@@ -82,7 +83,11 @@ def unroll(
     T, batch = (x.shape[0], x.shape[1]) if timesteps is None else (timesteps, x.shape[0])
     if is_stateful(model):
         return _alone(model, x if timesteps is None else x.expand(T, *x.shape), state)
-    program = program_of(model, len(state))
+    try:
+        program = program_of(model, len(state))
+    except ValueError:
+        _refuse_multi_step_layers(model)  # a container of them may look like a loop over time
+        raise
     reading = _reading(tuple(x.shape), timesteps)
     if _looks_misread(model, program, x, timesteps):
         say_once(f"unroll: {reading}")
@@ -114,6 +119,12 @@ def _looks_misread(model: nn.Module, program: Program, x: Tensor, timesteps: int
     if timesteps is not None:
         return x.dim() > 2 and x.shape[0] == timesteps and any(isinstance(m, nn.Linear) for m in first)
     return x.dim() > 3 and x.shape[1] == 1 and any(isinstance(m, nn.Flatten) for m in first)  # [B, 1, H, W]
+
+
+def _refuse_multi_step_layers(model: nn.Module) -> None:
+    """The reason why a call failed, if it is that a layer takes all steps already."""
+    for name, module in model.named_modules():
+        refuse_multi_step(name or "the model", module)
 
 
 def _alone(neuron: nn.Module, x: Tensor, state: Sequence[Any]) -> Any:
@@ -167,7 +178,10 @@ class _Pass:
                 try:
                     self.values[node] = self._value(node)
                 except (RuntimeError, ValueError, IndexError) as error:
-                    if node in self.program.stateful or not self._fits_but_for_shape(node, error):
+                    if node in self.program.stateful:
+                        raise
+                    _refuse_multi_step_layers(self.model)
+                    if not self._fits_but_for_shape(node, error):
                         raise
                     raise ValueError(f"{node.name} cannot take what comes to it ({error}). {self.reading}") from error
         raise AssertionError("a graph ends with its output")

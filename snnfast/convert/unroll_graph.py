@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 import operator
 import weakref
 from typing import Any
@@ -49,6 +50,9 @@ class _Tracer(fx.Tracer):
 
 class Program:
     """The graph of a model's step and what each of its nodes depends on. It holds names, no modules."""
+
+    followed: list[int]  # of model.modules(), those that are looked into
+    attributes: list[Any]  # of each of these, as they were
 
     def __init__(self, model: nn.Module, given: int) -> None:
         parameters = list(inspect.signature(model.forward).parameters.values())
@@ -194,13 +198,38 @@ def _buffers_of(module: nn.Module) -> list[tuple[str, Tensor]]:
 
 
 _programs: weakref.WeakKeyDictionary[nn.Module, dict[Any, Program]] = weakref.WeakKeyDictionary()
+_MODULES_OWN = frozenset(vars(nn.Module())) - {"training", "_buffers"}
+
+
+def _taken(value: Any, depth: int = 2) -> Any:
+    """What tracing may have made a constant of, in a form in which any later change of it shows."""
+    if value is None or isinstance(value, (bool, int, float, complex, str)):
+        return type(value), value
+    if isinstance(value, Tensor):
+        return id(value), None if value.is_inference() else value._version
+    inside: Any = ()
+    if depth and isinstance(value, (list, tuple)):
+        inside = value
+    elif depth and not callable(value):
+        held = value if isinstance(value, dict) else getattr(value, "__dict__", {})
+        inside = [*held.keys(), *held.values()]
+    return id(value), len(inside), tuple(_taken(v, depth - 1) for v in itertools.islice(inside, 64))
+
+
+def _attributes_of(module: nn.Module) -> list[Any]:
+    return [(name, _taken(value)) for name, value in vars(module).items() if name not in _MODULES_OWN]
 
 
 def program_of(model: nn.Module, given: int) -> Program:
-    """The traced model, once for each mode and number of states; again when a submodule was exchanged."""
+    """The traced model, once for each number of states; again when a submodule was exchanged or what ``forward`` reads
+    of a module that is looked into was changed: its mode, a number, a flag, a buffer."""
     known = _programs.setdefault(model, {})
-    key = (given, model.training, tuple(map(id, model.modules())))
-    if key not in known:
+    modules = list(model.modules())
+    key = (given, tuple(map(id, modules)))
+    program = known.get(key)
+    if program is None or program.attributes != [_attributes_of(modules[k]) for k in program.followed]:
         known.clear()
-        known[key] = Program(model, given)
-    return known[key]
+        program = known[key] = Program(model, given)
+        program.followed = [k for k, m in enumerate(modules) if not k or not _Tracer().is_leaf_module(m, "")]
+        program.attributes = [_attributes_of(modules[k]) for k in program.followed]
+    return program

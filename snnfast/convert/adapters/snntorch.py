@@ -144,9 +144,9 @@ class FusedLeaky(Fused):
         buffers = self._buffers
         state = [buffers[name] if given.get(name) is None else given[name] for name in reversed(names)]  # mem first
         fits = broadcasts(self._own(plan), step.shape)
-        for k, value in enumerate(state):
+        for k, (value, name) in enumerate(zip(state, reversed(names), strict=True)):
             if value.shape != step.shape:
-                state[k] = 0.0
+                state[k] = _zero(step, given.get(name) is None)
             elif not of_this_step(value, step):
                 fits = False
         if not fits:
@@ -173,7 +173,7 @@ class FusedLeaky(Fused):
         v, own = buffers["mem"] if mem is None else mem, self._own(plan)
         fits = broadcasts(own, input_.shape)
         if v.shape != input_.shape:
-            v = 0.0
+            v = _zero(input_, mem is None)
         elif not of_this_step(v, input_):
             fits = False
         if not fits:
@@ -183,6 +183,12 @@ class FusedLeaky(Fused):
         if plan.graded:
             s = s * self.graded_spikes_factor
         return (s, v) if plan.returns_states else s
+
+
+def _zero(step: Tensor, kept: bool) -> Any:
+    """A state that starts afresh. One that the module keeps is a tensor, as after snnTorch's reset: the two calls that
+    gradient checkpointing compares then save the same, the first call of all included."""
+    return torch.zeros_like(step, requires_grad=False) if kept else 0.0
 
 
 class FusedSynaptic(FusedLeaky):
@@ -208,9 +214,9 @@ class FusedSynaptic(FusedLeaky):
         state = [buffers["mem"] if mem is None else mem, buffers["syn"] if syn is None else syn]
         own = self._own(plan)
         fits = broadcasts(own, input_.shape)
-        for k, value in enumerate(state):
+        for k, (value, passed) in enumerate(zip(state, (mem, syn), strict=True)):
             if value.shape != input_.shape:
-                state[k] = 0.0
+                state[k] = _zero(input_, passed is None)
             elif not of_this_step(value, input_):
                 fits = False
         if not fits:
