@@ -24,10 +24,7 @@ __all__ = ["LI", "BaseNode", "IFNode", "LIFNode", "ParametricLIFNode"]
 
 _STEPS = ("neuronal_charge", "neuronal_fire", "neuronal_reset", "single_step_functional_forward",
           "single_step_forward", "multi_step_forward")  # fmt: skip
-_NOT_HERE = (
-    "multi_step_functional_forward",
-    "materialize_states",
-)  # steps of SpikingJelly 2's neurons, not called here
+_NOT_HERE = ("multi_step_functional_forward", "materialize_states")  # of SpikingJelly 2's neurons, not called here
 
 
 class BaseNode(MemoryModule):
