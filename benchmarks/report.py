@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from pathlib import Path
 from typing import Any
@@ -113,7 +114,7 @@ def lines(points: list[Point], name: str, path: Path) -> None:
 
 # ---- files ----
 def write(folder: Path, stem: str, title: str, device: dict[str, Any], rows: list[Row], points: list[Point]) -> None:
-    """``stem``.json, .md, .png, and ``stem``-FIGURE.png of each figure that there are points of."""
+    """``stem``.json, .md, .png, and ``stem``-FIGURE.png of each figure that there are points of; without matplotlib no figure."""
     folder.mkdir(parents=True, exist_ok=True)
     for name in ("", *(f"-{f}" for f in FIGURES)):  # an older run's
         (folder / f"{stem}{name}.png").unlink(missing_ok=True)
@@ -125,6 +126,9 @@ def write(folder: Path, stem: str, title: str, device: dict[str, Any], rows: lis
     }
     (folder / f"{stem}.json").write_text(json.dumps(record, indent=1) + "\n")
     text = markdown(rows, device, title)
+    if importlib.util.find_spec("matplotlib") is None:  # on a machine that was lent for its GPU, say
+        (folder / f"{stem}.md").write_text(text)
+        return
     if bars(rows, folder / f"{stem}.png"):
         text += f"\n![]({stem}.png)\n"
     for name in FIGURES:
