@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from pathlib import Path
 from typing import Any
@@ -126,8 +125,10 @@ def write(folder: Path, stem: str, title: str, device: dict[str, Any], rows: lis
     }
     (folder / f"{stem}.json").write_text(json.dumps(record, indent=1) + "\n")
     text = markdown(rows, device, title)
-    if importlib.util.find_spec("matplotlib") is None:  # on a machine that was lent for its GPU, say
-        (folder / f"{stem}.md").write_text(text)
+    (folder / f"{stem}.md").write_text(text)
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError:
         return
     if bars(rows, folder / f"{stem}.png"):
         text += f"\n![]({stem}.png)\n"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import sys
 import time
@@ -156,8 +155,6 @@ def test_a_time_limit_leaves_what_was_measured(tmp_path, monkeypatch):
 
 
 def test_results_without_matplotlib_and_rich(tmp_path, monkeypatch):
-    find = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "matplotlib" else find(name))
     for name in ("matplotlib", "rich", "rich.console", "rich.table"):
         monkeypatch.setitem(sys.modules, name, None)
     measured = lambda settings: iter([at_least("first", "nothing", 2.0, None), Point("time", "a", 1, 1.0)])  # noqa: E731
