@@ -113,7 +113,7 @@ def lines(points: list[Point], name: str, path: Path) -> None:
 
 # ---- files ----
 def write(folder: Path, stem: str, title: str, device: dict[str, Any], rows: list[Row], points: list[Point]) -> None:
-    """``stem``.json, .md, .png, and ``stem``-FIGURE.png of each figure that there are points of; without matplotlib no figure."""
+    """``stem``.json, .md, .png, and ``stem``-FIGURE.png of each figure with points; without matplotlib no figure."""
     folder.mkdir(parents=True, exist_ok=True)
     for name in ("", *(f"-{f}" for f in FIGURES)):  # an older run's
         (folder / f"{stem}{name}.png").unlink(missing_ok=True)

@@ -387,7 +387,7 @@ def test_a_capture_takes_streams_of_its_own_device(monkeypatch):
     monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: types.SimpleNamespace(replay=lambda: None))
     monkeypatch.setattr(torch.cuda, "graph", graph)
     x = torch.rand(2, 3)
-    captured = inference.Captured(nn.Linear(3, 2).eval(), x)
+    inference.Captured(nn.Linear(3, 2).eval(), x)
     assert captured_on
     assert all(stream in made and stream.device == x.device for stream in captured_on)
 
