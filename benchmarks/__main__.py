@@ -120,7 +120,7 @@ def run(name: str, device: str, arguments: argparse.Namespace) -> bool:
         machine["label"] = "--force: the machine may have been busy, do not quote"
     rows: list[Row] = []
     points: list[Point] = []
-    start, ended = time.perf_counter(), True
+    start, ended, stopped = time.perf_counter(), True, False
     try:
         for found in sub.run(Settings(device, present, arguments.quick)):
             if isinstance(found, Point):
@@ -128,8 +128,9 @@ def run(name: str, device: str, arguments: argparse.Namespace) -> bool:
                 continue
             rows.append(found)
             print("  ".join(shown(found)), flush=True)
-    except (Exception, SystemExit) as error:  # one benchmark's error shall not lose the others
-        ended = False
+    except (Exception, SystemExit, KeyboardInterrupt) as error:
+        # One benchmark's error shall not lose the others, nor a time limit what was measured within it.
+        ended, stopped = False, isinstance(error, KeyboardInterrupt)
         traceback.print_exc()
         machine["ended early"] = f"{type(error).__name__}: {error}"
     machine["seconds"] = round(time.perf_counter() - start)
@@ -137,6 +138,8 @@ def run(name: str, device: str, arguments: argparse.Namespace) -> bool:
     if present and rows and arguments.out is not None:
         write(arguments.out, stem, title, machine, rows, points)
         print(f"{sum(r.met is True for r in rows)} targets met; written to {arguments.out / stem}.json, .md, .png")
+    if stopped:
+        raise KeyboardInterrupt
     return ended
 
 
@@ -162,8 +165,11 @@ def memory(device: str, arguments: argparse.Namespace) -> bool:
 
 
 def show(title: str, rows: list[Row]) -> None:
-    from rich.console import Console
-    from rich.table import Table
+    try:
+        from rich.console import Console
+        from rich.table import Table
+    except ImportError:  # each row has been printed
+        return
 
     table = Table("work", "against", "measured", "target", "", "", title=title)
     for row in rows:

@@ -64,8 +64,9 @@ for name in "$@"; do
       step versions 60 "$PYTHON" -m snnfast
       ;;
     tests)  # the native kernels
-      pytest tests-gpu 150 tests/test_gpu_bn.py tests/test_gpu.py tests/test_memory*.py tests/test_inference.py -k "not triton"
-      pytest tests-parity 180 tests/test_parity.py tests/test_torch.py -k "native and cuda"
+      pytest tests-gpu 150 tests/test_gpu_bn.py tests/test_gpu.py tests/test_memory.py tests/test_inference.py \
+        -k "gpu and not triton"
+      OMP_NUM_THREADS=1 pytest tests-parity 180 $workers tests/test_parity.py tests/test_torch.py -k "native and cuda"
       ;;
     benchmarks) step benchmarks 240 "$PYTHON" -m benchmarks.gpu ;;
     memcheck | racecheck | initcheck) sanitize "$name" ;;

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -89,17 +90,30 @@ def one_batch(name: str, label: str, batch: int, settings: Settings) -> Iterator
         yield Row(f"{label}: {peer.name}'s neurons", "eval()", None, None, True, "x", peer.missing)
 
 
+@contextmanager
+def tf32(unchanged: bool) -> Iterator[None]:
+    """Convolutions on a GPU in whole float32, or as torch is set."""
+    before = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = before and unchanged
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32 = before
+
+
 def check(net: nn.Module, calls: dict[str, tuple[Any, Tensor]], x: Tensor) -> dict[str, str]:
     """Words on how many images have other logits than from the network as it is; SystemExit where it is many.
 
     Folding, and another memory format, round otherwise; a charge within rounding of the threshold may then turn a
-    spike, and what follows from it changes that image's logits (one in a few hundred images).
+    spike, and what follows from it changes that image's logits (one in a few hundred images). So they are compared
+    without TF32, in which a GPU's convolutions round their inputs to 11 bits: that turns spikes in every image.
     """
     notes = {}
     with torch.no_grad():
-        want = net(x)
         for name, (call, given) in calls.items():
-            with implementation(name.removesuffix("'s neurons")):
+            captured = name == CAPTURED  # with the precision of its capture: it must do what was captured
+            with implementation(name.removesuffix("'s neurons")), tf32(captured):
+                want = calls[OPTIMIZED][0](x) if captured else net(x)
                 off = (call(given) - want).abs().amax((0, 2)) > TOLERANCE * want.abs().max()
             turned = int(off.sum())
             notes[name] = "same logits" if not turned else f"a turned spike in {turned} of {len(off)} images"

@@ -113,7 +113,7 @@ def lines(points: list[Point], name: str, path: Path) -> None:
 
 # ---- files ----
 def write(folder: Path, stem: str, title: str, device: dict[str, Any], rows: list[Row], points: list[Point]) -> None:
-    """``stem``.json, .md, .png, and ``stem``-FIGURE.png of each figure that there are points of."""
+    """``stem``.json, .md, .png, and ``stem``-FIGURE.png of each figure with points; without matplotlib no figure."""
     folder.mkdir(parents=True, exist_ok=True)
     for name in ("", *(f"-{f}" for f in FIGURES)):  # an older run's
         (folder / f"{stem}{name}.png").unlink(missing_ok=True)
@@ -125,6 +125,11 @@ def write(folder: Path, stem: str, title: str, device: dict[str, Any], rows: lis
     }
     (folder / f"{stem}.json").write_text(json.dumps(record, indent=1) + "\n")
     text = markdown(rows, device, title)
+    (folder / f"{stem}.md").write_text(text)
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError:
+        return
     if bars(rows, folder / f"{stem}.png"):
         text += f"\n![]({stem}.png)\n"
     for name in FIGURES:

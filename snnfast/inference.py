@@ -292,7 +292,9 @@ class Captured:
         torch.cuda.current_stream(sample.device).wait_stream(stream)
         self._graph = torch.cuda.CUDAGraph()
         functional.reset_net(model)  # before the capture: the recorded kernels start from the initial state
-        with torch.no_grad(), torch.cuda.graph(self._graph):
+        # Not on torch's own stream for captures, which is of the device that was the current one at its first use.
+        stream = torch.cuda.Stream(sample.device)
+        with torch.no_grad(), torch.cuda.graph(self._graph, stream=stream):
             self._output = model(self._input)
         functional.reset_net(model)  # the states that the capture left live in the graph's memory
 

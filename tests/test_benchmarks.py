@@ -141,6 +141,47 @@ def test_wrong_spikes_stop_the_clock(tmp_path, monkeypatch, capsys):
     assert "ended early: overhead (cpu)" in capsys.readouterr().out
 
 
+def test_a_time_limit_leaves_what_was_measured(tmp_path, monkeypatch):
+    def limited(settings):
+        yield at_least("first", "nothing", 2.0, None)
+        raise KeyboardInterrupt  # what `timeout -s INT` is to Python
+
+    monkeypatch.setitem(suite.SUBS, "overhead", suite.Sub("Limited", limited, {"cpu": "overhead"}))
+    with pytest.raises(KeyboardInterrupt):
+        suite.main(["overhead", "--quick", "--device", "cpu", "--out", str(tmp_path)])
+    found = json.loads((tmp_path / "overhead.json").read_text())
+    assert [r["work"] for r in found["rows"]] == ["first"]
+    assert "KeyboardInterrupt" in found["environment"]["ended early"]
+
+
+def test_results_without_matplotlib_and_rich(tmp_path, monkeypatch):
+    for name in ("matplotlib", "rich", "rich.console", "rich.table"):
+        monkeypatch.setitem(sys.modules, name, None)
+    measured = lambda settings: iter([at_least("first", "nothing", 2.0, None), Point("time", "a", 1, 1.0)])  # noqa: E731
+    monkeypatch.setitem(suite.SUBS, "overhead", suite.Sub("Limited", measured, {"cpu": "overhead"}))
+    assert suite.main(["overhead", "--quick", "--device", "cpu", "--out", str(tmp_path)]) == 0
+    assert "| first |" in (tmp_path / "overhead.md").read_text()
+    assert not list(tmp_path.glob("*.png"))
+
+
+def test_inference_compares_in_whole_float32(monkeypatch):
+    """TF32 would turn spikes in every image where folding changes the weights; a graph has that of its capture."""
+    from benchmarks import inference
+
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    seen = []
+
+    def model(name):
+        return lambda x: seen.append((name, torch.backends.cudnn.allow_tf32)) or x.sum(1)
+
+    x = torch.rand(4, 2, 3, 5)
+    calls = {inference.OPTIMIZED: (model("fast"), x), inference.CAPTURED: (model("graph"), x)}
+    notes = inference.check(model("net"), calls, x)
+    assert seen == [("net", False), ("fast", False), ("fast", True), ("graph", True)]
+    assert set(notes.values()) == {"same logits"}
+    assert torch.backends.cudnn.allow_tf32
+
+
 @pytest.mark.parametrize("peer", peer_neurons.all_of("cpu", 4), ids=lambda p: p.name)
 def test_peers_fire_and_start_afresh(peer):
     if peer.make is None:

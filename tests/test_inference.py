@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import pickle
 import sys
@@ -12,7 +13,7 @@ import torch
 from torch import nn
 
 import snnfast
-from snnfast import _notices, backends, layer, models, optimize_for_inference
+from snnfast import _notices, backends, inference, layer, models, optimize_for_inference
 
 pytestmark = [
     pytest.mark.skipif(
@@ -363,6 +364,34 @@ def test_bad_arguments():
         snnfast.capture(nn.ReLU().eval(), torch.ones(1))
 
 
+def test_a_capture_takes_streams_of_its_own_device(monkeypatch):
+    """torch.cuda.graph's own stream is of whichever device was the current one when a process first captured."""
+    made, captured_on = [], []
+
+    class Stream:
+        def __init__(self, device=None):
+            self.device = device
+            made.append(self)
+
+        def wait_stream(self, other):
+            pass
+
+    @contextlib.contextmanager
+    def graph(found, stream=None):
+        captured_on.append(stream)
+        yield
+
+    monkeypatch.setattr(torch.cuda, "Stream", Stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", Stream)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: types.SimpleNamespace(replay=lambda: None))
+    monkeypatch.setattr(torch.cuda, "graph", graph)
+    x = torch.rand(2, 3)
+    inference.Captured(nn.Linear(3, 2).eval(), x)
+    assert captured_on
+    assert all(stream in made and stream.device == x.device for stream in captured_on)
+
+
 # ---- on a GPU ----
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
@@ -381,7 +410,7 @@ def test_captured_replays_are_independent():
     with pytest.raises(ValueError, match="x must be"):
         graph(first[:1])
     with pytest.raises(ValueError, match="evaluation mode"):
-        snnfast.capture(net.train(), first)
+        snnfast.capture(models.resnet18(timesteps=T, width=8).cuda(), first)
 
 
 @pytest.mark.gpu
