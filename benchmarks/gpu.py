@@ -145,6 +145,8 @@ def main() -> None:
         except Exception:  # one case that fails shall not cost the others' figures
             failures.append(traceback.format_exc())
             print(failures[-1], flush=True)
+            if "CUDA error" in failures[-1]:  # after which no call of this process works
+                break
             continue
         finally:
             torch.cuda.empty_cache()

@@ -41,8 +41,8 @@ def test_gradients_have_the_same_bits(dtype, memory_format):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
 @pytest.mark.parametrize("memory_format", FORMATS, ids=["contiguous", "channels_last"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_gradients_have_the_same_bits_on_a_gpu(dtype, memory_format):
-    torch.backends.cudnn.deterministic = True
+def test_gradients_have_the_same_bits_on_a_gpu(dtype, memory_format, monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
     packed = check_network("cuda", dtype, memory_format)
     assert packed.tensors >= 4
 
