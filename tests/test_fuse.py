@@ -327,6 +327,25 @@ def test_backward_hooks_that_come_after_fusing_see_and_change_gradients(which, r
     assert len(count_fused) == 1
 
 
+def test_a_norm_that_is_called_by_keyword(count_fused):
+    class ByKeyword(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.pair = pair()
+
+        def forward(self, x):
+            return self.pair[1](self.pair[0](input=x))
+
+    net = ByKeyword()
+    apart = copy.deepcopy(net)
+    assert fuse(net).fused == [("pair.0", "pair.1")]
+    x = torch.randn(T, 3, 5, 5)
+    assert torch.equal(net(x), apart(x))
+    assert len(count_fused) == 1
+    with pytest.raises(TypeError, match="forward"):
+        net.pair[0](x, x)
+
+
 def test_a_pair_that_was_torn_apart_says_so():
     net = pair()
     fuse(net)

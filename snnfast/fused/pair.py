@@ -186,8 +186,11 @@ class Defer:
         self.norm = norm
         self.neuron = neuron
 
-    def __call__(self, x: Any) -> Any:
-        deferred = Deferred(self.norm, _plain(x))
+    def __call__(self, *args: Any, **keywords: Any) -> Any:
+        given = *args, *keywords.values()  # torch's norms name it input, SpikingJelly's x
+        if len(given) != 1:
+            return type(self.norm).forward(self.norm, *args, **keywords)  # which has the error
+        deferred = Deferred(self.norm, _plain(given[0]))
         return deferred.tensor() if _has_backward_hooks(self.norm, self.neuron) else deferred
 
 
