@@ -21,7 +21,6 @@ import torch
 
 from .measure import RESULTS, environment, refuse_unless_idle
 from .report import collect, markdown, shown, write  # noqa: F401 (benchmarks.gpu has markdown from here)
-from .report import table as plain_table
 from .rows import Point, Row, Settings
 
 Found = Iterator[Row | Point]
@@ -136,9 +135,8 @@ def run(name: str, device: str, arguments: argparse.Namespace) -> bool:
     machine["seconds"] = round(time.perf_counter() - start)
     show(title, rows)
     if present and rows and arguments.out is not None:
-        drawn = write(arguments.out, stem, title, machine, rows, points)
-        figures = ", .png" if drawn else "; no figures: matplotlib is not installed"
-        print(f"{sum(r.met is True for r in rows)} targets met; written to {arguments.out / stem}.json, .md{figures}")
+        write(arguments.out, stem, title, machine, rows, points)
+        print(f"{sum(r.met is True for r in rows)} targets met; written to {arguments.out / stem}.json, .md, .png")
     return ended
 
 
@@ -164,12 +162,9 @@ def memory(device: str, arguments: argparse.Namespace) -> bool:
 
 
 def show(title: str, rows: list[Row]) -> None:
-    try:
-        from rich.console import Console
-        from rich.table import Table
-    except ImportError:  # a machine with a GPU and little else; and nothing is written yet
-        print(f"\n{title}\n\n{plain_table(rows)}")
-        return
+    from rich.console import Console
+    from rich.table import Table
+
     table = Table("work", "against", "measured", "target", "", "", title=title)
     for row in rows:
         table.add_row(*shown(row), style="red" if row.met is False else None)

@@ -64,8 +64,7 @@ for name in "$@"; do
       step versions 60 "$PYTHON" -m snnfast
       ;;
     tests)  # the native kernels
-      pytest tests-gpu 150 tests/test_gpu_bn.py tests/test_gpu.py tests/test_memory.py tests/test_memory_recognised.py \
-        tests/test_inference.py -k "not triton"
+      pytest tests-gpu 150 tests/test_gpu_bn.py tests/test_gpu.py tests/test_memory*.py tests/test_inference.py -k "not triton"
       pytest tests-parity 180 tests/test_parity.py tests/test_torch.py -k "native and cuda"
       ;;
     benchmarks) step benchmarks 240 "$PYTHON" -m benchmarks.gpu ;;

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from pathlib import Path
 from typing import Any
@@ -113,9 +112,8 @@ def lines(points: list[Point], name: str, path: Path) -> None:
 
 
 # ---- files ----
-def write(folder: Path, stem: str, title: str, device: dict[str, Any], rows: list[Row], points: list[Point]) -> bool:
-    """``stem``.json, .md, .png, and ``stem``-FIGURE.png of each figure that there are points of; False: no matplotlib,
-    so no figures."""
+def write(folder: Path, stem: str, title: str, device: dict[str, Any], rows: list[Row], points: list[Point]) -> None:
+    """``stem``.json, .md, .png, and ``stem``-FIGURE.png of each figure that there are points of."""
     folder.mkdir(parents=True, exist_ok=True)
     for name in ("", *(f"-{f}" for f in FIGURES)):  # an older run's
         (folder / f"{stem}{name}.png").unlink(missing_ok=True)
@@ -127,17 +125,13 @@ def write(folder: Path, stem: str, title: str, device: dict[str, Any], rows: lis
     }
     (folder / f"{stem}.json").write_text(json.dumps(record, indent=1) + "\n")
     text = markdown(rows, device, title)
-    drawn = importlib.util.find_spec("matplotlib") is not None
-    if not drawn:
-        points = []
-    if drawn and bars(rows, folder / f"{stem}.png"):
+    if bars(rows, folder / f"{stem}.png"):
         text += f"\n![]({stem}.png)\n"
     for name in FIGURES:
         if chosen := [p for p in points if p.figure == name]:
             lines(chosen, name, folder / f"{stem}-{name}.png")
             text += f"\n![{name}]({stem}-{name}.png)\n"
     (folder / f"{stem}.md").write_text(text)
-    return drawn
 
 
 def read_rows(path: Path) -> tuple[dict[str, Any], list[Row]]:

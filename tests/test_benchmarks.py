@@ -125,19 +125,6 @@ def test_a_missing_peer_is_reported(monkeypatch, tmp_path):
     assert "| Norse LIF | host time | - | - | not measured | not installed" in (tmp_path / "overhead.md").read_text()
 
 
-def test_a_machine_with_torch_alone_keeps_its_results(monkeypatch, tmp_path, capsys):
-    for name in ("rich", "rich.console", "rich.table", "matplotlib"):
-        monkeypatch.setitem(sys.modules, name, None)
-    assert suite.main(["scaling", "--quick", "--device", "cpu", "--out", str(tmp_path)]) == 0
-    record = recorded(tmp_path, "scaling")
-    assert len(record["points"]) > 20
-    out = capsys.readouterr().out
-    assert "| work | against | measured |" in out
-    assert "scaling.json, .md; no figures: matplotlib is not installed" in out
-    assert not list(tmp_path.glob("*.png"))
-    assert ".png" not in (tmp_path / "scaling.md").read_text()
-
-
 def test_wrong_spikes_stop_the_clock(tmp_path, monkeypatch, capsys):
     class Wrong(nn.Module):
         def forward(self, x_seq):
