@@ -30,10 +30,15 @@ def report() -> dict[str, Any]:
     chosen, problems = {}, {}
     for entry in devices:
         device = torch.device(entry["device"])
-        chosen[entry["device"]] = backends.NAMES[1:][backends.choose("auto", device)]
+        try:
+            chosen[entry["device"]] = backends.NAMES[1:][backends.choose("auto", device)]
+        except (ValueError, RuntimeError) as error:  # SNNFAST_BACKEND; what it says sends people here
+            chosen[entry["device"]] = f"nothing: {error}"
         problems[entry["device"]] = {
             name: kernels.missing(device) for name, kernels in zip(backends.NAMES[1:], backends.KERNELS, strict=False)
         }
+    if "cuda:0" not in chosen and native.missing(torch.device("cpu")) is None and not native.has_cuda_kernels():
+        problems["cuda"] = {"native": native.missing(torch.device("cuda", 0))}
     try:
         import triton as triton_package
 

@@ -33,7 +33,8 @@ def chunked(model: nn.Module, x: Tensor, chunk: int, *, chunk_statistics: bool =
     Args:
         model: a multi-step network, ``[T, B, *]`` -> ``[T, B, *]``; a folded one, whose neurons have ``timesteps=T``,
             ``[T * B, *]`` -> ``[T * B, *]``; or one of :func:`snnfast.to_spiking`, called as usual. It may return
-            several tensors; each must have time. States start from where they are and end as after ``model(x)``.
+            several tensors; each must have time. States start from where they are and end as after ``model(x)``. What
+            mixes time steps otherwise, such as a convolution over time, sees one chunk only and cannot be found out.
         chunk: time steps at a time; the last chunk may have fewer.
         chunk_statistics: accept that a batch norm in training takes its statistics from a chunk, not from all of ``T``
             (and updates its running ones at each chunk): a different network then, as with a smaller batch.

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import math
+import numbers
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -65,7 +66,7 @@ def check_number(name: str, value: Any) -> float:
     """
     if isinstance(value, Tensor) and value.numel() == 1 and not value.requires_grad:
         value = value.item()
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    if isinstance(value, bool) or not isinstance(value, (int, float, numbers.Real)):  # NumPy's are Real
         raise TypeError(f"{name} must be a number, got {type(value).__name__} {value!r}")
     if value != value:  # not math.isnan, which torch.compile cannot trace once the number varies
         raise ValueError(f"{name} must be a number, got nan")
@@ -87,6 +88,19 @@ def check_tau(name: str, value: Any) -> float:
     return tau
 
 
+def check_surrogate(surrogate_function: Any) -> None:
+    """Raise unless this can be called on a tensor.
+
+    Raises:
+        TypeError: it cannot, or it is a class, which would take the tensor as its ``alpha``.
+    """
+    if not callable(surrogate_function) or isinstance(surrogate_function, type):
+        raise TypeError(
+            "surrogate_function must be callable on a tensor, such as snnfast.surrogate.ATan(), got "
+            f"{surrogate_function!r}"
+        )
+
+
 def check_input(name: str, x: Any, least_dimensions: int, folded: bool = False) -> None:
     """Raise unless ``x`` is a dense floating-point tensor that a neuron can take.
 
@@ -95,7 +109,7 @@ def check_input(name: str, x: Any, least_dimensions: int, folded: bool = False) 
         ValueError: sparse, without the time dimension, or with no time steps.
     """
     if not isinstance(x, Tensor):
-        raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
+        raise TypeError(f"{name} must be a torch.Tensor, got {getattr(type(x), 'not_a_tensor', type(x).__name__)}")
     if x.dtype not in _DTYPES:
         raise TypeError(
             f"{name} must be float32, float64, bfloat16 or float16, got {str(x.dtype).removeprefix('torch.')}; "
@@ -123,6 +137,8 @@ def _check_state(v: Any, x: Tensor) -> float | Tensor:
         raise ValueError(f"v must be on x_seq's device {x.device}, got {v.device}; move it with v.to(x_seq.device)")
     if not v.is_floating_point():
         raise TypeError(f"v must be floating point, got {str(v.dtype).removeprefix('torch.')}")
+    if v.layout is not torch.strided:
+        raise ValueError(f"v must be a dense tensor, got layout {v.layout}; convert it with v.to_dense()")
     return v
 
 
@@ -174,9 +190,13 @@ def constants_of(
     neuron: Neuron, surrogate_function: SurrogateLike, v_init: float, *rest: Any, **keywords: Any
 ) -> Constants:
     """The kernels' constants of a call of :func:`multi_step` with a fused surrogate and these keywords."""
-    make = _constants if torch.compiler.is_compiling() else _cached_constants  # dynamo warns of caches
     s: Any = surrogate_function
-    return make(neuron.id, s.id, s.alpha, s.gain, v_init, *rest, **keywords)
+    if not torch.compiler.is_compiling():  # dynamo warns of caches
+        try:
+            return _cached_constants(neuron.id, s.id, s.alpha, s.gain, v_init, *rest, **keywords)
+        except TypeError:  # a list, say, which no cache takes: it is refused below, by its name
+            pass
+    return _constants(neuron.id, s.id, s.alpha, s.gain, v_init, *rest, **keywords)
 
 
 def multi_step(
@@ -207,6 +227,7 @@ def multi_step(
     """
     fused_surrogate = is_fused(surrogate_function)
     if not fused_surrogate:
+        check_surrogate(surrogate_function)
         surrogate_function = recognise(surrogate_function)
         fused_surrogate = is_fused(surrogate_function)
     strict = strict or neuron.strict
@@ -263,6 +284,9 @@ def multi_step(
 
 def _name(surrogate: SurrogateLike) -> str:
     name = getattr(surrogate, "__name__", type(surrogate).__name__)
+    owner = getattr(surrogate, "__self__", None)
+    if isinstance(owner, type):  # an autograd function's apply
+        name = f"{owner.__name__}.{name}"
     return f"{name}(spiking=False)" if getattr(surrogate, "spiking", True) is False else name
 
 

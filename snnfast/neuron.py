@@ -7,6 +7,7 @@ reference path. The built-in ones run fused, unless a subclass overrides a step 
 from __future__ import annotations
 
 import math
+import numbers
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -96,13 +97,12 @@ class BaseNode(MemoryModule):
                 store_v_seq, old_store_v_seq = old_store_v_seq[0], old_store_v_seq[1:]
         if old_store_v_seq:
             raise TypeError(f"{type(self).__name__} got too many positional arguments: {old_store_v_seq}")
-        if not callable(surrogate_function) or isinstance(surrogate_function, type):
-            raise TypeError(
-                "surrogate_function must be callable on a tensor, such as snnfast.surrogate.ATan(), got "
-                f"{surrogate_function!r}"
-            )
-        if timesteps is not None and (isinstance(timesteps, bool) or not isinstance(timesteps, int) or timesteps < 1):
-            raise ValueError(f"timesteps must be a whole number from 1, or None, got {timesteps!r}")
+        functional.check_surrogate(surrogate_function)
+        if timesteps is not None:
+            whole = isinstance(timesteps, (int, numbers.Integral)) and not isinstance(timesteps, bool)  # NumPy's too
+            if not whole or timesteps < 1:
+                raise ValueError(f"timesteps must be a whole number from 1, or None, got {timesteps!r}")
+            timesteps = int(timesteps)
         self.v_threshold = functional.check_number("v_threshold", v_threshold)
         self.v_reset = None if v_reset is None else functional.check_number("v_reset", v_reset)
         self.register_memory("v", 0.0 if self.v_reset is None else self.v_reset)

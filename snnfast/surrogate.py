@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import functools
 import math
+import numbers
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, ClassVar, Union
 
@@ -136,7 +137,7 @@ class SurrogateFunction(nn.Module):
 
     def __init__(self, alpha: float = 1.0, spiking: bool = True) -> None:
         super().__init__()
-        if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not 0 < alpha < math.inf:
+        if isinstance(alpha, bool) or not isinstance(alpha, (int, float, numbers.Real)) or not 0 < alpha < math.inf:
             raise ValueError(f"alpha must be a finite number above 0, got {alpha!r}")
         self.alpha = float(alpha)
         self.spiking = spiking

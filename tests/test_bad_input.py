@@ -7,6 +7,7 @@ import inspect
 import pickle
 import re
 
+import numpy as np
 import pytest
 import torch
 
@@ -45,6 +46,7 @@ CASES = {
         r"v .*cpu.*meta",
     ),
     "state's dtype": (lambda: functional.if_multi_step(X, torch.zeros(3, dtype=torch.int32)), TypeError, r"v .*int32"),
+    "state sparse": (lambda: functional.if_multi_step(X, X[0].to_sparse()), ValueError, r"v .*sparse.*v\.to_dense"),
     "state no number": (lambda: functional.if_multi_step(X, "0"), TypeError, r"v must be a number"),
     "w's size": (lambda: functional.plif_multi_step(X, 0.0, torch.zeros(2)), TypeError, r"w must be"),
     "w's device": (lambda: functional.plif_multi_step(X, 0.0, torch.zeros((), device="meta")), ValueError, r"w .*cpu"),
@@ -63,7 +65,13 @@ CASES = {
     "threshold nan": (lambda: snnfast.IFNode(v_threshold=float("nan")), ValueError, r"v_threshold .*nan"),
     "threshold flag": (lambda: snnfast.IFNode(v_threshold=True), TypeError, r"v_threshold"),
     "reset": (lambda: snnfast.IFNode(v_reset="zero"), TypeError, r"v_reset must be a number, got str 'zero'"),
-    "functional reset": (lambda: functional.if_multi_step(X, v_reset=[0]), TypeError, r"v_reset|unhashable"),
+    "functional reset": (
+        lambda: functional.if_multi_step(X, v_reset=[0]),
+        TypeError,
+        r"^v_reset must be a number, got list",
+    ),
+    "functional threshold": (lambda: functional.lif_multi_step(X, v_threshold=[1]), TypeError, r"^v_threshold must be"),
+    "functional tau in a list": (lambda: functional.lif_multi_step(X, tau=[2.0]), TypeError, r"^tau must be a number"),
     "step mode": (lambda: snnfast.IFNode(step_mode="multi"), ValueError, r"step_mode must be 's' or 'm', got 'multi'"),
     "set_step_mode": (lambda: functional.set_step_mode(snnfast.IFNode(), "x"), ValueError, r"step_mode .*'x'"),
     "backend": (
@@ -73,6 +81,11 @@ CASES = {
     ),
     "set_backend": (lambda: functional.set_backend(snnfast.IFNode(), "gpu"), ValueError, r"backend must be one of"),
     "functional backend": (lambda: functional.if_multi_step(X, backend="gpu"), ValueError, r"backend must be one of"),
+    "functional backend in a list": (
+        lambda: functional.if_multi_step(X, backend=["native"]),
+        ValueError,
+        r"backend must be one of .*\['native'\]",
+    ),
     "backend's device": (
         lambda: functional.if_multi_step(X, backend="triton"),
         RuntimeError,
@@ -81,6 +94,16 @@ CASES = {
     "timesteps": (lambda: snnfast.IFNode(timesteps=0), ValueError, r"timesteps .*0"),
     "timesteps float": (lambda: snnfast.IFNode(timesteps=2.0), ValueError, r"timesteps .*2.0"),
     "surrogate": (lambda: snnfast.IFNode(surrogate_function="atan"), TypeError, r"surrogate_function .*ATan"),
+    "functional surrogate": (
+        lambda: functional.if_multi_step(X, surrogate_function=None),
+        TypeError,
+        r"surrogate_function .*ATan\(\), got None",
+    ),
+    "functional surrogate's class": (
+        lambda: functional.if_multi_step(X, surrogate_function=surrogate.ATan),
+        TypeError,
+        r"surrogate_function .*such as .*ATan\(\), got <class",
+    ),
     "alpha": (lambda: surrogate.ATan(alpha=0.0), ValueError, r"alpha .*above 0, got 0.0"),
     "unknown argument": (
         lambda: snnfast.IFNode(v_treshold=1.0),
@@ -133,6 +156,29 @@ def test_refused_with_the_arguments_name_and_the_remedy(case, monkeypatch):
     call, error, message = CASES[case]
     with pytest.raises(error, match=message):
         call()
+
+
+def test_numbers_of_numpy_are_numbers():
+    node = snnfast.LIFNode(
+        np.float32(2.5), True, np.int64(1), np.float16(0.25), surrogate.ATan(np.float32(3)), timesteps=np.int64(2)
+    )
+    plain = snnfast.LIFNode(2.5, True, 1.0, 0.25, surrogate.ATan(3.0), timesteps=2)
+    assert repr(node) == repr(plain)
+    assert {type(v) for v in (node.tau, node.v_threshold, node.v_reset, node.surrogate_function.alpha)} == {float}
+    assert type(node.timesteps) is int
+    assert torch.equal(functional.lif_multi_step(X, tau=np.float32(3))[1], functional.lif_multi_step(X, tau=3.0)[1])
+    with pytest.raises(TypeError, match="v_threshold must be a number"):
+        snnfast.IFNode(np.bool_(True))
+
+
+def test_the_notice_of_a_plain_loop_names_an_autograd_function_not_its_apply():
+    class Half(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, u):
+            return (u >= 0).to(u)
+
+    with pytest.warns(UserWarning, match=r"surrogate Half\.apply is not one of"):
+        snnfast.IFNode(surrogate_function=Half.apply)(X)
 
 
 def test_an_explicit_backend_never_falls_back():

@@ -81,6 +81,17 @@ def test_python_m_snnfast_tells_versions_backends_and_reasons():
     text = subprocess.run([sys.executable, "-m", "snnfast"], capture_output=True, text=True, check=True).stdout
     assert "backend='auto' takes" in text
     assert report["missing"]["cpu"]["triton"] in text
+    native = snnfast.functional.backends.native
+    assert report["missing"]["cpu"]["native"] or native.has_cuda_kernels() or "without CUDA kernels" in text
+
+
+@pytest.mark.parametrize(("value", "reason"), [("triton", "Unset SNNFAST_BACKEND"), ("fast", "must be one of auto")])
+def test_python_m_snnfast_tells_of_a_backend_that_the_environment_asks_for_in_vain(value, reason):
+    command = [sys.executable, "-m", "snnfast"]
+    done = subprocess.run(command, env=os.environ | {"SNNFAST_BACKEND": value}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "takes nothing: SNNFAST_BACKEND" in done.stdout
+    assert reason in done.stdout
 
 
 def test_the_environment_replaces_auto():

@@ -299,6 +299,63 @@ def test_what_changes_after_fusing(count_fused):
     assert len(count_fused) == 1  # the frozen norm, which the kernels serve too
 
 
+@pytest.mark.parametrize("which", [0, 1])
+@pytest.mark.parametrize("register", ["register_full_backward_hook", "register_full_backward_pre_hook"])
+def test_backward_hooks_that_come_after_fusing_see_and_change_gradients(which, register, count_fused):
+    def results(net, x):
+        seen = []
+
+        def hook(module, *gradients):
+            seen.append([g.clone() for g in (*gradients[0], *gradients[-1])])
+            return tuple(2 * g for g in gradients[0])
+
+        handle = getattr(net[which], register)(hook)
+        net(x).sum().backward()
+        handle.remove()
+        return x.grad, seen
+
+    net = pair().double()
+    apart = copy.deepcopy(net)
+    fuse(net)
+    x = torch.randn(T * 2, 3, 5, 5, dtype=torch.float64)
+    (got, seen), (want, expected) = (results(n, x.clone().requires_grad_()) for n in (net, apart))
+    torch.testing.assert_close(got, want)
+    torch.testing.assert_close(seen, expected)
+    assert not count_fused
+    functional.reset_net(net)
+    net(x)
+    assert len(count_fused) == 1
+
+
+def test_a_norm_that_is_called_by_keyword(count_fused):
+    class ByKeyword(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.pair = pair()
+
+        def forward(self, x):
+            return self.pair[1](self.pair[0](input=x))
+
+    net = ByKeyword()
+    apart = copy.deepcopy(net)
+    assert fuse(net).fused == [("pair.0", "pair.1")]
+    x = torch.randn(T, 3, 5, 5)
+    assert torch.equal(net(x), apart(x))
+    assert len(count_fused) == 1
+    with pytest.raises(TypeError, match="forward"):
+        net.pair[0](x, x)
+
+
+def test_a_pair_that_was_torn_apart_says_so():
+    net = pair()
+    fuse(net)
+    net[1] = snnfast.IFNode(timesteps=T)
+    with pytest.raises(TypeError, match=r"x_seq must be .*torn apart since: call fuse\(model\) again"):
+        net(torch.randn(T, 3, 5, 5))
+    fuse(net)
+    assert net(torch.randn(T, 3, 5, 5)).shape == (T, 3, 5, 5)
+
+
 def test_nodes_are_not_taken_apart_and_bad_arguments():
     net = nn.Sequential(BatchNormNode(nn.BatchNorm2d(3), snnfast.LIFNode(timesteps=T)))
     assert fuse(net) == FuseReport()

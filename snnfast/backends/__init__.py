@@ -48,6 +48,8 @@ def choose(backend: str, device: torch.device) -> int:
         ValueError: unknown name.
         RuntimeError: the named backend cannot serve the device; the message says why and what would do.
     """
+    if not isinstance(backend, str):  # a list, say, is no key
+        check_name(backend)
     key = (backend, device)
     if key not in _chosen:
         _chosen[key] = _choose(check_name(backend), device)
@@ -76,9 +78,10 @@ def _choose(backend: str, device: torch.device) -> int:
     if index != REFERENCE and device.type != "meta":
         reason = KERNELS[index].missing(device)
         if reason is not None:
+            remedy = "Use backend='auto'" if source == "backend" else f"Unset {source}"
             raise RuntimeError(
-                f"{source}={backend!r} cannot serve a tensor on {device}: {reason}. Use backend='auto', or move the "
-                "tensor; `python -m snnfast` lists what each backend serves."
+                f"{source}={backend!r} cannot serve a tensor on {device}: {reason}. {remedy}, or move the tensor; "
+                "`python -m snnfast` lists what each backend serves."
             )
     return index
 

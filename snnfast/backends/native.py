@@ -51,7 +51,7 @@ def missing(device: torch.device) -> str | None:
     if torch.version.hip:
         return "it has kernels for NVIDIA GPUs, not for ROCm"
     if _C.cuda_architectures is None:
-        return "it was built without nvcc, so without CUDA kernels"
+        return "it was built without CUDA kernels: there was no nvcc, or SNNFAST_CUDA=0"
     return _cuda_probe(torch.cuda.current_device() if device.index is None else device.index)
 
 
@@ -65,6 +65,11 @@ def _cuda_probe(index: int) -> str | None:
 
     say_once(f"snnfast's native backend: {reason}. The Triton kernels take over.")
     return reason
+
+
+def has_cuda_kernels() -> bool:
+    """Whether there are any in this build, with or without a GPU here."""
+    return _C is not None and _C.cuda_architectures is not None
 
 
 def served() -> str:

@@ -292,7 +292,7 @@ def fuse(model: nn.Module) -> FuseReport:
         elif (reason := _why_not(norm, neuron, found, shared)) is not None:
             report.left_alone[name] = reason
         else:
-            norm.forward = Defer(norm)  # type: ignore[method-assign,assignment]
+            norm.forward = Defer(norm, neuron)  # type: ignore[method-assign]
             connect = found.connections.get(norm, Connect.NONE)
             neuron.forward = NormAndNeuron(neuron, connect)
             report.fused.append((name, names[neuron]))

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..tensors import ALL_MODULES_HOOKS
 from . import batch_norm
 from .ops import Connect
 
@@ -30,6 +31,7 @@ class StandIn:
     """For a tensor that need not be made if it goes where the trace saw it go."""
 
     made: Tensor | None = None
+    not_a_tensor = "the stand-in of a pair that snnfast.fuse made and that was torn apart since: call fuse(model) again"
 
     def __init__(self) -> None:
         self.grad = torch.is_grad_enabled()
@@ -172,14 +174,24 @@ def _version(x: Any) -> int | None:
     return x._version
 
 
+def _has_backward_hooks(*modules: nn.Module) -> bool:
+    """Whether gradients between these are looked at; torch hooks into tensors, which a stand-in is not."""
+    return any(ALL_MODULES_HOOKS[2:]) or any(m._backward_hooks or m._backward_pre_hooks for m in modules)
+
+
 class Defer:
     """Stands for a fused norm's forward."""
 
-    def __init__(self, norm: nn.Module) -> None:
+    def __init__(self, norm: nn.Module, neuron: nn.Module) -> None:
         self.norm = norm
+        self.neuron = neuron
 
-    def __call__(self, x: Any) -> Deferred:
-        return Deferred(self.norm, _plain(x))
+    def __call__(self, *args: Any, **keywords: Any) -> Any:
+        given = *args, *keywords.values()  # torch's norms name it input, SpikingJelly's x
+        if len(given) != 1:
+            return type(self.norm).forward(self.norm, *args, **keywords)  # which has the error
+        deferred = Deferred(self.norm, _plain(given[0]))
+        return deferred.tensor() if _has_backward_hooks(self.norm, self.neuron) else deferred
 
 
 class NormAndNeuron:
