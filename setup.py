@@ -33,7 +33,7 @@ CPU_FLAGS = (
 X86_SETS = {  # best first
     "avx512": "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx2 -mfma -mf16c",
     "avx2": "-mavx2 -mfma -mf16c",
-    "baseline": "-O2",  # for processors from before 2013, which is no reason to compile for twice as long
+    "baseline": "-O1",  # for processors from before 2013, which is no reason to compile for twice as long
 }
 CUDA_FLAGS = "-std=c++17 -O3 -fmad=false -Xfatbin=-compress-all -Xcompiler -fPIC,-fvisibility=hidden"
 
