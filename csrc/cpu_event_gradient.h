@@ -104,8 +104,7 @@ SNNFAST_FN void add_gradients(const float* gradients, int64_t offset, const uint
   constexpr int chains = vectors < 8 ? 2 : 1;
   for (int64_t o = 0; o < kEventOutputs; o += columns) {
     const float* const from = gradients + offset * kEventOutputs + o;
-    V total[chains][vectors] = {};
-    for (int v = 0; v < vectors; ++v) total[0][v] = load_bits<V>(sum + o + v * kEventFloats);
+    V total[chains][vectors] = {};  // of these events alone: partial sums round less than one over all images
     const auto add = [&](V(&to)[vectors], int64_t i) {
       const float* const row = from + int64_t(places[i]) * kEventOutputs;
       for (int v = 0; v < vectors; ++v) {
@@ -118,7 +117,9 @@ SNNFAST_FN void add_gradients(const float* gradients, int64_t offset, const uint
       for (int chain = 0; chain < chains; ++chain) add(total[chain], i + chain);
     if (i < n) add(total[0], i);
     for (int v = 0; v < vectors; ++v)
-      store_bits<false>(sum + o + v * kEventFloats, chains == 2 ? total[0][v] + total[chains - 1][v] : total[0][v]);
+      store_bits<false>(
+          sum + o + v * kEventFloats,
+          load_bits<V>(sum + o + v * kEventFloats) + (chains == 2 ? total[0][v] + total[chains - 1][v] : total[0][v]));
   }
 }
 

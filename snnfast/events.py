@@ -19,14 +19,16 @@ from .tensors import apply_unwatched, in_cpu_memory
 
 __all__ = ["EventConv2d", "EventReport", "event_driven"]
 
-_MOST_EVENTS, _MOST_EVENTS_STRIDED = 0.2, 0.1  # of the input; beyond, the dense kernel is as fast
+_MOST_EVENTS, _MOST_EVENTS_RARE = 0.2, 0.1  # of the input; beyond, the dense kernel is as fast
+_MOST_FILLING = 1.25  # output channels, filled up to a multiple of 64, of those that there are, for the gradient
 _FEWEST_CHANNELS = 16
 _MOST_PLACES = 80  # of a window; the kernel's lists hold no more
+_MOST_BETWEEN = 2**18  # places between the first and the last row of a window, which the lists hold too
 
 
 class _EventDriven(nn.Conv2d):
     keeps_weights = False  # whether nobody trains them: what the kernel makes of them then serves later calls
-    _kept: tuple[list[tuple[Tensor, int]], Tensor] | None = None  # they, with their versions, and what was made
+    _kept: tuple[list[tuple[Tensor, int]], Tensor] | None = None  # aliases of them, versions, and what was made
 
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         if not self._is_served(input, weight, bias):
@@ -44,12 +46,17 @@ class _EventDriven(nn.Conv2d):
             and x.numel() > 0
             and x.dtype is torch.float32
             and all(t is None or _is_plain_parameter(t) for t in parameters)
+            and [None if t is None else t.shape for t in parameters] == self._shapes(parameters[1])
             and not torch.is_autocast_enabled("cpu")
             and native.missing(x.device) is None
         )
         if not fits or min(self._output_size(x)) < 1:
             return False
-        most = _MOST_EVENTS if self.stride == (1, 1) else _MOST_EVENTS_STRIDED
+        between = (self.kernel_size[0] - 1) * self.dilation[0] * (x.shape[3] + 2 * self.padding[1])  # type: ignore[operator]
+        if between > _MOST_BETWEEN:
+            return False
+        rarely = self.stride != (1, 1) or self.out_channels < 32
+        most = _MOST_EVENTS_RARE if rarely else _MOST_EVENTS
         return native.count_events(_dense(x)) <= most * x.numel()
 
     def _output_size(self, x: Tensor) -> tuple[int, ...]:
@@ -59,9 +66,10 @@ class _EventDriven(nn.Conv2d):
 
     def _convolve(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         x, sizes = _dense(x), self._sizes(x)
-        y = torch.empty((x.shape[0], *sizes[4:7]), memory_format=torch.channels_last)
+        shape = (x.shape[0], *sizes[4:7])
+        y = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
         native.event_convolve(sizes, x, self._packed(sizes, weight, bias), y)
-        return y
+        return y.contiguous() if x.is_contiguous() and weight.is_contiguous() else y  # as PyTorch's is
 
     def _sizes(self, x: Tensor) -> Any:
         """As the kernels take them."""
@@ -72,13 +80,18 @@ class _EventDriven(nn.Conv2d):
         given = [t for t in (weight, bias) if t is not None]
         if self._kept is not None:
             made_of, packed = self._kept
-            same = len(made_of) == len(given) and all(a is b for (a, _), b in zip(made_of, given, strict=True))
-            if same and all(t._version == version for t, version in made_of):
+            if len(made_of) == len(given) and all(_is_same(*was, t) for was, t in zip(made_of, given, strict=True)):
                 return packed
-        packed = native.pack_event_weights(sizes, _dense(weight), bias)
-        if self.keeps_weights and not any(t.is_inference() for t in given):  # which have no version
-            self._kept = [(t, t._version) for t in given], packed
+        packed = native.pack_event_weights(sizes, _dense(weight), None if bias is None else bias.contiguous())
+        # Inference tensors have no version, and optimisers may write without raising it.
+        if self.keeps_weights and not any(t.is_inference() or t.requires_grad for t in given):
+            self._kept = [(t.detach(), t._version) for t in given], packed
         return packed
+
+    def _shapes(self, bias: Tensor | None) -> list[Any]:
+        """Of weight and bias, as the numbers of the layer have them."""
+        weight = (self.out_channels, self.in_channels, *self.kernel_size)
+        return [weight, None if bias is None else (self.out_channels,)]
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name != "_kept"}
@@ -87,11 +100,12 @@ class _EventDriven(nn.Conv2d):
 class EventConv2d(_EventDriven):
     """:class:`torch.nn.Conv2d` that skips the inputs that are 0.
 
-    Served are float32 inputs ``[B, C, H, W]`` on the CPU of which at most a fifth is not 0 (a tenth with strides), with
-    windows of 2 to 80 places, 16 channels or more on both sides, one group, and padding with zeros; their output is
-    channels last. Every other call is :class:`torch.nn.Conv2d`'s; which it is depends on the input alone. Both add up
-    the same products in another order, so they agree to rounding, but a 0 meets no weight here, not even an infinite
-    one. The gradient of the weight skips them too, where the stride is 1; second derivatives are PyTorch's.
+    Served are float32 inputs ``[B, C, H, W]`` on the CPU of which at most a fifth is not 0 (a tenth with strides, or
+    fewer than 32 output channels), with windows of 2 to 80 places, 16 channels or more on both sides, one group, and
+    padding with zeros. Every other call is :class:`torch.nn.Conv2d`'s; which it is depends on the input alone, the
+    whole batch. Both add up the same products in another order, so they agree to rounding, but a 0 meets no weight
+    here, not even an infinite one. The gradient of the weight skips them too, where the stride is 1 and the output
+    channels fill most of a multiple of 64; an infinite input makes it NaN. Second derivatives are PyTorch's.
 
     Arguments and errors are those of :class:`torch.nn.Conv2d`.
 
@@ -173,12 +187,22 @@ def event_driven(model: nn.Module) -> EventReport:
     return report
 
 
+def _is_same(alias: Tensor, version: int, t: Tensor) -> bool:
+    """Whether ``t`` has the memory of ``alias``, which keeps it from being used again, and was not written since."""
+    return t.data_ptr() == alias.data_ptr() and t._version == version and not t.requires_grad
+
+
 def _why_not(conv: Any) -> str | None:
     """Why the kernel does not serve a convolution of these numbers."""
     if conv.groups != 1:
         return f"it has {conv.groups} groups"
     if conv.padding_mode != "zeros" or isinstance(conv.padding, str):
         return f"it pads with {conv.padding_mode}, padding={conv.padding!r}"
+    geometry = (conv.kernel_size, conv.stride, conv.padding, conv.dilation)
+    if not all(type(g) is tuple and len(g) == 2 and all(type(n) is int for n in g) for g in geometry):
+        return f"its geometry is {geometry}: not four pairs of numbers"
+    if min(*conv.kernel_size, *conv.stride, *conv.dilation) < 1 or min(conv.padding) < 0:
+        return f"its geometry is {geometry}"
     if not 1 < conv.kernel_size[0] * conv.kernel_size[1] <= _MOST_PLACES:
         return f"its window is {conv.kernel_size}: not of 2 to {_MOST_PLACES} places"
     if min(conv.in_channels, conv.out_channels) < _FEWEST_CHANNELS:
@@ -201,7 +225,7 @@ class _EventConvolution(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, conv: _EventDriven, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(x, weight)
-        ctx.conv, ctx.has_bias = conv, bias is not None
+        ctx.conv, ctx.has_bias, ctx.shapes = conv, bias is not None, (x.shape, weight.shape)
         return conv._convolve(x, weight, bias)
 
     @staticmethod
@@ -214,7 +238,9 @@ class _EventConvolution(torch.autograd.Function):
             of_weight
             and conv.stride == (1, 1)
             and not torch.is_grad_enabled()
-            and all(t.dtype is torch.float32 and in_cpu_memory(t) for t in (x, grad))
+            and (x.shape, weight.shape) == ctx.shapes
+            and all(t.dtype is torch.float32 and in_cpu_memory(t.detach()) for t in (x, weight, grad))
+            and -(-conv.out_channels // 64) * 64 <= _MOST_FILLING * conv.out_channels
         )
         found = torch.ops.aten.convolution_backward(
             *(grad, x, weight, [len(weight)] if ctx.has_bias else None, conv.stride, conv.padding, conv.dilation),
@@ -222,7 +248,7 @@ class _EventConvolution(torch.autograd.Function):
         )
         if not by_events:
             return None, *found
-        grad_weight = torch.empty_like(weight)
+        grad_weight = torch.empty_like(_dense(weight))
         grad = grad.contiguous(memory_format=torch.channels_last)
         x = _dense(x)
         native.event_weight_gradient(conv._sizes(x), x, grad, grad_weight)

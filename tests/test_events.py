@@ -15,12 +15,18 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import snnfast
-from snnfast import layer
+from snnfast import events, layer
 from snnfast.backends import native
 from snnfast.events import EventConv2d, event_driven
 
 _C = native._C
 pytestmark = pytest.mark.skipif(_C is None, reason="needs the compiled kernels")
+
+
+@pytest.fixture(autouse=True)
+def gradients_by_events(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However few of the kernel's output channels are used."""
+    monkeypatch.setattr(events, "_MOST_FILLING", 1000.0)
 
 
 def spikes(*shape: int, rate: float = 0.05, graded: bool = False, channels_last: bool = False) -> Tensor:
@@ -61,7 +67,8 @@ def check(conv: EventConv2d, x: Tensor) -> None:
             p.abs_()
     terms = results(exact, x.double().abs(), magnitudes=True)
     found = results(conv, x)
-    assert found[0].is_contiguous(memory_format=torch.channels_last)
+    last = not (x.is_contiguous() and conv.weight.is_contiguous())
+    assert found[0].is_contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
     for g, w, t in zip(found, want, terms, strict=True):
         assert g.shape == w.shape
         assert ((g.double() - w).abs() <= 2**-20 * t + 1e-30).all()
@@ -154,19 +161,25 @@ def test_the_bits_do_not_depend_on_the_threads(keeps_threads):
 # ---- who is served ----
 def test_the_input_alone_decides(monkeypatch):
     ran = calls(monkeypatch)
-    conv = EventConv2d(16, 16, 3)
+    monkeypatch.setattr(events, "_MOST_FILLING", 1.25)
+    conv = EventConv2d(16, 64, 3)
     x = torch.zeros(2, 16, 10, 10)
     x.view(-1)[: x.numel() // 5] = 1
     conv(x).sum().backward()
     assert ran == ["event_convolve", "event_weight_gradient"]
     x.view(-1)[x.numel() // 5] = 1  # one more than a fifth
     assert torch.equal(conv(x), F.conv2d(x, conv.weight, conv.bias))
-    strided = EventConv2d(16, 16, 3, stride=2)
+    strided = EventConv2d(16, 64, 3, stride=2)
     few = spikes(2, 16, 10, 10)
     strided(few).sum().backward()
     assert ran[2:] == ["event_convolve"]  # PyTorch's gradient
     strided(spikes(2, 16, 10, 10, rate=0.15))
     assert len(ran) == 3
+    narrow = EventConv2d(16, 16, 3)
+    narrow(spikes(2, 16, 10, 10, rate=0.15))
+    assert len(ran) == 3
+    narrow(few).sum().backward()
+    assert ran[3:] == ["event_convolve"]
 
 
 @pytest.mark.parametrize(
@@ -229,6 +242,64 @@ def test_second_derivatives_and_parts_of_the_gradients():
     conv(x).sum().backward()
     assert conv.weight.grad is None
     assert x.grad is not None
+
+
+def test_whatever_memory_weights_and_biases_have():
+    x = spikes(2, 16, 8, 8)
+    turned = nn.Parameter(torch.randn(16, 32, 3, 3).transpose(0, 1))  # dense, neither channels first nor last
+    conv = EventConv2d(16, 32, 3)
+    conv.weight, conv.bias = turned, nn.Parameter(torch.arange(64.0)[::2])
+    check(conv, x)
+    found = torch.func.functional_call(conv, {"bias": torch.tensor(3.0).expand(32)}, (x,))
+    assert torch.allclose(found, F.conv2d(x, turned) + 3, atol=1e-4)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert torch.allclose(conv(x), F.conv2d(x, turned, conv.bias), atol=1e-4)
+    finally:
+        torch.set_default_dtype(before)
+
+
+def test_other_shapes_and_geometries_are_pytorchs(monkeypatch):
+    ran = calls(monkeypatch)
+    x = spikes(2, 16, 8, 8)
+    conv = EventConv2d(16, 32, 3)
+    conv.weight, conv.bias = (nn.Parameter(p.data[:20].clone()) for p in (conv.weight, conv.bias))
+    assert conv(x).shape == (2, 20, 6, 6)
+    for name, value in (("stride", 0), ("padding", -1), ("dilation", 0)):
+        wrong, plain = (kind(16, 32, 3, **{name: value}) for kind in (EventConv2d, nn.Conv2d))
+        with pytest.raises(RuntimeError) as error:
+            plain(x)
+        with pytest.raises(RuntimeError, match="^" + re.escape(str(error.value).splitlines()[0])):
+            wrong(x)
+    conv = EventConv2d(16, 32, 3)
+    conv.stride = 1  # type: ignore[assignment]
+    assert conv(x).shape == (2, 32, 6, 6)
+    assert "four pairs" in event_driven(nn.Sequential(conv)).left_alone["0"]
+    assert EventConv2d(16, 16, 3, padding=20000, dilation=20000)(x[:1]).shape == (1, 16, 8, 8)
+    assert not ran
+
+
+def test_hooks_that_give_back_another_dtype():
+    conv, x = EventConv2d(16, 64, 3, bias=False), spikes(2, 16, 8, 8)
+    want = torch.autograd.grad(conv(x).sum(), conv.weight)[0]
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t.double()):
+        y = conv(x)
+    with pytest.raises(RuntimeError):  # PyTorch's own backward says that the dtypes differ
+        y.sum().backward()
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: t.clone(), lambda t: t):
+        y = conv(x)
+    assert torch.equal(torch.autograd.grad(y.sum(), conv.weight)[0], want)
+
+
+def test_long_sums_round_as_pytorchs():
+    conv, x = EventConv2d(16, 64, 3, bias=False), spikes(128, 16, 32, 32, rate=0.19)
+    y = conv(x)
+    grad = torch.full_like(y, 0.1)
+    found = torch.autograd.grad(y, conv.weight, grad)[0]
+    exact = conv.weight.detach().double().requires_grad_()
+    want = torch.autograd.grad(F.conv2d(x.double(), exact), exact, grad.double())[0]
+    assert ((found - want).abs() / want.abs()).max() < 5e-5
 
 
 # ---- networks ----
@@ -323,7 +394,7 @@ def test_optimized_networks_keep_what_the_kernel_made_of_their_weights(monkeypat
         fast[0].weight.mul_(2)
     output()
     assert len(packs) == 2
-    fast[0].bias = nn.Parameter(torch.ones(16))
+    fast[0].bias = nn.Parameter(torch.ones(16), requires_grad=False)
     output()
     assert len(packs) == 3
     copied = pickle.loads(pickle.dumps(copy.deepcopy(fast[0])))
@@ -332,6 +403,15 @@ def test_optimized_networks_keep_what_the_kernel_made_of_their_weights(monkeypat
     with torch.inference_mode():
         made, _ = snnfast.optimize_for_inference(net)
         assert torch.equal(made[0](x), made[0](x))
+    view = nn.Sequential(nn.Conv2d(16, 16, 3, padding=1), snnfast.IFNode(timesteps=2), nn.MaxPool2d(2))
+    assert snnfast.optimize_for_inference(view)[0](x).view(4, -1).shape == (4, 16 * 16)
+    fast[0].requires_grad_(True)  # fused optimisers write without raising the version
+    packs.clear()
+    output(), output()
+    assert len(packs) == 4
+    fast[0].requires_grad_(False)
+    torch.nn.utils.vector_to_parameters(torch.zeros(16 * 16 * 9 + 16), fast[0].parameters())
+    assert not fast[0](x).any()
     # Where weights are trained nothing is kept, for what writes weight.data leaves no trace.
     conv = EventConv2d(16, 16, 3)
     with torch.no_grad():

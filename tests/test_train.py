@@ -213,7 +213,7 @@ def test_fused_training(small_mnist: Path, tmp_path: Path, monkeypatch: pytest.M
 def test_event_driven_training(small_mnist: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from snnfast import events
 
-    monkeypatch.setattr(events, "_MOST_EVENTS_STRIDED", 1.0)  # for this student's neurons fire often
+    monkeypatch.setattr(events, "_MOST_EVENTS_RARE", 1.0)  # for this student's neurons fire often
     served, is_served = [], events.EventConv2d._is_served
     monkeypatch.setattr(
         events.EventConv2d, "_is_served", lambda *args: (served.append(is_served(*args)), served[-1])[1]
