@@ -1,9 +1,10 @@
 # make demo     set everything up and train a spiking network on MNIST (the main job)
 # make test     set everything up and run all tests
 # make bench    the benchmarks: tables, JSON and plots in benchmarks/results/, collected in benchmarks/REPORT.md
-# make gpu      on a machine with a GPU, torch, triton, pybind11, ninja and nvcc: build, tests, sanitizer, benchmarks
+# make gpu      on a machine with a GPU, torch, triton, pybind11, ninja, pytest and nvcc: build, tests, sanitizer, benchmarks
 # make lint     ruff, clang-format, mypy
 # make sanitize the CPU kernels' tests under AddressSanitizer and UBSan
+# make arm      the CPU kernels compiled for ARM and run in an emulator, against this machine's
 # make oldest   the tests that torch's version matters to, on the oldest torch that is promised
 
 PYTHON ?= python3
@@ -12,7 +13,7 @@ BIN := $(VENV)/bin
 PIP := PIP_CONSTRAINT=$(CURDIR)/constraints.txt PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/pip install --quiet
 SOURCES := setup.py pyproject.toml constraints.txt $(wildcard csrc/*)
 
-.PHONY: demo test bench gpu lint sanitize oldest clean
+.PHONY: demo test bench gpu lint sanitize arm oldest clean
 
 # torch first and by its pinned version: an unpinned requirement would take another build.
 $(VENV)/torch.stamp: constraints.txt
@@ -70,17 +71,23 @@ sanitize: $(VENV)/test.stamp
 	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 PYTHONPATH=$(CURDIR)/build/sanitize:$(CURDIR)/tests SNNFAST_POISON=0 \
 	  $(CURDIR)/$(BIN)/python -m pytest --rootdir=$(CURDIR)/tests -c $(CURDIR)/pyproject.toml -p no:cacheprovider -q \
 	  $(CURDIR)/tests/test_parity.py $(CURDIR)/tests/test_cpu_kernels.py \
-	  $(CURDIR)/tests/test_distill_features.py $(CURDIR)/tests/test_pooling.py $(CURDIR)/tests/test_events.py -k "not fork"
+	  $(CURDIR)/tests/test_distill_features.py $(CURDIR)/tests/test_pooling.py $(CURDIR)/tests/test_events.py $(CURDIR)/tests/test_events_usage.py -k "not fork"
+
+# Not a part of CI: the compiler is a hundred megabytes, and the emulator needs a dozen packages.
+arm:
+	$(PYTHON) -m venv .venv-arm
+	PIP_CONSTRAINT=$(CURDIR)/constraints.txt .venv-arm/bin/pip install --quiet --disable-pip-version-check ziglang qiling numpy
+	.venv-arm/bin/python tests/arm/check.py
 
 # Not a part of CI: that torch comes with CUDA packages, five gigabytes. The kernels are those of the other environment.
 # This is where torchvision and timm are: the torch that is pinned elsewhere has no torchvision of its version.
 OLDEST_TESTS := $(addprefix tests/test_,$(addsuffix .py,torch neuron layer layer_networks fuse bn_neuron bn_neuron_statistics \
   residual to_spiking to_spiking_constant to_spiking_copies to_spiking_zoo real_zoos unroll unroll_refusals inference memory \
-  memory_bits memory_recognised pooling pooling_networks distill_features))
+  memory_bits memory_recognised pooling pooling_networks distill_features events))
 oldest: $(VENV)/snnfast.stamp
 	$(PYTHON) -m venv .venv-oldest
 	.venv-oldest/bin/pip install --quiet --disable-pip-version-check torch==2.6.0 torchvision==0.21.0 timm numpy pytest hypothesis
 	.venv-oldest/bin/python -m pytest -q -p no:cacheprovider -k "not spikingjelly" $(OLDEST_TESTS)
 
 clean:
-	rm -rf $(VENV) .venv-oldest build *.egg-info snnfast/_C*
+	rm -rf $(VENV) .venv-arm .venv-oldest build *.egg-info snnfast/_C*

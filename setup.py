@@ -27,9 +27,9 @@ CSRC = Path(__file__).resolve().parent / "csrc"
 # Vector loops: without -fno-trapping-math gcc leaves SSE2 and AVX2 loops scalar. No contraction: the forward must have
 # the plain loop's bits.
 CPU_FLAGS = (
-    "-std=c++17 -O3 -fPIC -fvisibility=hidden -ffp-contract=off -fno-trapping-math -fno-math-errno "
-    "-fno-unswitch-loops -Wall -Wextra"
+    "-std=c++17 -O3 -fPIC -fvisibility=hidden -ffp-contract=off -fno-trapping-math -fno-math-errno -Wall -Wextra"
 )
+OPTIONAL_CPU_FLAGS = ("-fno-unswitch-loops", "-Wno-psabi", "-Wno-maybe-uninitialized", "-fopenmp")  # not clang's all
 X86_SETS = {  # best first
     "avx512": "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx2 -mfma -mf16c",
     "avx2": "-mavx2 -mfma -mf16c",
@@ -55,7 +55,7 @@ def accepts(compiler: str, flags: str, scratch: Path) -> bool:
     """Whether the compiler takes these flags."""
     scratch.mkdir(parents=True, exist_ok=True)
     source = scratch / "probe.cpp"
-    source.write_text("int main() { return 0; }\n")
+    source.write_text("int main() {\n#pragma omp parallel\n  {}\n}\n")  # some know -fopenmp and have no library for it
     return run(compiler, *flags.split(), str(source), "-o", str(scratch / "probe")) is not None
 
 
@@ -140,7 +140,7 @@ class BuildKernels(build_ext):
         sets = {s: f for s, f in X86_SETS.items() if x86 and accepts(compiler, f, scratch)} or {"baseline": ""}
         sanitize = os.environ.get("SNNFAST_SANITIZE", "")
         flags = CPU_FLAGS
-        for optional in ("-Wno-psabi", "-Wno-maybe-uninitialized", "-fopenmp"):
+        for optional in OPTIONAL_CPU_FLAGS:
             if accepts(compiler, f"-Werror {optional}", scratch):
                 flags += f" {optional}"
         openmp = "-fopenmp" if "-fopenmp" in flags else ""

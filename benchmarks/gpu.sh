@@ -10,7 +10,7 @@
 # few files after each step: the tables, and everything with the logs in gpu.tgz.
 set -uo pipefail
 cd "$(dirname "$0")/.."
-PYTHON=${PYTHON:-python3}
+export PYTHON=${PYTHON:-python3}
 RESULTS=benchmarks/results
 OUT=${OUT:-$RESULTS}
 LOGS=build/gpu-logs
@@ -50,6 +50,12 @@ sanitize() {  # without torch's cache of memory, or a read past a tensor falls i
   fi
 }
 
+build() {  # in a folder without pyproject.toml, which a setuptools older than 77 does not read
+  rm -rf build/gpu && mkdir -p build/gpu/snnfast && cp -r setup.py csrc build/gpu &&
+    (cd build/gpu && "$PYTHON" setup.py build_ext --inplace) && cp build/gpu/snnfast/_C* snnfast/
+}
+export -f build
+
 if ! command -v nvidia-smi >/dev/null || ! nvidia-smi -L; then
   echo "make gpu needs a machine with an NVIDIA GPU; there is none here. make test and make bench need none."
   exit 1
@@ -60,7 +66,7 @@ workers=$($PYTHON -c 'import importlib.util as u; print("-n 12" if u.find_spec("
 for name in "$@"; do
   case $name in
     build)
-      step build 240 "$PYTHON" setup.py build_ext --inplace
+      step build 240 bash -c build
       step versions 60 "$PYTHON" -m snnfast
       ;;
     tests)  # the native kernels

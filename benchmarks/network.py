@@ -2,16 +2,17 @@
 
 VGG-11 and ResNet-18 with CIFAR's shapes, T = 4, B = 16. Neurons of the same arithmetic must give the same logits
 before anything is timed. On a CPU ours pool by snnfast's kernel and the others by PyTorch's, as their users' networks
-do; rows with ``event_driven()`` have convolutions of ours too, all others, and "best" among them, PyTorch's. ``free
-neurons`` is the same network with ReLUs, contiguous and unfused; the breakdown says where the rest goes. On a CPU some
-are measured once more in a process that keeps the memory it has freed (``snnfast.keep_freed_memory``);
-``python -m benchmarks.network NAME --kept`` is that process.
+do; rows with ``event_driven()`` have event-driven convolutions, SpikingJelly's network where they name it as well as
+ours; all others, and "best" among them, have PyTorch's. ``free neurons`` is the same network with ReLUs, contiguous and
+unfused; the breakdown says where the rest goes. On a CPU some are measured once more in a process that keeps the memory
+it has freed (``snnfast.keep_freed_memory``); ``python -m benchmarks.network NAME --kept`` is that process.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
+import itertools
 import json
 import warnings
 from collections.abc import Callable, Iterator
@@ -42,7 +43,7 @@ from .rows import Row, Settings, at_least, at_most, ms
 NETWORKS: dict[str, Callable[..., Any]] = {"VGG-11": models.vgg11, "ResNet-18": models.resnet18}
 T, B, SIZE = 4, 16, 32
 FREE, FUSED, LAST = "free neurons", "snnfast, fuse()", ", channels_last"
-EVENTS = f"{FUSED}, event_driven()"
+BY_EVENTS = ", event_driven()"
 
 
 def _neurons(net: nn.Module) -> list[nn.Module]:
@@ -89,8 +90,9 @@ def contenders(
     found[FUSED] = copy.deepcopy(found["snnfast"])
     snnfast.fuse(found[FUSED])
     if settings.device == "cpu":
-        found[EVENTS] = copy.deepcopy(found[FUSED])
-        snnfast.event_driven(found[EVENTS])
+        for label in [k for k in found if k in (FUSED, SPIKINGJELLY)]:
+            found[f"{label}{BY_EVENTS}"] = copy.deepcopy(found[label])
+            snnfast.event_driven(found[f"{label}{BY_EVENTS}"])
     for label in [k for k in found if k.startswith(("snnfast", SPIKINGJELLY))]:
         found[f"{label}{LAST}"] = copy.deepcopy(found[label]).to(memory_format=torch.channels_last)
     return found, missing
@@ -117,12 +119,18 @@ def training_step(net: nn.Module, x: Tensor, y: Tensor, name: str, dtype: torch.
 def check_logits(name: str, nets: dict[str, nn.Module], x: Tensor) -> dict[str, str]:
     """Words on whether each network computes what ours does; SystemExit where it must and does not."""
     found = {}
-    for last in ("", LAST):  # another memory format rounds otherwise, so each is compared with ours in the same
+    # Another memory format, or other convolutions, round otherwise: each is compared with ours in the same.
+    for last, events in itertools.product(("", LAST), (False, True)):
         given = x.contiguous(memory_format=torch.channels_last) if last else x
+        ours = copy.deepcopy(nets[f"snnfast{last}"])
+        if events:
+            snnfast.event_driven(ours)
         with torch.no_grad():
-            want = copy.deepcopy(nets[f"snnfast{last}"])(given)
+            want = ours(given)
             for label, net in nets.items():
-                if label.endswith(LAST) != bool(last) or not label.startswith((LOOP, COMPILED, SPIKINGJELLY)):
+                if not label.startswith((LOOP, COMPILED, SPIKINGJELLY)):
+                    continue
+                if label.endswith(LAST) != bool(last) or (BY_EVENTS in label) != events:
                     continue
                 with implementation(label):
                     off = (copy.deepcopy(net)(given) - want).abs().max().item()
@@ -165,7 +173,7 @@ def one_network(name: str, label: str, dtype: torch.dtype, settings: Settings) -
         warnings.simplefilter("ignore")
         t = take_turns(steps, device, rounds)
     best = best_of(t)
-    theirs = {k: seconds for k, seconds in t.items() if k.startswith(SPIKINGJELLY)}
+    theirs = {k: t[k] for k in t if k.startswith(SPIKINGJELLY) and BY_EVENTS not in k}
     target = 1.3 if device == "cpu" and name == "VGG-11" else 1.5 if device == "cuda" else None
     work = f"{label}: training step"
     for ours, kind, goal in (("snnfast", "", None), (FUSED, "", None), (best, "best: ", target)):
@@ -174,7 +182,7 @@ def one_network(name: str, label: str, dtype: torch.dtype, settings: Settings) -
             note = f"{ms(t[ours])} against {ms(t[rival])}; {notes.get(rival, '')}"
             yield at_least(f"{work}, {kind}{ours}", f"{kind}{rival}'s neurons", t[rival] / t[ours], goal, note=note)
     for k in t:
-        if k not in theirs and not k.startswith("snnfast") and k != FREE:
+        if not k.startswith((SPIKINGJELLY, "snnfast", FREE)):
             note = f"{ms(t['snnfast'])} against {ms(t[k])}; {notes.get(k, '')}"
             against = k if k in (LOOP, COMPILED) else f"{k}'s neurons"
             yield at_least(f"{work}, snnfast", against, t[k] / t["snnfast"], None, note=note)
@@ -185,9 +193,10 @@ def one_network(name: str, label: str, dtype: torch.dtype, settings: Settings) -
     if device == "cpu":
         events = best_of(t, with_events=True)
         rates = f"of the convolutions' inputs {event_rates(nets[events], x)} are not 0"
-        for k in (best, *theirs):
+        same = [best_of(t, SPIKINGJELLY, with_events=True)] if theirs else []
+        for k in (best, *theirs, *same):
             note = f"{ms(t[events])} against {ms(t[k])}; {rates}"
-            yield at_least(f"{work}, {events}", k, t[k] / t[events], None, note=note)
+            yield at_least(f"{work}, {events}", k, t[k] / t[events], target if k in same else None, note=note)
     limit = 1.25 if device == "cuda" else None
     yield at_most(f"{work}, {best}", FREE, t[best] / t[FREE], limit, note=f"{ms(t[best])} against {ms(t[FREE])}")
     if device == "cpu" and not settings.quick:
@@ -195,9 +204,9 @@ def one_network(name: str, label: str, dtype: torch.dtype, settings: Settings) -
     yield from shares(label, nets, steps, settings)
 
 
-def best_of(t: dict[str, float], with_events: bool = False) -> str:
-    """The fastest of ours, with or without convolutions of our own."""
-    return min((k for k in t if k.startswith("snnfast") and k.startswith(EVENTS) == with_events), key=lambda k: t[k])
+def best_of(t: dict[str, float], whose: str = "snnfast", with_events: bool = False) -> str:
+    """The fastest of ours or theirs, with or without event-driven convolutions."""
+    return min((k for k in t if k.startswith(whose) and (BY_EVENTS in k) == with_events), key=lambda k: t[k])
 
 
 def event_rates(net: nn.Module, x: Tensor) -> str:
@@ -221,7 +230,7 @@ def with_kept_memory(name: str, work: str, default: dict[str, float]) -> Iterato
         yield Row(f"{work}, keep_freed_memory()", "without", None, None, True, "x", str(error))
         return
     best, events = best_of(t), best_of(t, with_events=True)
-    rivals = [k for k in t if k.startswith(SPIKINGJELLY)]
+    rivals = [k for k in t if k.startswith(SPIKINGJELLY) and BY_EVENTS not in k]
     for k in (best, events, *rivals):
         note = f"{ms(t[k])} against {ms(default[k])}"
         yield at_least(f"{work}, {k}, keep_freed_memory()", "without", default[k] / t[k], None, note=note)
@@ -253,7 +262,11 @@ def shares(
     label: str, nets: dict[str, nn.Module], steps: dict[str, Callable[[], Any]], settings: Settings
 ) -> Iterator[Row]:
     """The neurons' share of the step, and everything else's."""
-    for k in ("snnfast", FUSED, *(n for n in nets if n.startswith(SPIKINGJELLY) and not n.endswith(LAST))):
+    for k in (
+        "snnfast",
+        FUSED,
+        *(n for n in nets if n.startswith(SPIKINGJELLY) and not n.endswith(LAST) and BY_EVENTS not in n),
+    ):
         net = nets[k]
         clocks = Breakdown(net, _neurons(net), settings.device)
         whole = clocks.measure(steps[k], 1 if settings.quick else 3)

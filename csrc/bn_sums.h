@@ -4,6 +4,8 @@
 // order, so results have the same bits for any number of threads.
 #pragma once
 
+#include <stdlib.h>
+
 #include "cpu_rows.h"
 
 namespace snnfast {

@@ -63,18 +63,9 @@ class ChannelEvents {
     ones = true;
     for (int64_t k = 0; k < images; ++k)
       for (int64_t y = 0; y < c.H; ++y) {
-        const float* const from = c.x + (image + k) * c.C * c.H * c.W;
         const int64_t at = (k * g.height + y + c.padding_h + g.border_h) * g.width + c.padding_w + g.border_w;
-        if (c.channels_last)
-          for (int64_t x = 0; x < c.W; ++x) {
-            const float* const place = from + (y * c.W + x) * c.C + first;
-            for_each_event(place, n, [&](int64_t i) { add(i, at + x, place[i]); });
-          }
-        else
-          for (int64_t i = 0; i < n; ++i) {
-            const float* const line = from + ((first + i) * c.H + y) * c.W;
-            for_each_event(line, c.W, [&](int64_t x) { add(i, at + x, line[x]); });
-          }
+        for_each_event_of_row(c, image + k, y, first, n,
+                              [&](int64_t i, int64_t x, float value) { add(i, at + x, value); });
       }
   }
 

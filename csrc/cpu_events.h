@@ -69,6 +69,22 @@ SNNFAST_FN void for_each_event(const float* from, int64_t n, F event) {
     if (from[i] != 0) event(i);
 }
 
+// Calls event(i, x, value) where the value of channel first + i, i < n, in row y and column x of an image is not 0.
+template <class F>
+SNNFAST_FN void for_each_event_of_row(const EventCall& c, int64_t image, int64_t y, int64_t first, int64_t n, F event) {
+  const float* const from = c.x + image * c.C * c.H * c.W;
+  if (c.channels_last)
+    for (int64_t x = 0; x < c.W; ++x) {
+      const float* const place = from + (y * c.W + x) * c.C + first;
+      for_each_event(place, n, [&](int64_t i) { event(i, x, place[i]); });
+    }
+  else
+    for (int64_t i = 0; i < n; ++i) {
+      const float* const line = from + ((first + i) * c.H + y) * c.W;
+      for_each_event(line, c.W, [&](int64_t x) { event(i, x, line[x]); });
+    }
+}
+
 int64_t count_events(const float* x, int64_t n, int threads) {
   int64_t found = 0;
   [[maybe_unused]] const int team = n < kSerialBelow ? 1 : threads;
@@ -122,18 +138,9 @@ class Events {
       for (int64_t r = 0; r < rows; ++r) {
         const int64_t y = item.row * c.stride_h + r - c.padding_h;
         if (y < 0 || y >= c.H) continue;
-        const float* const from = c.x + (item.image + k) * c.C * c.H * c.W;
         const int64_t at = (k * rows + r) * width + c.padding_w;
-        if (c.channels_last)
-          for (int64_t x = 0; x < c.W; ++x) {
-            const float* const place = from + (y * c.W + x) * c.C + first;
-            for_each_event(place, n, [&](int64_t i) { add(at + x, i, place[i]); });
-          }
-        else
-          for (int64_t i = 0; i < n; ++i) {
-            const float* const line = from + ((first + i) * c.H + y) * c.W;
-            for_each_event(line, c.W, [&](int64_t x) { add(at + x, i, line[x]); });
-          }
+        for_each_event_of_row(c, item.image + k, y, first, n,
+                              [&](int64_t i, int64_t x, float value) { add(at + x, i, value); });
       }
     return ones_;
   }
@@ -161,7 +168,7 @@ class Events {
 class Window {
  public:
   explicit Window(const EventCall& c, const Events& events, int64_t channels) : places_(c.kernel_h * c.kernel_w) {
-    for (int64_t k = 0; k < places_ && k < kMostPlaces; ++k)
+    for (int64_t k = 0; k < places_; ++k)
       offset_[k] = k / c.kernel_w * c.dilation_h * events.width + k % c.kernel_w * c.dilation_w;
     channels_ = channels;
   }

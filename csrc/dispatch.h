@@ -206,6 +206,7 @@ inline Params<R> params_of(const Call& c) {
   p.strict = c.flags & kStrict;
   p.multi_spike = c.flags & kMultiSpike;
   p.resets = !(c.flags & kNoReset);
+  p.clipped = c.flags & kClipped;
   return p;
 }
 

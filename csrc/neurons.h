@@ -29,7 +29,8 @@ enum Flag : int {
   kStrict = 16,
   kMultiSpike = 32,
   kNoReset = 64,
-  kConstantInput = 128  // x and grad_x have one step, which stands for all: cpu_constant_input.h, and nothing else
+  kConstantInput = 128,  // x and grad_x have one step, which stands for all: cpu_constant_input.h, and nothing else
+  kClipped = 256         // v_leak is the lowest potential that a step leaves
 };
 
 // The parameters that may differ from neuron to neuron, and have gradients.
@@ -49,7 +50,7 @@ struct Params {
   R threshold;
   R fire_at;  // the threshold, or the next number above it where a spike needs more than the threshold
   R v_reset;  // 0 for soft reset
-  R v_leak;
+  R v_leak;   // where the potential goes without input; with `clipped` its lowest value
   R tau;
   R inv_tau;
   R inv_tau_rest;  // 1 / tau - inv_tau
@@ -66,6 +67,7 @@ struct Params {
   bool strict;
   bool multi_spike;
   bool resets;
+  bool clipped;
 };
 
 // Where a backward step adds the gradients of parameters.
@@ -112,6 +114,7 @@ struct SimpleCharge {
   static constexpr bool kLearnable = false;
   static constexpr bool kDivides = false;
   static constexpr bool kKeepsInput = false;  // whether its backward reads x
+  static constexpr bool kClips = false;       // whether a call may ask for a lowest potential
   static constexpr int kOwn = 0;
 };
 struct OwnCharge : SimpleCharge {
@@ -145,23 +148,39 @@ struct ChargeFireReset {
     }
     return select(h >= p.fire_at, one, V{});
   }
+  // The potential after the reset, no lower than p.v_leak where that is asked for: relu(v - lowest) + lowest.
+  template <class V, class R>
+  static SNNFAST_FN V settled(V v, const Params<R>& p) {
+    if constexpr (Charge::kClips)
+      if (p.clipped) {
+        const V height = v - p.v_leak;
+        return select(height <= R(0), V{}, height) + p.v_leak;
+      }
+    return v;
+  }
   template <class V, class R>
   static SNNFAST_FN V step(V x, V (&state)[1], V (&tape)[kTape], const V (&own)[kMaxOwn], const Params<R>& p) {
     tape[0] = Charge::charge(x, state[0], own, p);
     if constexpr (Charge::kKeepsInput) tape[1] = x;
     const V s = fire(tape[0], own, p);
-    state[0] = reset(tape[0], s, threshold(own, p), p);
+    state[0] = settled(reset(tape[0], s, threshold(own, p), p), p);
     return s;
   }
   template <class V, class R>
   static SNNFAST_FN void after(const V (&tape)[kTape], V (&state)[1], const V (&own)[kMaxOwn], const Params<R>& p) {
-    state[0] = reset(tape[0], fire(tape[0], own, p), threshold(own, p), p);
+    state[0] = settled(reset(tape[0], fire(tape[0], own, p), threshold(own, p), p), p);
   }
   template <class V, class R>
   static SNNFAST_FN V step_backward(V grad_s, V (&grad_state)[1], const V (&tape)[kTape], const V (&before)[1],
                                     V derivative, const V (&own)[kMaxOwn], const Params<R>& p,
                                     ParameterGradients<V>& grads) {
-    const V grad_h = fire_and_reset_backward(grad_s, grad_state[0], tape[0], derivative, own, p, grads);
+    V grad_v = grad_state[0];
+    if constexpr (Charge::kClips)
+      if (p.clipped) {
+        const V v = reset(tape[0], fire(tape[0], own, p), threshold(own, p), p);
+        grad_v = select(v - p.v_leak <= R(0), V{}, grad_v);
+      }
+    const V grad_h = fire_and_reset_backward(grad_s, grad_v, tape[0], derivative, own, p, grads);
     const V x = Charge::kKeepsInput ? tape[kTape - 1] : V{};
     return Charge::backward(grad_h, tape[0], before[0], x, own, p, grad_state[0], grads);
   }
@@ -243,6 +262,7 @@ struct ParametricLIFCharge : SimpleCharge {
 
 // sinabs' LIF: h = beta v + (1 - beta) x with decay_input, else beta v + x; its IAF with beta = 1.
 struct ExponentialLIFCharge : OwnCharge {
+  static constexpr bool kClips = true;
   template <class V, class R>
   static SNNFAST_FN V charge(V x, V v, const V (&own)[kMaxOwn], const Params<R>& p) {
     return own[kBeta] * v + (p.decay_input ? (R(1) - own[kBeta]) * x : x);

@@ -55,7 +55,7 @@ def chunked(model: nn.Module, x: Tensor, chunk: int, *, chunk_statistics: bool =
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-    check_steps("chunk", chunk)
+    chunk = check_steps("chunk", chunk)
     _check_layers(model, chunk_statistics)
     run = _OfSpikingNetwork(model) if isinstance(model, SpikingNetwork) else _Run(model)
     parts = run.split(x, chunk)
@@ -91,7 +91,8 @@ def _concatenated(outputs: list[Any], leading: list[list[tuple[int, ...]]]) -> A
             if not any(tuple(y.shape[: len(dims)]) == dims for dims in allowed):
                 raise ValueError(
                     f"model must return tensors with time as their first dimension, got shape {tuple(y.shape)} for a "
-                    f"chunk of {allowed[0][0]} steps; take a mean over time from the result of chunked"
+                    f"chunk of {allowed[0][0]} steps; take a mean over time from the result of chunked, and "
+                    "chunks of 2 steps and more where time is folded into the batch"
                 )
         return torch.cat(outputs)
     if isinstance(first, dict):
@@ -113,6 +114,7 @@ class _Run:
             m for m in self.modules if getattr(m, "timesteps", None) is not None and not isinstance(m, SpikingNetwork)
         ]
         self.dropouts = [m for m in self.modules if isinstance(m, DropoutOfRates)]
+        self.tells = False  # whether a chunk tells an output with time, folded, from a mean over time
 
     def split(self, x: Tensor, chunk: int) -> list[tuple[int, Any]]:
         """The chunks as ``(steps, input)``."""
@@ -126,13 +128,15 @@ class _Run:
         if x.shape[0] % found[0]:
             raise ValueError(f"x must be [T * B, *] with timesteps={found[0]}, got shape {tuple(x.shape)}")
         parts = x.unflatten(0, (found[0], -1)).split(chunk)
+        self.tells = len(parts) == 1 or len(parts[0]) > 1
         return [(len(part), part.flatten(0, 1)) for part in parts]
 
     def leading(self, steps: int, part: Tensor) -> list[tuple[int, ...]]:
-        """The first dimensions that a chunk's outputs may have: as many steps alone could be as large a batch."""
+        """The first dimensions that a chunk's outputs may have: as many steps alone could be as large a batch, and one
+        step is as large as a mean over time, which a chunk of several steps does not give."""
         batch = len(part) // steps if self.folded else part.shape[1] if part.dim() > 1 else 0
         with_time = (steps, batch) if batch == steps else (steps,)
-        return [(len(part),), with_time] if self.folded and steps > 1 else [with_time]
+        return [(len(part),), with_time] if self.tells else [with_time]
 
     def finish(self, y: Any) -> Any:
         """The network's result from the chunks' outputs."""

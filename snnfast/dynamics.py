@@ -22,6 +22,7 @@ from .surrogate import SurrogateLike
 DECAY_INPUT, SOFT_RESET, DETACH_RESET, STORE_V_SEQ = 1, 2, 4, 8
 STRICT, MULTI_SPIKE, NO_RESET = 16, 32, 64
 CONSTANT_INPUT = 128  # of the CPU kernels alone
+CLIPPED = 256
 
 
 class Constants(NamedTuple):
@@ -35,7 +36,7 @@ class Constants(NamedTuple):
     tau: float
     alpha: float
     gain: float  # a factor on the surrogate's derivative
-    v_leak: float  # where the potential of a neuron with a leak of its own goes without input
+    v_leak: float  # where the potential of a neuron with a leak of its own goes without input; with CLIPPED, its lowest
     v_init: float  # the potential before the first step where no tensor gives it; a current starts at 0
 
 
@@ -72,6 +73,7 @@ class Parameters:
     strict: bool = False
     multi_spike: bool = False
     resets: bool = True
+    v_min: float | None = None
 
     @property
     def v_rest(self) -> float:
@@ -112,10 +114,12 @@ def fire(h: Tensor, p: Parameters) -> Tensor:
 
 
 def fire_and_reset(h: Tensor, p: Parameters) -> tuple[Tensor, Tensor]:
-    """Spike, then reset: hard to ``v_reset``, or soft by the threshold."""
+    """Spike, then reset: hard to ``v_reset``, or soft by the threshold; then no potential is lower than ``v_min``."""
     s = fire(h, p)
     r = s.detach() if p.detach_reset else s
     v = h - r * p.threshold if p.v_reset is None else r * p.v_reset + (1.0 - r) * h
+    if p.v_min is not None:
+        v = torch.relu(v - p.v_min) + p.v_min
     return s, v
 
 

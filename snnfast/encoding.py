@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,9 +21,9 @@ def check_steps(name: str, value: Any) -> int:
     Raises:
         ValueError: not a whole number from 1.
     """
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+    if isinstance(value, bool) or not isinstance(value, (int, numbers.Integral)) or value < 1:  # NumPy's are Integral
         raise ValueError(f"{name} must be a whole number from 1, got {value!r}")
-    return value
+    return int(value)
 
 
 def _check(x: Tensor, timesteps: int) -> None:
@@ -136,13 +137,15 @@ class PoissonEncoder(nn.Module, StepModule):
         self.step_mode = step_mode
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.rand_like(x).le(x).to(x)
+        # Drawn in float32 at least: one of 256 draws in bfloat16 is 0, a spike of an x of 0.
+        return torch.rand_like(x, dtype=torch.promote_types(x.dtype, torch.float32)).le(x).to(x)
 
 
 class LatencyEncoder(MemoryModule):
     """SpikingJelly's stateful form of :func:`latency`: call after call the next time step, and round again after ``T``.
 
-    The first call's ``x`` is encoded; later ones may leave it out until :meth:`reset`.
+    The first call's ``x`` is encoded; later ones may leave it out until :meth:`reset`. An ``x`` of another shape starts
+    afresh.
 
     Args:
         T: time steps.
@@ -164,10 +167,11 @@ class LatencyEncoder(MemoryModule):
 
     def single_step_forward(self, x: Tensor | None = None) -> Tensor:
         """The spikes ``[B, *]`` of the next time step."""
-        if self.spike is None:
-            if x is None:
-                raise ValueError("x must be given at the first call after a reset, got None")
-            self.spike = latency(x, self.T, self.enc_function)
+        if self.spike is None and x is None:
+            raise ValueError("x must be given at the first call after a reset, got None")
+        if x is not None and (self.spike is None or self.spike.shape[1:] != x.shape):
+            self.spike, self.t = latency(x, self.T, self.enc_function), 0
+        assert self.spike is not None
         s = self.spike[self.t]
         self.t = (self.t + 1) % self.T
         return s

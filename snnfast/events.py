@@ -12,9 +12,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._prims_common import suggest_memory_format
 
 from . import layer
 from .backends import native
+from .convert.adapters.base import adapters
 from .tensors import apply_unwatched, in_cpu_memory
 
 __all__ = ["EventConv2d", "EventReport", "event_driven"]
@@ -23,10 +25,28 @@ _MOST_EVENTS, _MOST_EVENTS_RARE = 0.2, 0.1  # of the input; beyond, the dense ke
 _MOST_FILLING = 1.25  # output channels, filled up to a multiple of 64, of those that there are, for the gradient
 _FEWEST_CHANNELS = 16
 _MOST_PLACES = 80  # of a window; the kernel's lists hold no more
-_MOST_BETWEEN = 2**18  # places between the first and the last row of a window, which the lists hold too
+_MOST_LISTS = 2**16  # places in the rows that one row of outputs reads, of which there is a list each
+_MOST_COPIED, _FEW_COPIED = 4, 2**22  # numbers in the gradient's copy with a border: of those that there are, or at all
 
 
-class _EventDriven(nn.Conv2d):
+class EventConv2d(nn.Conv2d):
+    """:class:`torch.nn.Conv2d` that skips the inputs that are 0.
+
+    Served are float32 inputs ``[B, C, H, W]`` on the CPU of which at most a fifth is not 0 (a tenth with strides, or
+    fewer than 32 output channels), with windows of 2 to 80 places, 16 channels or more on both sides, one group, and
+    padding with zeros. Every other call is :class:`torch.nn.Conv2d`'s; which it is depends on the input alone, the
+    whole batch. Both add up the same products in another order, so they agree to rounding, but a 0 meets no weight
+    here, not even an infinite one. The gradient of the weight skips them too, where the stride is 1 and the output
+    channels fill most of a multiple of 64; an infinite input makes it NaN. Second derivatives are PyTorch's.
+
+    Arguments and errors are those of :class:`torch.nn.Conv2d`.
+
+    Example:
+        >>> spikes = (torch.rand(8, 32, 10, 10) < 0.05).float()
+        >>> EventConv2d(32, 64, 3, padding=1)(spikes).shape
+        torch.Size([8, 64, 10, 10])
+    """
+
     keeps_weights = False  # whether nobody trains them: what the kernel makes of them then serves later calls
     _kept: tuple[list[tuple[Tensor, int]], Tensor] | None = None  # aliases of them, versions, and what was made
 
@@ -37,7 +57,7 @@ class _EventDriven(nn.Conv2d):
             return apply_unwatched(_EventConvolution, self, input, weight, bias)
         return self._convolve(input, weight, bias)
 
-    def _is_served(self, x: Tensor, *parameters: Tensor | None) -> bool:
+    def _is_served(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
         fits = (
             _why_not(self) is None
             and in_cpu_memory(x)
@@ -45,15 +65,15 @@ class _EventDriven(nn.Conv2d):
             and x.shape[1] == self.in_channels
             and x.numel() > 0
             and x.dtype is torch.float32
-            and all(t is None or _is_plain_parameter(t) for t in parameters)
-            and [None if t is None else t.shape for t in parameters] == self._shapes(parameters[1])
+            and _is_plain(weight, self.out_channels, self.in_channels, *self.kernel_size)
+            and (bias is None or _is_plain(bias, self.out_channels))
             and not torch.is_autocast_enabled("cpu")
             and native.missing(x.device) is None
         )
         if not fits or min(self._output_size(x)) < 1:
             return False
-        between = (self.kernel_size[0] - 1) * self.dilation[0] * (x.shape[3] + 2 * self.padding[1])  # type: ignore[operator]
-        if between > _MOST_BETWEEN:
+        rows = (self.kernel_size[0] - 1) * self.dilation[0] + 1
+        if rows * (x.shape[3] + 2 * self.padding[1]) > _MOST_LISTS:  # type: ignore[operator]
             return False
         rarely = self.stride != (1, 1) or self.out_channels < 32
         most = _MOST_EVENTS_RARE if rarely else _MOST_EVENTS
@@ -66,10 +86,12 @@ class _EventDriven(nn.Conv2d):
 
     def _convolve(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         x, sizes = _dense(x), self._sizes(x)
-        shape = (x.shape[0], *sizes[4:7])
-        y = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+        shape, last = (x.shape[0], *sizes[4:7]), _is_channels_last(x) or _is_channels_last(weight)
+        # One place an image is both, but what comes after shall not take it for channels last.
+        order = torch.channels_last if last or shape[2] * shape[3] > 1 else torch.contiguous_format
+        y = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=order)
         native.event_convolve(sizes, x, self._packed(sizes, weight, bias), y)
-        return y.contiguous() if x.is_contiguous() and weight.is_contiguous() else y  # as PyTorch's is
+        return y if last else y.contiguous()
 
     def _sizes(self, x: Tensor) -> Any:
         """As the kernels take them."""
@@ -88,39 +110,19 @@ class _EventDriven(nn.Conv2d):
             self._kept = [(t.detach(), t._version) for t in given], packed
         return packed
 
-    def _shapes(self, bias: Tensor | None) -> list[Any]:
-        """Of weight and bias, as the numbers of the layer have them."""
-        weight = (self.out_channels, self.in_channels, *self.kernel_size)
-        return [weight, None if bias is None else (self.out_channels,)]
+    def _apply(self, *args: Any, **kwargs: Any) -> Any:
+        self.__dict__.pop("_kept", None)  # it holds the memory of the old weights
+        return super()._apply(*args, **kwargs)
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name != "_kept"}
 
 
-class EventConv2d(_EventDriven):
-    """:class:`torch.nn.Conv2d` that skips the inputs that are 0.
-
-    Served are float32 inputs ``[B, C, H, W]`` on the CPU of which at most a fifth is not 0 (a tenth with strides, or
-    fewer than 32 output channels), with windows of 2 to 80 places, 16 channels or more on both sides, one group, and
-    padding with zeros. Every other call is :class:`torch.nn.Conv2d`'s; which it is depends on the input alone, the
-    whole batch. Both add up the same products in another order, so they agree to rounding, but a 0 meets no weight
-    here, not even an infinite one. The gradient of the weight skips them too, where the stride is 1 and the output
-    channels fill most of a multiple of 64; an infinite input makes it NaN. Second derivatives are PyTorch's.
-
-    Arguments and errors are those of :class:`torch.nn.Conv2d`.
-
-    Example:
-        >>> spikes = (torch.rand(8, 32, 10, 10) < 0.05).float()
-        >>> EventConv2d(32, 64, 3, padding=1)(spikes).shape
-        torch.Size([8, 64, 10, 10])
-    """
-
-
-class StepEventConv2d(_EventDriven, layer.Conv2d):
+class StepEventConv2d(EventConv2d, layer.Conv2d):
     """:class:`snnfast.layer.Conv2d` as :class:`EventConv2d`."""
 
 
-_EVENT_DRIVEN: dict[type, type[_EventDriven]] = {nn.Conv2d: EventConv2d, layer.Conv2d: StepEventConv2d}
+_EVENT_DRIVEN: dict[type[nn.Conv2d], type[EventConv2d]] = {nn.Conv2d: EventConv2d, layer.Conv2d: StepEventConv2d}
 
 
 @dataclass
@@ -128,7 +130,7 @@ class EventReport:
     """What :func:`event_driven` did.
 
     Attributes:
-        event_driven: names of the convolutions that are event-driven now.
+        event_driven: names of the convolutions that are event-driven now; the model's own is ``""``.
         left_alone: names of the others, with the reason.
     """
 
@@ -137,8 +139,8 @@ class EventReport:
 
     def __str__(self) -> str:
         lines = [f"event-driven: {len(self.event_driven)}, left alone: {len(self.left_alone)}"]
-        lines += [f"  {name}" for name in self.event_driven]
-        lines += [f"  {name} left alone: {reason}" for name, reason in self.left_alone.items()]
+        lines += [f"  {name or '(model)'}" for name in self.event_driven]
+        lines += [f"  {name or '(model)'} left alone: {reason}" for name, reason in self.left_alone.items()]
         return "\n".join(lines)
 
 
@@ -151,9 +153,9 @@ def event_driven(model: nn.Module) -> EventReport:
     GPU, under :func:`torch.compile`, and for other dtypes, the layers are what they were.
 
     Args:
-        model: any module, and every :class:`torch.nn.Conv2d` or :class:`snnfast.layer.Conv2d` in it that can be
-            event-driven: no subclass, one group, padding with zeros, windows of 2 to 80 places, 16 channels or more on
-            both sides.
+        model: any module, and every :class:`torch.nn.Conv2d`, :class:`snnfast.layer.Conv2d` or ``layer.Conv2d`` of
+            SpikingJelly in it that can be event-driven: no other subclass, one group, padding with zeros, windows of 2
+            to 80 places, 16 channels or more on both sides.
 
     Returns:
         An :class:`EventReport`, which prints.
@@ -175,21 +177,29 @@ def event_driven(model: nn.Module) -> EventReport:
     for name, module in model.named_modules():
         if not isinstance(module, nn.Conv2d):
             continue
-        if type(module) not in _EVENT_DRIVEN and not isinstance(module, _EventDriven):
-            reason: str | None = f"{type(module).__name__} is a class of its own"
-        else:
-            reason = _why_not(module)
-        if reason is not None:
-            report.left_alone[name] = reason
+        cls = _class_for(type(module))
+        reason = f"{type(module).__name__} is a class of its own" if cls is None else _why_not(module)
+        if cls is None or reason is not None:
+            report.left_alone[name] = str(reason)
             continue
-        module.__class__ = _EVENT_DRIVEN.get(type(module), type(module))
+        module.__class__ = cls
         report.event_driven.append(name)
     return report
 
 
+def _class_for(cls: type[nn.Conv2d]) -> type[EventConv2d] | None:
+    if issubclass(cls, EventConv2d):
+        return cls
+    known = _EVENT_DRIVEN
+    for adapter in adapters():
+        known = known | getattr(adapter, "EVENT_DRIVEN", {})
+    return known.get(cls)
+
+
 def _is_same(alias: Tensor, version: int, t: Tensor) -> bool:
     """Whether ``t`` has the memory of ``alias``, which keeps it from being used again, and was not written since."""
-    return t.data_ptr() == alias.data_ptr() and t._version == version and not t.requires_grad
+    unmoved = t.data_ptr() == alias.data_ptr() and t.stride() == alias.stride()  # weight.data may be given a view of it
+    return unmoved and t._version == version and not t.requires_grad
 
 
 def _why_not(conv: Any) -> str | None:
@@ -202,7 +212,7 @@ def _why_not(conv: Any) -> str | None:
     if not all(type(g) is tuple and len(g) == 2 and all(type(n) is int for n in g) for g in geometry):
         return f"its geometry is {geometry}: not four pairs of numbers"
     if min(*conv.kernel_size, *conv.stride, *conv.dilation) < 1 or min(conv.padding) < 0:
-        return f"its geometry is {geometry}"
+        return f"its geometry is {geometry}: sizes, strides and dilations are 1 or more, padding 0 or more"
     if not 1 < conv.kernel_size[0] * conv.kernel_size[1] <= _MOST_PLACES:
         return f"its window is {conv.kernel_size}: not of 2 to {_MOST_PLACES} places"
     if min(conv.in_channels, conv.out_channels) < _FEWEST_CHANNELS:
@@ -210,46 +220,60 @@ def _why_not(conv: Any) -> str | None:
     return None
 
 
+def _is_channels_last(t: Tensor) -> bool:
+    """Whether PyTorch's convolution takes ``t`` for channels last, and then gives its output so."""
+    return not t.is_contiguous() and suggest_memory_format(t) is torch.channels_last
+
+
 def _dense(x: Tensor) -> Tensor:
-    """``x`` itself where it fills its memory, channels first or last."""
-    return x if x.is_contiguous() or x.is_contiguous(memory_format=torch.channels_last) else x.contiguous()
+    """``x`` itself where it fills its memory, channels first or last; else a copy in the order that PyTorch takes."""
+    if x.is_contiguous() or x.is_contiguous(memory_format=torch.channels_last):
+        return x
+    return x.contiguous(memory_format=suggest_memory_format(x))
 
 
-def _is_plain_parameter(t: Tensor) -> bool:
-    return type(t) in (nn.Parameter, Tensor) and t.dtype is torch.float32 and in_cpu_memory(t.detach())
+def _is_plain(t: Tensor, *shape: int) -> bool:
+    """Whether a parameter has the shape that the layer's numbers give it, and memory of its own kind."""
+    is_float32 = type(t) in (nn.Parameter, Tensor) and t.dtype is torch.float32
+    return is_float32 and t.shape == shape and in_cpu_memory(t.detach())
 
 
 class _EventConvolution(torch.autograd.Function):
     """Keeps input and weight, as PyTorch's does; the gradient of the input is dense, and PyTorch's."""
 
     @staticmethod
-    def forward(ctx: Any, conv: _EventDriven, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    def forward(ctx: Any, conv: EventConv2d, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(x, weight)
-        ctx.conv, ctx.has_bias, ctx.shapes = conv, bias is not None, (x.shape, weight.shape)
+        ctx.has_bias, ctx.shapes = bias is not None, (x.shape, weight.shape)
+        # As they are now: a convolution may be called with one dilation after the other.
+        ctx.sizes, ctx.geometry = conv._sizes(x), (conv.stride, conv.padding, conv.dilation)
         return conv._convolve(x, weight, bias)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
-        conv: _EventDriven = ctx.conv
+        stride, padding, dilation = ctx.geometry
         of_x, of_weight, of_bias = ctx.needs_input_grad[1:]
         # Not where the gradients are to be differentiated again, or where hooks gave back something else.
         by_events = (
             of_weight
-            and conv.stride == (1, 1)
+            and stride == (1, 1)
             and not torch.is_grad_enabled()
             and (x.shape, weight.shape) == ctx.shapes
-            and all(t.dtype is torch.float32 and in_cpu_memory(t.detach()) for t in (x, weight, grad))
-            and -(-conv.out_channels // 64) * 64 <= _MOST_FILLING * conv.out_channels
+            and grad.dtype is x.dtype is weight.dtype is torch.float32
+            and in_cpu_memory(grad)
+            and in_cpu_memory(x.detach())
+            and in_cpu_memory(weight.detach())
+            and -(-len(weight) // 64) * 64 <= _MOST_FILLING * len(weight)
+            and native.event_workspace(ctx.sizes) <= max(_MOST_COPIED * grad.numel(), _FEW_COPIED)
         )
         found = torch.ops.aten.convolution_backward(
-            *(grad, x, weight, [len(weight)] if ctx.has_bias else None, conv.stride, conv.padding, conv.dilation),
+            *(grad, x, weight, [len(weight)] if ctx.has_bias else None, stride, padding, dilation),
             *(False, (0, 0), 1, (of_x, of_weight and not by_events, of_bias)),
         )
         if not by_events:
             return None, *found
         grad_weight = torch.empty_like(_dense(weight))
         grad = grad.contiguous(memory_format=torch.channels_last)
-        x = _dense(x)
-        native.event_weight_gradient(conv._sizes(x), x, grad, grad_weight)
+        native.event_weight_gradient(ctx.sizes, _dense(x), grad, grad_weight)
         return None, found[0], grad_weight, found[2]

@@ -88,6 +88,21 @@ def check_tau(name: str, value: Any) -> float:
     return tau
 
 
+def _check_v_min(value: Any, neuron: int) -> float:
+    """A lowest potential.
+
+    Raises:
+        TypeError: it is not a number.
+        ValueError: it is not finite, or the neuron resets a step late and knows none.
+    """
+    v_min = check_number("v_min", value)
+    if not -math.inf < v_min < math.inf:
+        raise ValueError(f"v_min must be finite, got {value!r}; None lets the potential fall as low as it will")
+    if neuron >= dynamics.LEAKY.id:
+        raise ValueError(f"v_min must be None for {dynamics.NEURONS[neuron].name}, whose reset is a step late")
+    return v_min
+
+
 def check_surrogate(surrogate_function: Any) -> None:
     """Raise unless this can be called on a tensor.
 
@@ -159,6 +174,7 @@ def _constants(
     multi_spike: bool = False,
     resets: bool = True,
     store_v_seq: bool = False,
+    v_min: float | None = None,
 ) -> Constants:
     flags = (
         (dynamics.DECAY_INPUT if decay_input else 0)
@@ -168,6 +184,7 @@ def _constants(
         | (dynamics.STRICT if strict else 0)
         | (dynamics.MULTI_SPIKE if multi_spike else 0)
         | (0 if resets else dynamics.NO_RESET)
+        | (0 if v_min is None else dynamics.CLIPPED)
     )
     return Constants(
         neuron,
@@ -178,12 +195,16 @@ def _constants(
         check_tau("tau", tau) if neuron == dynamics.LIF.id else 1.0,
         alpha,
         gain,
-        check_number("v_leak", v_leak),
+        check_number("v_leak", v_leak) if v_min is None else _check_v_min(v_min, neuron),
         v_init,
     )
 
 
-_cached_constants = functools.lru_cache(maxsize=4096)(_constants)
+@functools.lru_cache(maxsize=4096)
+def _cached_constants(*args: Any, **keywords: Any) -> Constants:
+    if any(isinstance(value, Tensor) for value in (*args, *keywords.values())):
+        raise TypeError  # a cache knows tensors by their identity, and this one's value may be another one next time
+    return _constants(*args, **keywords)
 
 
 def constants_of(
@@ -194,9 +215,10 @@ def constants_of(
     if not torch.compiler.is_compiling():  # dynamo warns of caches
         try:
             return _cached_constants(neuron.id, s.id, s.alpha, s.gain, v_init, *rest, **keywords)
-        except TypeError:  # a list, say, which no cache takes: it is refused below, by its name
+        except TypeError:  # a tensor, or a list, which no cache takes: it is refused below, by its name
             pass
-    return _constants(neuron.id, s.id, s.alpha, s.gain, v_init, *rest, **keywords)
+    # As floats at once: with dynamic=True dynamo must not meet them for the first time within an autograd function.
+    return _constants(neuron.id, s.id, float(s.alpha), float(s.gain), v_init, *rest, **keywords)
 
 
 def multi_step(
@@ -217,13 +239,15 @@ def multi_step(
     multi_spike: bool = False,
     resets: bool = True,
     store_v_seq: bool = False,
+    v_min: float | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, Any, Tensor | None]:
     """Any neuron of the registry over all time steps of a checked input; what the modules and functions below call.
 
     ``state`` is the potential before the first step, or the pair of potential and current for a neuron that has both
     (a number other than 0 can start potentials only); it comes back in the same form. ``own`` are the tensors that the
-    registry's entry names, each of one element or broadcastable to one time step.
+    registry's entry names, each of one element or broadcastable to one time step. No step leaves a potential lower than
+    ``v_min``, which neurons that reset a step late do not know.
     """
     fused_surrogate = is_fused(surrogate_function)
     if not fused_surrogate:
@@ -239,6 +263,8 @@ def multi_step(
     chosen = backends.choose(backend, x_seq.device)
     if multi_spike and not neuron.own:  # counted by the kernels of such neurons only
         chosen = backends.REFERENCE
+    if v_min is not None and neuron is not dynamics.EXPONENTIAL_LIF:  # its kernels alone know a lowest potential
+        chosen = backends.REFERENCE
     if chosen != backends.REFERENCE and neuron.id not in backends.KERNELS[chosen].NEURONS_SERVED:
         if backend not in ("auto", "reference"):
             raise ValueError(f"backend={backend!r} has no kernel for the neuron {neuron.name}; use backend='auto'")
@@ -250,6 +276,7 @@ def multi_step(
             constants = constants_of(
                 neuron, surrogate_function, v_init,
                 tau, decay_input, v_threshold, v_reset, v_leak, detach_reset, strict, multi_spike, resets, store_v_seq,
+                v_min,
             )  # fmt: skip
             inputs = Inputs(time_major(x_seq), v0, i if isinstance(i, Tensor) else None, decay, *own)
             s, v, i, v_seq = ops.multi_step(inputs, constants, chosen)
@@ -278,6 +305,7 @@ def multi_step(
         strict=strict,
         multi_spike=multi_spike,
         resets=resets,
+        v_min=None if v_min is None else _check_v_min(v_min, neuron.id),
     )
     return ops.guard(*dynamics.multi_step(neuron, x_seq, state, parameters, store_v_seq))
 

@@ -61,7 +61,8 @@ class InferenceReport:
         lines += [f"  {norm} + {neuron}" for norm, neuron in self.fused]
         lines += [f"  {norm} left alone: {reason}" for norm, reason in self.left_alone.items()]
         if self.event_driven:
-            lines.append(f"convolutions that skip inputs of 0 on a CPU: {', '.join(self.event_driven)}")
+            names = ", ".join(name or "(model)" for name in self.event_driven)
+            lines.append(f"convolutions that skip inputs of 0 on a CPU: {names}")
         return "\n".join(lines)
 
 
@@ -315,6 +316,8 @@ def capture(model: nn.Module, sample: Tensor) -> Captured:
 
     What pays where kernels are shorter than their launches: small batches. Every replay starts from the neurons'
     initial state, so replays do not depend on each other; states are not carried from one to the next.
+
+    The graph has one input and one output in memory: call it from one stream, or wait between calls from two.
 
     Args:
         model: a network in evaluation mode on a CUDA device, such as :func:`optimize_for_inference` returns.

@@ -1,6 +1,7 @@
 """Losses on the outputs of a spiking network over time: ``[T, B, C]``, spikes or potentials, and a target.
 
-Half-precision outputs are taken to float32 first.
+Half-precision outputs are taken to float32 first. A sample of class -100 has no part in any of them, as in PyTorch's
+cross-entropy.
 """
 
 from __future__ import annotations
@@ -9,7 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .functional import check_number
+
 __all__ = ["rate_cross_entropy", "rate_mse", "tet_loss"]
+
+_IGNORED = -100  # the class that cross-entropy skips
 
 
 def _check(out_seq: Tensor, target: Tensor) -> Tensor:
@@ -24,6 +29,9 @@ def _check(out_seq: Tensor, target: Tensor) -> Tensor:
             f"target must be classes [B] = {tuple(out_seq.shape[1:2])} or probabilities [B, C] = "
             f"{tuple(out_seq.shape[1:])}, got a tensor of shape {tuple(target.shape)}"
         )
+    if target.dim() == 1 and target.is_floating_point():
+        kind = str(target.dtype).removeprefix("torch.")
+        raise TypeError(f"target of shape {tuple(target.shape)} must be classes, int64, got {kind}")
     return out_seq if out_seq.dtype == torch.float64 else out_seq.float()
 
 
@@ -87,7 +95,7 @@ def tet_loss(
         >>> tet_loss(torch.zeros(4, 2, 10), torch.tensor([3, 7]), weight=0.0)
         tensor(2.3026)
     """
-    if not 0 <= weight <= 1:
+    if not 0 <= check_number("weight", weight) <= 1:
         raise ValueError(f"weight must be from 0 to 1, got {weight!r}")
     out_seq = _check(out_seq, target)
     T, B, _ = out_seq.shape
@@ -96,7 +104,7 @@ def tet_loss(
     loss = per_step.view(T, B).mean(0)
     if weight:
         loss = (1 - weight) * loss + weight * (out_seq - v_threshold).square().mean((0, 2))
-    return _reduce(loss, reduction)
+    return _reduce(loss, target, reduction)
 
 
 def rate_mse(out_seq: Tensor, target: Tensor, *, reduction: str = "mean") -> Tensor:
@@ -123,12 +131,18 @@ def rate_mse(out_seq: Tensor, target: Tensor, *, reduction: str = "mean") -> Ten
         tensor(0.5000)
     """
     out_seq = _check(out_seq, target)
+    rates = target
     if target.dim() == 1:
-        target = F.one_hot(target.long(), out_seq.shape[2])
-    return _reduce((out_seq.mean(0) - target).square().mean(1), reduction)
+        classes = target.long()
+        rates = F.one_hot(classes.masked_fill(classes == _IGNORED, 0), out_seq.shape[2])
+    return _reduce((out_seq.mean(0) - rates).square().mean(1), target, reduction)
 
 
-def _reduce(loss: Tensor, reduction: str) -> Tensor:
+def _reduce(loss: Tensor, target: Tensor, reduction: str) -> Tensor:
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f"reduction must be 'mean', 'sum' or 'none', got {reduction!r}")
-    return loss if reduction == "none" else loss.sum() if reduction == "sum" else loss.mean()
+    count: Tensor | int = len(loss)
+    if target.dim() == 1:
+        taken = target != _IGNORED
+        loss, count = loss.where(taken, 0.0), taken.sum()
+    return loss if reduction == "none" else loss.sum() if reduction == "sum" else loss.sum() / count

@@ -24,7 +24,7 @@ __all__ = ["chunked", "keep_freed_memory", "packed_spikes"]
 _LEAST = 1024  # elements: below, the bookkeeping is as large as what it saves
 _FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _INTS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # by the bytes of an element
-_ONES = {t: int(torch.ones((), dtype=t).view(_INTS[t.itemsize])) for t in _FLOATS}  # 1.0 as its bits
+_ONES = {t: int(torch.ones((), dtype=t, device="cpu").view(_INTS[t.itemsize])) for t in _FLOATS}  # 1.0 as its bits
 
 
 class packed_spikes(contextlib.ContextDecorator):
@@ -235,7 +235,7 @@ def _as_bits(t: Tensor) -> _Bits | None:
     if native.missing(t.device) is not None:
         return _pack_in_torch(t, whole, size)
     if on_cpu:
-        bits = torch.empty(size, dtype=torch.uint8)
+        bits = torch.empty(size, dtype=torch.uint8, device=t.device)
         one = native.pack_bits(whole, bits)
         return None if one is None else _Bits(t, bits, one, None)
     bits = torch.zeros(size + 8, dtype=torch.uint8, device=t.device)

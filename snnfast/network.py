@@ -117,14 +117,20 @@ def detach_net(net: nn.Module) -> None:
         module.detach()
 
 
-def copy_of(model: nn.Module) -> Any:
-    """A deep copy.
+def copy_of(model: nn.Module, memo: dict[int, Any] | None = None) -> Any:
+    """A deep copy. Weights that a hook computes before each call, as pruning's do, are copied without their graph.
+
+    Args:
+        memo: that of :func:`copy.deepcopy`.
 
     Raises:
         RuntimeError: a neuron's state belongs to a graph, so that it cannot be copied; the message names the remedy.
     """
+    computed = [t for m in model.modules() if m._forward_pre_hooks for t in vars(m).values() if isinstance(t, Tensor)]
     try:
-        return copy.deepcopy(model)
+        return copy.deepcopy(
+            model, {id(t): t.detach().clone() for t in computed if t.grad_fn is not None} | (memo or {})
+        )
     except RuntimeError as error:
         raise RuntimeError(
             "the model cannot be copied, most likely because a neuron's state still belongs to a graph: call "

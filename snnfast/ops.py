@@ -360,6 +360,7 @@ def _reference(inputs: Inputs, c: Constants) -> Outputs:
         strict=bool(c.flags & dynamics.STRICT),
         multi_spike=bool(c.flags & dynamics.MULTI_SPIKE),
         resets=not c.flags & dynamics.NO_RESET,
+        v_min=c.v_leak if c.flags & dynamics.CLIPPED else None,
     )
     v: Any = c.v_init if inputs.v0 is None else inputs.v0
     if len(neuron.states) > 1:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 from typing import Any
 
 from torch import Tensor
@@ -60,8 +61,11 @@ class LI(MemoryModule):
         timesteps: int | None = None,
     ) -> None:
         super().__init__()
-        if timesteps is not None and (isinstance(timesteps, bool) or not isinstance(timesteps, int) or timesteps < 1):
-            raise ValueError(f"timesteps must be a whole number from 1, or None, got {timesteps!r}")
+        if timesteps is not None:
+            whole = isinstance(timesteps, (int, numbers.Integral)) and not isinstance(timesteps, bool)  # NumPy's too
+            if not whole or timesteps < 1:
+                raise ValueError(f"timesteps must be a whole number from 1, or None, got {timesteps!r}")
+            timesteps = int(timesteps)
         self.tau = functional.check_tau("tau", tau)
         self.decay_input = bool(decay_input)
         self.v_reset = functional.check_number("v_reset", v_reset)

@@ -189,7 +189,8 @@ def variants(neuron):
     if neuron in (dynamics.IF, dynamics.PARAMETRIC_LIF):
         return [{"decay_input": True}, {"decay_input": False, "strict": True}]
     if neuron is dynamics.EXPONENTIAL_LIF:
-        return [{"decay_input": d, "multi_spike": m} for d in (True, False) for m in (True, False)]
+        counted = [{"decay_input": d, "multi_spike": m} for d in (True, False) for m in (True, False)]
+        return counted + [{"decay_input": False, "multi_spike": m, "v_min": -0.3} for m in (True, False)]
     if neuron in (dynamics.BOX_LIF, dynamics.CURRENT_LIF):
         return [{"strict": True, "v_leak": leak} for leak in (0.0, 0.0625)]
     return [{"strict": True, "resets": resets} for resets in (True, False)]
@@ -207,7 +208,7 @@ def loop(neuron, x, state, decay, own=(), *, v_reset, store_v_seq=True, surrogat
         kwargs.get("decay_input", True),
         kwargs.get("detach_reset", False),
         **own,
-        **{name: kwargs[name] for name in ("v_leak", "strict", "multi_spike", "resets") if name in kwargs},
+        **{name: kwargs[name] for name in ("v_leak", "strict", "multi_spike", "resets", "v_min") if name in kwargs},
     )
     return dynamics.multi_step(neuron, x, state, parameters, store_v_seq)
 

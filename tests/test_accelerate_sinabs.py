@@ -30,6 +30,9 @@ from snnfast.convert.adapters import sinabs as adapter  # noqa: E402
         st.builds(sa.Gaussian, st.just(0.0), st.floats(0.2, 2), st.floats(0.2, 2)),
     ),
     threshold=st.floats(0.3, 1.5),
+    min_v_mem=st.one_of(st.none(), st.floats(-2, 0.2), st.just(-1)),
+    zeroes=st.booleans(),
+    record_states=st.booleans(),
     tau_each=st.booleans(),
     train_alphas=st.booleans(),
     norm_input=st.booleans(),
@@ -39,15 +42,20 @@ from snnfast.convert.adapters import sinabs as adapter  # noqa: E402
     seed=st.integers(0, 10**6),
 )
 def test_random_configurations(
-    cls, spike_fn, surrogate, threshold, tau_each, train_alphas, norm_input, batch, shape, T, seed
-):
+    cls, spike_fn, surrogate, threshold, min_v_mem, zeroes, record_states, tau_each, train_alphas, norm_input, batch,
+    shape, T, seed,
+):  # fmt: skip
     def make():
         torch.manual_seed(seed)
         keywords = {
             "spike_fn": spike_fn,
             "surrogate_grad_fn": surrogate,
             "spike_threshold": torch.tensor(threshold),
+            "min_v_mem": min_v_mem,
+            "record_states": record_states,
         }
+        if zeroes and spike_fn is sa.SingleSpike:
+            keywords["reset_fn"] = sa.MembraneReset()
         if cls.startswith("LIF"):
             keywords |= {"norm_input": norm_input, "train_alphas": train_alphas}
             keywords["tau_mem"] = torch.rand(shape) * 9 + 2 if tau_each else 7.0
@@ -59,8 +67,8 @@ def test_random_configurations(
         if cls.endswith("Squeeze"):
             x = x.flatten(0, 1)
         first = layer(x)
-        rate = layer.firing_rate
-        return first, rate, layer(x * 0.7), layer.v_mem  # the state and its graph go on
+        rate, kept = layer.firing_rate, layer.recordings
+        return first, rate, kept, layer(x * 0.7), layer.v_mem, layer.recordings  # the state and its graph go on
 
     torch.manual_seed(seed)
     assert_same(make, drive, torch.randn(batch, T, *shape) * 2 + 0.5, step=torch.Size((batch, *shape)))
@@ -83,15 +91,17 @@ def test_surrogate_mapping(kind, threshold):
     ("keywords", "reason"),
     [
         ({"tau_syn": 5.0}, "tau_syn"),
-        ({"min_v_mem": -1.0}, "min_v_mem"),
+        ({"min_v_mem": torch.tensor([-1.0, -2.0])}, "min_v_mem"),
+        ({"min_v_mem": -float("inf")}, "min_v_mem"),
         ({"spike_fn": sa.MaxSpike(3)}, "MaxSpike"),
         ({"spike_fn": None}, "None"),
         ({"reset_fn": sa.MembraneReset()}, "MembraneReset"),
+        ({"reset_fn": sa.MembraneReset(0.1), "spike_fn": sa.SingleSpike}, "MembraneReset"),
         ({"reset_fn": sa.MembraneSubtract(0.5)}, "MembraneSubtract"),
-        ({"record_states": True}, "record_states"),
         ({"surrogate_grad_fn": sa.MultiGaussian()}, "MultiGaussian"),
         ({"surrogate_grad_fn": sa.Gaussian(mu=0.1)}, "Gaussian"),
         ({"spike_threshold": torch.ones(3)}, "SingleExponential"),
+        ({"surrogate_grad_fn": sa.SingleExponential(torch.tensor(0.5))}, "a tensor for a number"),
     ],
 )
 def test_left_with_the_reason(keywords, reason):
@@ -160,3 +170,116 @@ def test_a_potential_at_the_threshold_fires(spike_fn):
     x = (torch.randn(2, 20, 64) * 4).round() / 4
     assert sl.IAF(spike_fn=spike_fn)(torch.ones(1, 1, 1)) == 1
     assert_same(lambda: sl.IAF(spike_fn=spike_fn), lambda layer, x: layer(x), x)
+
+
+def test_what_from_model_makes_is_accelerated_as_it_is():
+    torch.manual_seed(0)
+    ann = nn.Sequential(nn.Conv2d(2, 8, 3), nn.ReLU(), nn.AvgPool2d(2), nn.Flatten(), nn.Linear(72, 5), nn.ReLU())
+    for p in ann.parameters():
+        p.data *= 4  # so that the last layer fires too
+    nets = [sinabs.from_torch.from_model(copy.deepcopy(ann), batch_size=3).spiking_model for _ in range(2)]
+    report = snnfast.accelerate(nets[1])
+    assert [item.name for item in report.replaced] == ["1", "5"]
+    x = (torch.rand(3 * 7, 2, 8, 8) < 0.3).float()
+    outs = [net(x) for net in nets]
+    lowest = [module.v_mem.min() for module in (nets[0][1], nets[1][1])]
+    assert torch.equal(*outs)
+    assert lowest[0] == lowest[1] == -1, "no potential was as low as min_v_mem"
+    for net, out in zip(nets, outs, strict=True):
+        out.square().sum().backward()
+        assert net[0].weight.grad.abs().sum() > 0
+    torch.testing.assert_close(nets[1][0].weight.grad, nets[0][0].weight.grad, rtol=1e-5, atol=1e-5)
+
+
+def outputs_and_gradients(layer, x):
+    """And the state, of one call from the initial state."""
+    layer.reset_states()
+    leaf = x.clone().requires_grad_()
+    out = layer(leaf)
+    learnt = [p for p in layer.parameters() if p.requires_grad]
+    loss = out.square().sum() + layer.v_mem.square().sum()
+    return [out, layer.v_mem, *torch.autograd.grad(loss, [leaf, *learnt], allow_unused=True)]
+
+
+def assert_alike(layers, x):
+    for a, b in zip(*(outputs_and_gradients(layer, x) for layer in layers), strict=True):
+        assert (a is None) == (b is None)
+        if a is not None:
+            assert a.dtype == b.dtype
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+def two_layers(cls=sl.LIF, **keywords):
+    layers = [cls(**keywords) for _ in range(2)]
+    assert snnfast.accelerate(layers[1]).replaced
+    return layers
+
+
+def is_accelerated(layer):
+    return repr(layer).endswith("[accelerated by snnfast]")
+
+
+def test_numbers_that_are_written_on_the_surrogate_and_the_reset_count_from_the_next_call_on():
+    x = torch.randn(2, 7, 4) * 2
+    layers = two_layers(tau_mem=5.0, surrogate_grad_fn=sa.SingleExponential(0.5))
+    for kind in {id(layer.surrogate_grad_fn): layer.surrogate_grad_fn for layer in layers}.values():
+        assert_alike(layers, x)
+        kind.grad_width, kind.grad_scale = 3.0, 0.25  # annealed
+    assert_alike(layers, x)
+    layers = [
+        two_layers(tau_mem=5.0, spike_fn=sa.SingleSpike, reset_fn=sa.MembraneReset()),
+        two_layers(tau_mem=5.0, reset_fn=sa.MembraneSubtract()),
+    ]
+    for pair, name, values in zip(layers, ("reset_value", "subtract_value"), ((0.3, 0.0), (0.3, None)), strict=True):
+        assert_alike(pair, x)
+        for value in values:
+            setattr(pair[0].reset_fn, name, value)
+            setattr(pair[1].reset_fn, name, value)
+            assert_alike(pair, x)
+        assert is_accelerated(pair[1])  # again
+
+
+def test_what_is_learnt_later_has_its_gradient():
+    layers, x = two_layers(tau_mem=5.0, min_v_mem=-0.25), torch.randn(2, 7, 4) * 2
+    for learnt in (True, False):
+        for layer in layers:
+            layer.min_v_mem.requires_grad_(learnt)
+        assert_alike(layers, x)
+    assert is_accelerated(layers[1])
+    own = outputs_and_gradients(layers[0].requires_grad_(True), x)
+    assert own[4].abs() > 0, "no potential was as low as min_v_mem"
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_time_constants_of_another_dtype_run_its_own_code(dtype):
+    x = torch.randn(3, 40, 4) * 2
+    for tau in (7.3, torch.tensor([1.2, 7.0, 9.0, 11.0])):
+        layers = two_layers(tau_mem=tau, min_v_mem=-0.3)
+        outs = []
+        for layer in layers:
+            outs.append((layer.to(dtype)(x), layer.v_mem))
+        assert all(a.dtype == b.dtype and torch.equal(a, b) for a, b in zip(*outs, strict=True))
+
+
+def test_layers_without_values():
+    layer = sl.LIF(tau_mem=5.0, min_v_mem=-1.0)
+    assert "no value" in snnfast.accelerate(layer.to("meta")).left[0].reason
+    layers, x = two_layers(tau_mem=5.0, min_v_mem=-1.0), torch.randn(2, 7, 4) * 2
+    made = layers[1].to("meta")
+    assert made(x.to("meta")).shape == x.shape
+    layers[0](x)  # whose potentials are in its state_dict
+    made.to_empty(device="cpu").load_state_dict(layers[0].state_dict())
+    assert_alike((layers[0], made), x)
+    assert is_accelerated(made)
+
+
+def test_a_lowest_potential_that_is_written_counts_from_the_next_call_on():
+    layer = sl.IAF(min_v_mem=-1.0)
+    snnfast.accelerate(layer)
+    x = torch.full((1, 3, 2), -0.75)
+    layer(x)
+    assert layer.v_mem.tolist() == [[-1.0, -1.0]]
+    with torch.no_grad():
+        layer.min_v_mem.fill_(-1.5)
+    layer(x)
+    assert layer.v_mem.tolist() == [[-1.5, -1.5]]

@@ -142,6 +142,21 @@ def test_robustness_is_paired_deterministic_and_leaves_the_models_alone():
     assert json.loads(json.dumps(first.to_dict()))["samples"] == 40
 
 
+def test_robustness_under_other_defaults():
+    model = classifier(0)
+    want = analysis.robustness(model, DATA, predict=predict)
+    torch.set_default_device("meta")
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        got = analysis.robustness(model, DATA, predict=predict)
+        difference = got.difference("model", "model", "gaussian", 10)
+    finally:
+        torch.set_default_device(None)
+        torch.set_default_dtype(torch.float32)
+    assert got.to_dict() == want.to_dict()
+    assert difference == want.difference("model", "model", "gaussian", 10)
+
+
 def test_intervals():
     scipy = pytest.importorskip("scipy.stats")
     for k, n in ((0, 10), (9, 10), (10, 10), (437, 1000)):

@@ -12,10 +12,11 @@ import pytest
 import torch
 
 import snnfast
-from snnfast import functional, layer, neuron, surrogate
+from snnfast import distill, dynamics, encoding, functional, layer, neuron, surrogate
 
 X = torch.randn(4, 3)
 ATAN = surrogate.ATan()
+OWN = (torch.tensor(1.0), torch.tensor(0.9))
 
 
 class Own(snnfast.LIFNode):
@@ -56,6 +57,26 @@ CASES = {
         r"w must be one number .*\(2,\)",
     ),
     "tau 1": (lambda: snnfast.LIFNode(tau=1.0), ValueError, r"tau .*above 1, got 1.0.*IFNode"),
+    "v_min inf": (
+        lambda: functional.multi_step(dynamics.EXPONENTIAL_LIF, X, 0.0, None, OWN, v_min=-float("inf")),
+        ValueError,
+        r"v_min must be finite, got -inf; None",
+    ),
+    "v_min inf on the reference path": (
+        lambda: functional.multi_step(dynamics.IF, X, 0.0, v_min=float("inf")),
+        ValueError,
+        r"v_min must be finite, got inf; None",
+    ),
+    "v_min of a late reset": (
+        lambda: functional.multi_step(dynamics.LEAKY, X, 0.0, None, OWN, v_min=-1.0),
+        ValueError,
+        r"v_min must be None for Leaky",
+    ),
+    "v_min no number": (
+        lambda: functional.multi_step(dynamics.EXPONENTIAL_LIF, X, 0.0, None, OWN, v_min="-1"),
+        TypeError,
+        r"v_min must be a number",
+    ),
     "tau nan": (lambda: snnfast.LIFNode(tau=float("nan")), ValueError, r"tau .*nan"),
     "tau inf": (lambda: snnfast.LIFNode(tau=float("inf")), ValueError, r"tau .*inf"),
     "tau text": (lambda: snnfast.LIFNode(tau="2"), TypeError, r"tau must be a number, got str '2'"),
@@ -158,6 +179,14 @@ def test_refused_with_the_arguments_name_and_the_remedy(case, monkeypatch):
         call()
 
 
+def test_numbers_in_tensors_are_read_at_each_call():
+    threshold = torch.tensor(1.0)
+    for value in (1.0, 3.0, 0.5):
+        threshold.fill_(value)
+        want, *_ = functional.if_multi_step(X.abs(), v_threshold=value)
+        assert torch.equal(functional.if_multi_step(X.abs(), v_threshold=threshold)[0], want)
+
+
 def test_numbers_of_numpy_are_numbers():
     node = snnfast.LIFNode(
         np.float32(2.5), True, np.int64(1), np.float16(0.25), surrogate.ATan(np.float32(3)), timesteps=np.int64(2)
@@ -169,6 +198,13 @@ def test_numbers_of_numpy_are_numbers():
     assert torch.equal(functional.lif_multi_step(X, tau=np.float32(3))[1], functional.lif_multi_step(X, tau=3.0)[1])
     with pytest.raises(TypeError, match="v_threshold must be a number"):
         snnfast.IFNode(np.bool_(True))
+    assert type(neuron.LI(timesteps=np.int64(2)).timesteps) is int
+    assert encoding.poisson(X, np.int64(3)).shape == (3, *X.shape)
+    converted = snnfast.to_spiking(torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.ReLU()), np.int64(4))
+    assert type(converted.timesteps) is int
+    assert type(distill.TemporalSelfKD(np.int64(4), np.int64(2)).timesteps_student) is int
+    with pytest.raises(ValueError, match="timesteps must be a whole number from 1"):
+        encoding.poisson(X, np.bool_(True))
 
 
 def test_the_notice_of_a_plain_loop_names_an_autograd_function_not_its_apply():

@@ -16,7 +16,7 @@ from snnfast import backends
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks import __main__ as suite
-from benchmarks import bn_neuron, cpu_targets, measure, network, peer_neurons, peers, report
+from benchmarks import bn_neuron, cpu_targets, gpu_sanitize, measure, network, peer_neurons, peers, report
 from benchmarks.breakdown import Breakdown
 from benchmarks.rows import Point, Row, Settings, at_least, at_most
 
@@ -98,6 +98,10 @@ def test_every_sub(sub, tmp_path, capsys):
         for figure in report.FIGURES:
             assert (tmp_path / f"scaling-{figure}.png").stat().st_size > 5000
             assert f"scaling-{figure}.png" in text
+
+
+def test_what_the_sanitizer_runs_runs():
+    assert gpu_sanitize.main("cpu", seconds=60) > 300
 
 
 def test_peers_models(tmp_path):

@@ -317,6 +317,30 @@ def test_create_graph_where_the_state_comes_from_the_same_weights():
         assert torch.allclose(got, want, rtol=1e-9)
 
 
+@pytest.mark.parametrize("shape", [(T * 2, 6, 3), (T * 2, 4, 5, 3), (T, 3)], ids=str)
+def test_a_transposed_input_comes_out_as_torchs_norms_have_it(shape):
+    norm = {2: nn.BatchNorm1d, 3: nn.BatchNorm1d, 4: nn.BatchNorm2d}[len(shape)](shape[1])
+    node = BatchNormNode(norm, snnfast.LIFNode(timesteps=T if len(shape) > 2 else 1))
+    x = torch.randn(shape).mT.contiguous().mT.requires_grad_()
+    want = copy.deepcopy(node.norm)(x)
+    got = node(x)
+    assert got.stride() == want.stride()
+    got.view(-1).sum().backward()
+    assert x.grad.isfinite().all()
+
+
+def test_a_state_that_inference_mode_left():
+    node = BatchNormNode(nn.BatchNorm2d(3), snnfast.LIFNode(timesteps=T))
+    apart = copy.deepcopy(node)
+    x = torch.randn(T * 2, 3, 5, 5)
+    with torch.inference_mode():
+        node(x), apart.neuron(apart.norm(x))
+    got, want = node(x), apart.neuron(apart.norm(x))
+    assert torch.equal(got, want)
+    got.sum().backward(), want.sum().backward()
+    torch.testing.assert_close(node.norm.weight.grad, apart.norm.weight.grad)
+
+
 def test_a_tensor_whose_values_are_negated_when_read():
     x = torch.randn(T * 4, 3, 5, 5)
     node = BatchNormNode(nn.BatchNorm2d(3), snnfast.LIFNode(timesteps=T))

@@ -114,3 +114,14 @@ def test_the_compiled_extension_stays_small_and_free_of_torch():
     content = path.read_bytes()
     assert b"libtorch" not in content
     assert b"libcudart.so" not in content
+
+
+def test_importing_and_running_imports_neither_the_compiler_nor_triton():
+    """Which take a second and a quarter of one."""
+    code = (
+        "import sys, torch\nbefore = set(sys.modules)\nimport snnfast\n"
+        "snnfast.LIFNode(step_mode='m')(torch.rand(4, 8))\n"
+        "print([m for m in ('torch._dynamo', 'triton') if m in set(sys.modules) - before])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

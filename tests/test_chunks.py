@@ -130,6 +130,22 @@ def test_any_number_of_steps(T, chunk, B, N):
     compare(net.double(), torch.randn(T, B, N, dtype=torch.float64) * 2, chunk, True)
 
 
+@pytest.mark.parametrize("steps", [1, 4, 5, 7])
+@pytest.mark.parametrize("chunk", [2, 3, 6, 9])
+def test_any_number_of_folded_steps(steps, chunk):
+    net = nn.Sequential(nn.Linear(6, 5), snnfast.LIFNode(timesteps=steps), nn.Linear(5, 3))
+    compare(busy(net).double(), torch.randn(steps * B, 6, dtype=torch.float64), chunk, True)
+
+
+def test_single_folded_steps_cannot_be_told_from_a_mean():
+    net = nn.Sequential(nn.Linear(6, 5), snnfast.LIFNode(timesteps=T))
+    with pytest.raises(ValueError, match="chunks of 2 steps and more where time is folded"):
+        chunked(net, torch.randn(T * B, 6), 1)
+    functional.reset_net(net)
+    net = nn.Sequential(net, nn.Unflatten(0, (-1, B)))
+    compare(net, torch.randn(T * B, 6) * 4, 1, True)
+
+
 def test_states_go_on_from_where_they_were():
     net = sequence_network().eval()
     x = torch.randn(2 * T, B, 8)

@@ -201,7 +201,40 @@ def test_wrong_shapes_of_losses(loss):
         loss(torch.zeros(2, 4, 3), [0, 0, 0, 0])
 
 
+@pytest.mark.parametrize("loss", [losses.rate_cross_entropy, losses.tet_loss, losses.rate_mse])
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_samples_without_a_label_have_no_part(loss, reduction):
+    out = torch.randn(3, 5, 4, requires_grad=True)
+    labels, kept = torch.tensor([1, -100, 3, 0, -100]), torch.tensor([0, 2, 3])
+    got, want = loss(out, labels, reduction=reduction), loss(out[:, kept], labels[kept], reduction=reduction)
+    torch.testing.assert_close(got, want)
+    torch.testing.assert_close(*(torch.autograd.grad(y, out)[0] for y in (got, want)))
+    each = loss(out, labels, reduction="none")
+    assert each[[1, 4]].tolist() == [0.0, 0.0]
+    torch.testing.assert_close(each[kept], loss(out[:, kept], labels[kept], reduction="none"))
+
+
+@pytest.mark.parametrize("loss", [losses.rate_cross_entropy, losses.tet_loss, losses.rate_mse])
+def test_classes_are_whole_numbers(loss):
+    with pytest.raises(TypeError, match=r"target of shape \(2,\) must be classes, int64, got float32"):
+        loss(torch.randn(3, 2, 4), torch.tensor([0.5, 1.7]))
+
+
+def test_latency_encoder_starts_afresh_with_another_batch():
+    encoder = encoding.LatencyEncoder(4)
+    first, second = torch.rand(3, 5), torch.rand(2, 5)
+    encoder(first), encoder(first)
+    assert torch.equal(encoder(second), encoding.latency(second, 4)[0])
+    assert torch.equal(encoder(), encoding.latency(second, 4)[1])
+
+
+def test_poisson_encoder_of_zero_never_spikes_in_half_precision():
+    assert encoding.PoissonEncoder()(torch.zeros(100_000, dtype=torch.bfloat16)).sum() == 0
+
+
 def test_wrong_weight():
+    with pytest.raises(TypeError, match="weight must be a number"):
+        losses.tet_loss(torch.randn(3, 2, 4), torch.tensor([0, 1]), weight="0.5")
     with pytest.raises(ValueError, match=r"weight must be from 0 to 1, got 1\.5"):
         losses.tet_loss(torch.zeros(2, 4, 3), torch.zeros(4, dtype=torch.int64), weight=1.5)
 

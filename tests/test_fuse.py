@@ -276,7 +276,10 @@ def test_a_fused_norms_output_elsewhere_is_what_it_stands_for():
     apart = copy.deepcopy(net)
     fuse(net)
     x = torch.randn(T, 3, 5, 5)
-    for use in (torch.relu, lambda y: y.mean(), lambda y: y.shape, lambda y: -y[0] / 2, lambda y: torch.cat([y, x])):
+    for use in (
+        *(torch.relu, lambda y: y.mean(), lambda y: y.shape, lambda y: -y[0] / 2, lambda y: torch.cat([y, x])),
+        *(lambda y: (y == 0) | (y != y), lambda y: ~(y > 0) ^ (y >= 0) & (y < 1), lambda y: 2 // y),
+    ):
         got, want = use(net[0](x)), use(apart[0](x))
         assert torch.equal(got, want) if isinstance(want, torch.Tensor) else got == want
     assert torch.allclose(net[0].running_mean, apart[0].running_mean)
@@ -321,6 +324,36 @@ def test_backward_hooks_that_come_after_fusing_see_and_change_gradients(which, r
     (got, seen), (want, expected) = (results(n, x.clone().requires_grad_()) for n in (net, apart))
     torch.testing.assert_close(got, want)
     torch.testing.assert_close(seen, expected)
+    assert not count_fused
+    functional.reset_net(net)
+    net(x)
+    assert len(count_fused) == 1
+
+
+HOOKS = {
+    "norm's output": lambda net, seen: net[0].register_forward_hook(lambda m, i, o: seen.append(o)),
+    "neuron's input": lambda net, seen: net[1].register_forward_pre_hook(lambda m, i: seen.append(i[0])),
+    "of all modules": lambda net, seen: torch.nn.modules.module.register_module_forward_hook(
+        lambda m, i, o: seen.append(o)
+    ),
+}
+
+
+@pytest.mark.parametrize("name", HOOKS)
+def test_forward_hooks_that_come_after_fusing_get_tensors_to_keep(name, count_fused):
+    x = torch.randn(T * 2, 3, 5, 5)
+    found = []
+    for net in (pair(), pair()):
+        if found:
+            fuse(net)
+        seen: list = []
+        handle = HOOKS[name](net, seen)
+        net(x).sum().backward()
+        handle.remove()
+        assert all(isinstance(t, torch.Tensor) for t in seen)
+        found.append((seen, net[0].weight.grad, net[0].running_mean))
+    torch.testing.assert_close(found[1], found[0])
+    assert len(found[0][0]) > 0
     assert not count_fused
     functional.reset_net(net)
     net(x)

@@ -11,6 +11,7 @@ import types
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import prune
 
 import snnfast
 from snnfast import _notices, backends, inference, layer, models, optimize_for_inference
@@ -418,6 +419,20 @@ def test_captured_replays_are_independent():
 def test_capture_wants_weights_on_the_device():
     with pytest.raises(RuntimeError, match="but weight is on cpu"):
         snnfast.capture(nn.Linear(3, 2).eval(), torch.ones(1, 3, device="cuda"))
+
+
+def test_weights_that_a_hook_computes():
+    net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), snnfast.IFNode(timesteps=T), nn.Linear(3, 2))
+    prune.l1_unstructured(net[0], "weight", 0.5)
+    fast, report = snnfast.optimize_for_inference(net)
+    assert report.fused == [("1", "2")]
+    x = torch.randn(T * 2, 1, 5, 5)
+    assert torch.equal(fast(x), net.eval()(x))
+    with torch.no_grad():
+        fast[0].weight_orig.zero_()
+    snnfast.functional.reset_net(fast)
+    assert fast(x).unflatten(0, (T, 2)).std(1).max() < 1e-6  # the images are the same to it
+    assert net[0].weight_orig.abs().sum() > 0
 
 
 def test_a_state_that_belongs_to_a_graph_names_the_reset():

@@ -41,6 +41,19 @@ def test_any_layout_comes_back(shape, order, dtype, value, cut):
     assert packed.nbytes <= t.numel() / 8 + 8
 
 
+def test_another_default_device(monkeypatch):
+    monkeypatch.undo()  # the default holds for torch's own functions, which tests poison
+    torch.utils._device._device_constructors.cache_clear()
+    t = spikes_like([64, 65], torch.float32)
+    torch.set_default_device("meta")
+    try:
+        back = memory._as_bits(t).unpack()
+    finally:
+        torch.set_default_device(None)
+        torch.utils._device._device_constructors.cache_clear()
+    assert torch.equal(back, t)
+
+
 @needs_kernels
 @pytest.mark.parametrize("name", _C.cpu_sets() if _C else [])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -366,6 +366,22 @@ def test_two_uses_where_the_trace_saw_one_are_refused():
         net(torch.rand(T * 2, 4, 6, 6))
 
 
+def test_hooks_of_the_neuron_get_spikes_to_keep():
+    net = Block(how)
+    net.how = "add"
+    apart = copy.deepcopy(net)
+    assert fuse(net).connected
+    x = torch.rand(T * 2, 4, 6, 6)
+    seen: list = []
+    for model in (net, apart):
+        model.sn2.register_forward_hook(lambda module, inputs, s: seen.append(s))
+        model(x).sum().backward()
+    assert all(isinstance(s, torch.Tensor) for s in seen)
+    assert torch.equal(*seen)
+    assert seen[0].unique().tolist() == [0.0, 1.0]
+    torch.testing.assert_close(net.bn2.weight.grad, apart.bn2.weight.grad)
+
+
 def no_grad_at_the_norm(self, x):
     with torch.no_grad():
         out = self.bn2(self.conv2(x))

@@ -11,6 +11,7 @@ import torch
 from spiking_loops import B, Functional, Preactivated, T, TorchvisionBlock, TorchvisionResNet, strong
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.utils import prune
 
 import snnfast
 from snnfast import functional
@@ -35,6 +36,16 @@ def test_the_original_stays_and_the_keys_too():
     ann.load_state_dict(snnfast.to_spiking(ann, T).state_dict())
     shared = snnfast.to_spiking(ann, T, share_weights=True)
     assert all(p is q for p, q in zip(shared.parameters(), ann.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("share_weights", [False, True])
+def test_a_pruned_network(share_weights):
+    ann = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(400, 2))
+    prune.l1_unstructured(ann[0], "weight", 0.5)
+    net = snnfast.to_spiking(ann, T, share_weights=share_weights)
+    prune.remove(ann[0], "weight")
+    x = torch.rand(B, 3, 12, 12)
+    torch.testing.assert_close(net(x), snnfast.to_spiking(ann, T)(x))
 
 
 @pytest.mark.parametrize("make", [TorchvisionResNet, lambda: nn.Sequential(nn.Conv2d(3, 2, 3), nn.ReLU(), Last())])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 
 import pytest
@@ -108,6 +109,30 @@ def test_compile_fullgraph_equals_eager():
             assert torch.allclose(g, w)
         for p, w in zip(net.parameters(), want_grads, strict=True):
             assert torch.allclose(p.grad, w, rtol=1e-4, atol=1e-6)
+
+
+@needs_native
+def test_compile_with_everything_dynamic():
+    """Numbers of modules are symbols then, which several neurons and norms share."""
+    torch._dynamo.reset()
+    node = {"timesteps": 4, "surrogate_function": surrogate.ATan()}
+    net = nn.Sequential(
+        nn.Linear(3, 5), snnfast.LIFNode(**node), nn.Linear(5, 5), nn.BatchNorm1d(5, eps=1e-3), snnfast.LIFNode(**node),
+        nn.Linear(5, 5), nn.BatchNorm1d(5, eps=1e-3), snnfast.IFNode(**node),
+    ).double()  # fmt: skip
+    plain = copy.deepcopy(net)
+    assert len(snnfast.fuse(net).fused) == 2
+    compiled = torch.compile(net, dynamic=True, backend="aot_eager")
+    for B in (3, 2, 5):
+        x = torch.randn(4 * B, 3, dtype=torch.float64)
+        results = []
+        for model, call in ((plain, plain), (net, compiled)):
+            functional.reset_net(model)
+            model.zero_grad()
+            y = call(x)
+            y.square().sum().backward()
+            results.append([y, *(p.grad for p in model.parameters())])
+        torch.testing.assert_close(results[1], results[0])
 
 
 @needs_native

@@ -61,6 +61,7 @@ pytestmark = pytest.mark.usefixtures("keeps_threads")
         ("--teacher-checkpoint nowhere.pt", "--teacher-checkpoint nowhere.pt is missing"),
         ("--device cuda:99", "--device cuda:99"),
         ("--precision 16-mixed", "--precision 16-mixed needs a GPU"),
+        ("--event-driven --precision bf16-mixed", "--event-driven computes in float32.* got bf16-mixed"),
         (
             "--event-driven",
             r"--event-driven finds no convolution of --student .* \(layer1.0: it has 1 and 8 channels, .*",

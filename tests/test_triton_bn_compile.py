@@ -38,7 +38,7 @@ def compile_kernel(
     x = torch.empty((T, *(CHANNELS_LAST if last else CHANNELS_FIRST)[1:]), dtype=dtype, device="meta")
     if last:
         x = x.to(memory_format=torch.preserve_format).movedim(2, -1).contiguous().movedim(-1, 2)
-    kernel = getattr(backend.kernels, f"{name}_kernel")
+    kernel = getattr(backend.kernels(), f"{name}_kernel")
     state = TYPES[dynamics.state_dtype(dtype)]
     plain = name in ("statistics", "backward_input")
     shape = backend._shape(x, 1024 if plain else backend._block_size(T, dtype))

@@ -17,6 +17,7 @@ from torch import Tensor
 from snnfast import backends, dynamics, ops
 from snnfast.backends import triton as backend
 from snnfast.dynamics import (
+    CLIPPED,
     DECAY_INPUT,
     DETACH_RESET,
     MULTI_SPIKE,
@@ -48,7 +49,7 @@ def variants(neuron: Neuron) -> list[int]:
     if neuron in (dynamics.LIF, dynamics.PARAMETRIC_LIF):
         return [STRICT, DECAY_INPUT]
     if neuron is dynamics.EXPONENTIAL_LIF:
-        return [0, DECAY_INPUT, MULTI_SPIKE]
+        return [CLIPPED, DECAY_INPUT, MULTI_SPIKE]
     if neuron in (dynamics.BOX_LIF, dynamics.CURRENT_LIF):
         return [STRICT]
     return [STRICT, STRICT | NO_RESET]

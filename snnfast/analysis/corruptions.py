@@ -30,16 +30,18 @@ Corruption = Callable[[Tensor, float, Generator], Tensor]
 
 
 def _uniform(x: Tensor, *shape: int, generator: Generator) -> Tensor:
-    return torch.rand(shape, generator=generator).to(x)
+    return torch.rand(shape, generator=generator, device=generator.device, dtype=torch.float32).to(x)
 
 
 def _signs(x: Tensor, n: int, generator: Generator) -> Tensor:
-    return torch.randint(0, 2, (n,), generator=generator).to(x) * 2 - 1
+    return torch.randint(0, 2, (n,), generator=generator, device=generator.device).to(x) * 2 - 1
 
 
 def gaussian(x: Tensor, level: float, generator: Generator) -> Tensor:
     """Gaussian noise of standard deviation ``level``, clipped to [0, 1]."""
-    return (x + level * torch.randn(x.shape, generator=generator).to(x)).clamp(0, 1)
+    return (
+        x + level * torch.randn(x.shape, generator=generator, device=generator.device, dtype=torch.float32).to(x)
+    ).clamp(0, 1)
 
 
 def salt_and_pepper(x: Tensor, level: float, generator: Generator) -> Tensor:

@@ -29,7 +29,7 @@ def wilson_interval(share: float, n: int, confidence: float = 0.95) -> tuple[flo
     """
     if n < 1 or not 0.0 < confidence < 1.0:
         raise ValueError(f"n must be at least 1 and confidence between 0 and 1, got n={n} and {confidence!r}")
-    z = math.sqrt(2.0) * torch.erfinv(torch.tensor(confidence, dtype=torch.float64)).item()
+    z = math.sqrt(2.0) * torch.erfinv(torch.tensor(confidence, dtype=torch.float64, device="cpu")).item()
     middle = (share + z * z / (2 * n)) / (1 + z * z / n)
     half = z / (1 + z * z / n) * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
     return max(0.0, middle - half), min(1.0, middle + half)
@@ -71,14 +71,14 @@ class RobustnessReport:
         self, model: str, baseline: str, corruption: str, resamples: int = 2000
     ) -> list[tuple[float, float, float]]:
         """Paired difference in accuracy at each level, with the percentile bootstrap interval over the images."""
-        generator = torch.Generator().manual_seed(0)
+        generator = torch.Generator("cpu").manual_seed(0)
         d = (self.correct[model][corruption] - self.correct[baseline][corruption]).double()
-        means = torch.empty(resamples, len(d), dtype=torch.float64)
+        means = torch.empty(resamples, len(d), dtype=torch.float64, device="cpu")
         for i in range(resamples):
-            drawn = torch.randint(d.shape[1], (d.shape[1],), generator=generator)
+            drawn = torch.randint(d.shape[1], (d.shape[1],), generator=generator, device="cpu")
             means[i] = d.index_select(1, drawn).mean(1)
         tail = (1 - self.confidence) / 2
-        bounds = torch.quantile(means, torch.tensor([tail, 1 - tail], dtype=torch.float64), dim=0)
+        bounds = torch.quantile(means, means.new_tensor([tail, 1 - tail]), dim=0)
         return list(zip(d.mean(1).tolist(), bounds[0].tolist(), bounds[1].tolist(), strict=True))
 
     def to_dict(self) -> dict[str, Any]:
@@ -125,7 +125,9 @@ def _predict(model: nn.Module, x: Tensor) -> Tensor:
 
 def _generator(seed: int, corruption: str, batch: int) -> torch.Generator:
     # All levels draw the same numbers, so that a curve shows the level and not the draw.
-    return torch.Generator().manual_seed((seed * 1_000_003 + zlib.crc32(corruption.encode()) + 7919 * batch) % 2**63)
+    return torch.Generator("cpu").manual_seed(
+        (seed * 1_000_003 + zlib.crc32(corruption.encode()) + 7919 * batch) % 2**63
+    )
 
 
 def _batches(data: Any, batch_size: int) -> list[tuple[Tensor, Tensor]]:
@@ -241,8 +243,10 @@ def robustness(
     chosen = _choose(corruptions, levels)
     batches = _batches(data, batch_size)
     total = sum(len(x) for x, _ in batches)
+    counts: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}  # whatever the defaults are
     correct = {
-        name: {c: torch.zeros(len(severities), total) for c, (_, severities) in chosen.items()} for name in named
+        name: {c: torch.zeros(len(severities), total, **counts) for c, (_, severities) in chosen.items()}
+        for name in named
     }
 
     def hits(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:

@@ -37,7 +37,6 @@ def check_name(backend: str) -> str:
     return backend
 
 
-@torch.compiler.assume_constant_result
 def choose(backend: str, device: torch.device) -> int:
     """The backend that serves ``device`` under the name ``backend``: ``NATIVE``, ``TRITON`` or ``REFERENCE``.
 
@@ -54,6 +53,10 @@ def choose(backend: str, device: torch.device) -> int:
     if key not in _chosen:
         _chosen[key] = _choose(check_name(backend), device)
     return _chosen[key]
+
+
+# What torch.compiler.assume_constant_result does, and nothing else; calling that imports the compiler, for a second.
+choose._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _choose(backend: str, device: torch.device) -> int:

@@ -288,9 +288,14 @@ def event_convolve(sizes: tuple[int, ...], x: Tensor, packed: Tensor, y: Tensor)
     _C.cpu_event_convolve(torch.get_num_threads(), sizes, not x.is_contiguous(), *addresses)
 
 
+def event_workspace(sizes: tuple[int, ...]) -> int:
+    """How many numbers :func:`event_weight_gradient` copies the gradients into, with a border of zeros."""
+    return _C.event_workspace_floats(sizes)
+
+
 def event_weight_gradient(sizes: tuple[int, ...], x: Tensor, grad_y: Tensor, grad_weight: Tensor) -> None:
     """The gradient of the weight of :func:`event_convolve` with a stride of 1; ``grad_y`` has channels last."""
-    workspace = torch.empty(_C.event_workspace_floats(sizes), dtype=torch.float32, device=x.device)
+    workspace = torch.empty(event_workspace(sizes), dtype=torch.float32, device=x.device)
     addresses = x.data_ptr(), grad_y.data_ptr(), grad_weight.data_ptr(), workspace.data_ptr()
     layouts = not x.is_contiguous(), not grad_weight.is_contiguous()
     _C.cpu_event_weight_gradient(torch.get_num_threads(), sizes, *layouts, *addresses)

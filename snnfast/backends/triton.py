@@ -18,21 +18,6 @@ from torch import Tensor
 
 from ..dynamics import DETACH_RESET, MULTI_SPIKE, NEURONS, STORE_V_SEQ, Constants, Inputs, state_dtype
 
-try:
-    import triton
-
-    _version = tuple(int(part) for part in triton.__version__.split(".")[:2])
-    _why_missing = None
-except ImportError as error:
-    _why_missing = (
-        f"Triton is not here ({error}); it comes with PyTorch's builds for Linux GPUs, or `pip install triton`"
-    )
-else:
-    if _version < (3, 3):
-        _why_missing = f"it needs Triton 3.3 or newer (PyTorch 2.7), this is {triton.__version__}"
-    else:
-        from . import triton_kernels as kernels
-
 NEURONS_SERVED = frozenset(n.id for n in NEURONS)
 _DEVICES = ("cuda", "xpu")
 _LONGEST_UNROLLED, _CHUNK = 32, 16
@@ -41,15 +26,36 @@ _WARPS = 4
 _OPTIONS = {"num_warps": _WARPS, "enable_fp_fusion": False}
 
 
+@functools.cache
+def _why_missing() -> str | None:
+    try:
+        import triton
+    except ImportError as error:
+        return f"Triton is not here ({error}); it comes with PyTorch's builds for Linux GPUs, or `pip install triton`"
+    if tuple(int(part) for part in triton.__version__.split(".")[:2]) < (3, 3):
+        return f"it needs Triton 3.3 or newer (PyTorch 2.7), this is {triton.__version__}"
+    return None
+
+
+@functools.cache
+def kernels() -> Any:
+    """The module of the kernels; not imported before it is needed, for Triton takes a quarter of a second."""
+    from . import triton_kernels
+
+    return triton_kernels
+
+
 def _interpreted() -> bool:
     """Whether TRITON_INTERPRET=1 was set when the kernels were imported."""
-    return not isinstance(kernels.forward_kernel, triton.JITFunction)
+    import triton
+
+    return not isinstance(kernels().forward_kernel, triton.JITFunction)
 
 
 def missing(device: torch.device) -> str | None:
     """Why this backend cannot serve the device, or ``None``."""
-    if _why_missing is not None:
-        return _why_missing
+    if (reason := _why_missing()) is not None:
+        return reason
     if _interpreted():
         return None if device.type in ("cpu", *_DEVICES) else f"its interpreter does not serve {device.type}"
     if device.type == "cpu":
@@ -61,6 +67,8 @@ def missing(device: torch.device) -> str | None:
 
 @functools.cache
 def _probe(device_type: str) -> str | None:
+    import triton
+
     try:
         active = triton.runtime.driver.active.get_current_target().backend
     except Exception as error:  # each vendor's driver fails in its own way
@@ -71,8 +79,10 @@ def _probe(device_type: str) -> str | None:
 
 def served() -> str:
     """What this installation serves, in words."""
-    if _why_missing is not None:
+    if _why_missing() is not None:
         return "nothing"
+    import triton
+
     if _interpreted():
         return f"cpu, interpreted (Triton {triton.__version__})"
     # torch.xpu is there in every build
@@ -158,7 +168,7 @@ def forward(
     N = x.numel() // T
     numbers, compile_time, _, chunks = _plan(constants, T, x.dtype, _each(inputs))
     with _on(x.device):
-        kernels.forward_kernel[(triton.cdiv(N, compile_time["BLOCK"]),)](
+        kernels().forward_kernel[(-(-N // compile_time["BLOCK"]),)](
             *inputs, s, v, i, v_seq, N, chunks, *numbers[:6], **compile_time
         )
 
@@ -182,12 +192,12 @@ def backward(
     T = x.shape[0]
     N = x.numel() // T
     numbers, _, compile_time, chunks = _plan(constants, T, x.dtype, _each(inputs))
-    programs = triton.cdiv(N, compile_time["BLOCK"])
+    programs = -(-N // compile_time["BLOCK"])
     partial = None if grad_decay is None else torch.empty(programs, dtype=torch.float64, device=x.device)
     room = len(NEURONS[constants.neuron].states), chunks, N
     states = torch.empty(room, dtype=state_dtype(x.dtype), device=x.device) if chunks else None
     with _on(x.device):
-        kernels.backward_kernel[(programs,)](
+        kernels().backward_kernel[(programs,)](
             *grads,
             *inputs,
             grad_x,

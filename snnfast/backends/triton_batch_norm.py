@@ -18,12 +18,17 @@ from ..dynamics import Constants, state_dtype
 from . import triton as backend
 from .native_batch_norm import NormCall, Running, move
 
-if backend._why_missing is None:
-    from . import triton_batch_norm_kernels as kernels
-
 _MOST_CHUNKS = 1024
 _LONGEST_UNROLLED, _CHUNK = 16, 8  # steps; shorter than the neuron's alone, for there is more to hold
 _LARGEST = 2**31 - 1
+
+
+@functools.cache
+def kernels() -> Any:
+    """The module of the kernels; as the neurons' own, not imported before it is needed."""
+    from . import triton_batch_norm_kernels
+
+    return triton_batch_norm_kernels
 
 
 class _Shape(NamedTuple):
@@ -179,7 +184,7 @@ def batch_norm_statistics(x: Tensor, first: Tensor, sums: Tensor) -> None:
     chunks = -(-rows // each)
     partial = torch.empty((groups, chunks, shape.pieces, 2), dtype=torch.float64, device=x.device)
     with backend._on(x.device):
-        kernels.statistics_kernel[(groups * chunks * shape.tiles,)](
+        kernels().statistics_kernel[(groups * chunks * shape.tiles,)](
             *(x, first, partial, rows, shape.period, shape.inner, shape.channels, shape.tiles, chunks, each),
             FOLD=shape.FOLD,
             BR=shape.BR,
@@ -218,7 +223,7 @@ def batch_norm_forward(
     shape = _shape(x, _block_size(x.shape[0], x.dtype))
     numbers, compile_time, _, chunks = _plan(constants, x, shape, scale.shape[0], connect)
     with backend._on(x.device):
-        kernels.forward_kernel[(-(-shape.rows // shape.BR) * shape.tiles,)](
+        kernels().forward_kernel[(-(-shape.rows // shape.BR) * shape.tiles,)](
             *(x, scale, shift, v0, decay, skip, s, v),
             *(shape.rows, shape.period, shape.inner, shape.channels, shape.tiles, chunks),
             *numbers[:6],
@@ -261,7 +266,7 @@ def batch_norm_backward(
     states = torch.empty((chunks, shape.rows * shape.period), dtype=state, device=x.device) if chunks else None
     with backend._on(x.device):
         for group in range(groups):  # a launch takes the sums of one step where each has its own
-            kernels.backward_kernel[(down * shape.tiles,)](
+            kernels().backward_kernel[(down * shape.tiles,)](
                 *(grad_s, grad_v, x, scale, shift, centre, v0, decay, skip),
                 *(grad_x, grad_v0, grad_skip, partial[group], decays, states),
                 *(shape.rows, shape.period, shape.inner, shape.channels, shape.tiles, each, group, chunks),
@@ -281,7 +286,7 @@ def batch_norm_backward_input(
     shape = _shape(x, 1024)
     steps_down = -(-shape.rows // shape.BR)
     with backend._on(x.device):
-        kernels.backward_input_kernel[(shape.T * steps_down * shape.tiles,)](
+        kernels().backward_input_kernel[(shape.T * steps_down * shape.tiles,)](
             *(x, scale, centre, slope, offset, grad_x),
             *(shape.rows, shape.period, shape.inner, shape.channels, shape.tiles, steps_down),
             GROUPS=scale.shape[0] > 1,

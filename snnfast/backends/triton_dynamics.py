@@ -29,6 +29,7 @@ DETACH_RESET = tl.constexpr(dynamics.DETACH_RESET)
 STRICT = tl.constexpr(dynamics.STRICT)
 MULTI_SPIKE = tl.constexpr(dynamics.MULTI_SPIKE)
 NO_RESET = tl.constexpr(dynamics.NO_RESET)
+CLIPPED = tl.constexpr(dynamics.CLIPPED)
 IF = tl.constexpr(dynamics.IF.id)
 LIF = tl.constexpr(dynamics.LIF.id)
 PARAMETRIC_LIF = tl.constexpr(dynamics.PARAMETRIC_LIF.id)
@@ -187,6 +188,16 @@ def reset(h, s, threshold, v_reset, FLAGS: tl.constexpr):
 
 
 @triton.jit
+def settled(v, numbers, FLAGS: tl.constexpr):
+    """The potential after the reset, no lower than ``v_leak`` where that is asked for."""
+    if CLIPPED & FLAGS:
+        height = v - numbers[1]
+        return tl.where(height <= 0.0, 0.0, height) + numbers[1]
+    else:
+        return v
+
+
+@triton.jit
 def fire_and_reset_backward(grad_s, grad_v, h, s, derivative, threshold, v_reset, FLAGS: tl.constexpr):
     """The gradients of h and of the threshold from those of the spike and of the state after the reset."""
     if SOFT_RESET & FLAGS:
@@ -294,7 +305,7 @@ def step(x, state, own, numbers, NEURON: tl.constexpr, FLAGS: tl.constexpr, MULT
             x = state[1] + x
         h = charge(x, state[0], own, numbers, NEURON, FLAGS, MULTIPLY)
         s = fire(h, own[0], FLAGS)
-        v = reset(h, s, own[0], numbers[0], FLAGS)
+        v = settled(reset(h, s, own[0], numbers[0], FLAGS), numbers, FLAGS)
         if NEURON == CURRENT_LIF:
             return s, (v, x - own[2] * x), (h, x)
         else:
@@ -308,6 +319,7 @@ def after(tape, own, numbers, NEURON: tl.constexpr, FLAGS: tl.constexpr):
         return delayed_after(tape, NEURON)
     else:
         v = reset(tape[0], fire_again(tape[0], own[0], FLAGS), own[0], numbers[0], FLAGS)
+        v = settled(v, numbers, FLAGS)
         if NEURON == CURRENT_LIF:
             return (v, tape[1] - own[2] * tape[1])
         else:
@@ -327,8 +339,12 @@ def step_backward(
     else:
         h, threshold, v_reset = tape[0], own[0], numbers[0]
         s = fire_again(h, threshold, FLAGS)
+        grad_after = grad_state[0]
+        if CLIPPED & FLAGS:
+            v = reset(h, s, threshold, v_reset, FLAGS)
+            grad_after = tl.where(v - numbers[1] <= 0.0, 0.0, grad_after)
         grad_h, grad_threshold = fire_and_reset_backward(
-            grad_s, grad_state[0], h, s, derivative, threshold, v_reset, FLAGS
+            grad_s, grad_after, h, s, derivative, threshold, v_reset, FLAGS
         )
         if NEURON == CURRENT_LIF:
             grad_i = grad_state[1]

@@ -262,9 +262,9 @@ def _leaf(x: Any) -> Any:
 
 def _backward(outputs: list[Tensor], seed: int) -> None:
     """Backward from a random weighting of everything that has a gradient."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator("cpu").manual_seed(seed)
     wanted = [t for t in outputs if t.requires_grad]
-    grads = [torch.randn(t.shape, generator=generator).to(t) for t in wanted]
+    grads = [torch.randn(t.shape, generator=generator, device="cpu", dtype=torch.float32).to(t) for t in wanted]
     if wanted:
         torch.autograd.backward(wanted, grads)
 

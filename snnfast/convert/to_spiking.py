@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 from .. import functional
 from .._arguments import names_of, refuse_unknown
 from ..encoding import check_steps
+from ..network import copy_of
 from ..neuron import IFNode, LIFNode
 from ..pooling import with_fast_pooling
 from .stepping import is_stateful, refuse_wrapper
@@ -177,7 +177,7 @@ def to_spiking(
                 f"model must be an ordinary ANN, but {place(path, module)} is a spiking module already; "
                 "snnfast.accelerate runs the neurons of other libraries as they are"
             )
-    check_steps("timesteps", timesteps)
+    timesteps = check_steps("timesteps", timesteps)
     _check_choice("other_activations", other_activations, ("error", "keep", "replace"))
     max_pool = max_pool or ("keep" if calibration is None else "rates")
     _check_choice("max_pool", max_pool, ("keep", "rates"))
@@ -291,7 +291,7 @@ def _convert(
     """A converted copy, its converter, and whether the input is to be repeated."""
     for status in (STATIC, DYNAMIC) if coding is None else (DYNAMIC,):
         memo = {id(t): t for t in (*model.parameters(), *model.buffers())} if share_weights else {}
-        net = copy.deepcopy(model, memo)
+        net = copy_of(model, memo)
         converter = Converter(make, timesteps, other_activations, max_pool == "rates")
         try:
             converter.convert(net, "", status)

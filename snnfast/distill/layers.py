@@ -50,7 +50,7 @@ def recorded(model: nn.Module, paths: Iterable[str]) -> Iterator[Calls]:
             if not isinstance(output, Tensor):
                 raise TypeError(
                     f"layer {path!r} must put out one tensor to be distilled, got {type(output).__name__}; name one "
-                    "inside it (or, for a batch norm that snnfast.fuse has fused, the neuron behind it)"
+                    "inside it"
                 )
             calls[path].append(output)
             versions.append((path, output, output._version))

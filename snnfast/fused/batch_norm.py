@@ -93,7 +93,19 @@ def _sequence(norm: Any, neuron: Any, x: Any, per_step: bool) -> Tensor | None:
     if x_seq is None or x_seq.shape[2] != norm.num_features or not _has_statistics(norm):
         return None
     each = x_seq.numel() // (norm.num_features * (x_seq.shape[0] if per_step else 1))
-    return x_seq if each > 1 or not _takes_batch_statistics(norm) else None  # torch has the error for one element
+    if each <= 1 and _takes_batch_statistics(norm):
+        return None  # torch has the error for one element
+    return _as_torchs(x_seq)
+
+
+def _as_torchs(x_seq: Tensor) -> Tensor:
+    """In one of the two layouts of torch's norms: a transposed input comes out of them contiguous."""
+    if x_seq.is_contiguous():
+        return x_seq
+    formats = {4: torch.channels_last, 5: torch.channels_last_3d}
+    step, last = x_seq[0], formats.get(x_seq.dim() - 1)
+    kept = step.is_contiguous() or (last is not None and step.is_contiguous(memory_format=last))
+    return x_seq if kept else x_seq.contiguous()
 
 
 def _has_statistics(norm: Any) -> bool:

@@ -15,7 +15,7 @@ from torch import Tensor
 from .. import dynamics, ops
 from ..backends.native_batch_norm import Running
 from ..dynamics import Constants, Inputs
-from ..tensors import time_major
+from ..tensors import saveable, time_major
 from . import kernels
 from .kernels import Connect
 
@@ -166,5 +166,7 @@ def batch_norm_multi_step(
     ``mean`` and ``var`` ``[C]`` are those to normalise by, ``None`` for those of ``x`` itself; the ones used come back
     as ``[G, C]`` in float64, without a gradient, the variance biased. Eager calls move ``running`` towards them.
     """
-    given = (time_major(x), mean, var, weight, bias, v0, decay, skip)
+    given: Any = (time_major(x), mean, var, weight, bias, v0, decay, skip)
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        given = saveable(given)
     return _BatchNormMultiStep.apply(*given, connect, eps, per_step, running, constants)

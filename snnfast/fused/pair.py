@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..convert.to_spiking_layers import _start_afresh
 from ..tensors import ALL_MODULES_HOOKS
 from . import batch_norm
 from .ops import Connect
@@ -18,8 +19,8 @@ from .ops import Connect
 __all__ = ["Defer", "Deferred", "NormAndNeuron", "is_fused"]
 
 _TWICE = (
-    "the forward of a fused model uses the output of a batch norm or of its neuron twice, which it did not when it was "
-    "fused: call snnfast.unfuse(model), and snnfast.fuse(model) again if it stays so"
+    "the forward of a fused model, or a hook, uses the output of a batch norm or of its neuron twice, which was not so "
+    "when it was fused: call snnfast.unfuse(model), and snnfast.fuse(model) again if it stays so"
 )
 _CHANGED = (
     "the input of a fused batch norm, or the residual connection behind it, was changed in place before its neuron "
@@ -102,8 +103,9 @@ def _operator(name: str) -> Any:
 
 
 for _name in (
-    *("sub", "truediv", "rtruediv", "floordiv", "mod", "pow", "rpow", "matmul", "rmatmul", "neg", "abs"),
-    *("lt", "le", "gt", "ge", "getitem", "len", "iter", "float", "int", "bool"),
+    *("sub", "truediv", "rtruediv", "floordiv", "rfloordiv", "mod", "rmod", "pow", "rpow", "matmul", "rmatmul", "neg"),
+    *("abs", "lt", "le", "gt", "ge", "eq", "ne", "and", "rand", "or", "ror", "xor", "rxor", "invert"),
+    *("getitem", "setitem", "len", "iter", "float", "int", "bool"),
 ):
     setattr(StandIn, f"__{_name}__", _operator(f"__{_name}__"))
 
@@ -174,9 +176,14 @@ def _version(x: Any) -> int | None:
     return x._version
 
 
-def _has_backward_hooks(*modules: nn.Module) -> bool:
-    """Whether gradients between these are looked at; torch hooks into tensors, which a stand-in is not."""
-    return any(ALL_MODULES_HOOKS[2:]) or any(m._backward_hooks or m._backward_pre_hooks for m in modules)
+def _is_seen(norm: nn.Module, neuron: nn.Module) -> bool:
+    """Whether hooks look at what goes from one to the other, or at its gradient: they want tensors."""
+    return (
+        any(ALL_MODULES_HOOKS)
+        or bool(norm._forward_hooks or norm._backward_hooks or norm._backward_pre_hooks)
+        or bool(neuron._backward_hooks or neuron._backward_pre_hooks)
+        or any(hook is not _start_afresh for hook in neuron._forward_pre_hooks.values())
+    )
 
 
 class Defer:
@@ -191,7 +198,7 @@ class Defer:
         if len(given) != 1:
             return type(self.norm).forward(self.norm, *args, **keywords)  # which has the error
         deferred = Deferred(self.norm, _plain(given[0]))
-        return deferred.tensor() if _has_backward_hooks(self.norm, self.neuron) else deferred
+        return deferred.tensor() if _is_seen(self.norm, self.neuron) else deferred
 
 
 class NormAndNeuron:
@@ -206,7 +213,7 @@ class NormAndNeuron:
             return type(self.neuron).forward(self.neuron, _plain(x))
         if x.skip is not None:
             return x.run(self.neuron, x.skip, Connect.CHARGE)
-        if self.connect in (Connect.NONE, Connect.CHARGE):
+        if self.connect in (Connect.NONE, Connect.CHARGE) or self.neuron._forward_hooks:  # which want the spikes
             return x.run(self.neuron, None, Connect.NONE)
         return _Spikes(x, self.neuron, self.connect)
 

@@ -198,6 +198,8 @@ class Config:
             raise InputError(
                 f"--timesteps-teacher must be more than --timesteps ({self.timesteps}), got {self.long_timesteps()}"
             )
+        if self.event_driven and self.precision != "32-true":
+            raise InputError(f"--event-driven computes in float32: it needs --precision 32-true, got {self.precision}")
         if self.cache_teacher:
             if self.augmentation():
                 raise InputError("--cache-teacher needs --augment none: augmented images have other logits each time")

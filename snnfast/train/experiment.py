@@ -145,29 +145,19 @@ class _Networks:
                 extra.setdefault("coding", "temporal")
         network = self._build("student", config.student, config.timesteps, extra, _STUDENT)
         if config.fuse:
-            self._fuse(network)
+            fused = fuse(network)
+            self._expect_some(fused.fused, fused.left_alone, "--fuse", "batch norm")
         if config.event_driven:
-            self._make_event_driven(network)
+            by_events = event_driven(network)
+            self._expect_some(by_events.event_driven, by_events.left_alone, "--event-driven", "convolution")
         self._check("student", config.student, network, (config.timesteps, self.count, self.dataset.classes), True)
         return network
 
-    def _fuse(self, network: nn.Module) -> None:
-        report = fuse(network)
-        if not report.fused:
-            reasons = "; ".join(f"{name}: {reason}" for name, reason in report.left_alone.items())
-            raise InputError(
-                f"--fuse finds no batch norm of --student {self.config.student} that can be fused "
-                f"({reasons or 'it has none'}); leave it out"
-            )
-
-    def _make_event_driven(self, network: nn.Module) -> None:
-        report = event_driven(network)
-        if not report.event_driven:
-            reasons = "; ".join(f"{name}: {reason}" for name, reason in report.left_alone.items())
-            raise InputError(
-                f"--event-driven finds no convolution of --student {self.config.student} that can be "
-                f"({reasons or 'it has none'}); leave it out"
-            )
+    def _expect_some(self, changed: list[Any], left_alone: dict[str, str], option: str, what: str) -> None:
+        if not changed:
+            reasons = "; ".join(f"{name}: {reason}" for name, reason in left_alone.items()) or "it has none"
+            where = f"of --student {self.config.student} that it can serve ({reasons})"
+            raise InputError(f"{option} finds no {what} {where}; leave it out")
 
     def teacher(self) -> nn.Module:
         """The teacher, untrained or with the weights of ``--teacher-checkpoint``."""

@@ -1,4 +1,4 @@
-"""sinabs' LIF and IAF, and their Squeeze forms: batch first, one or several spikes a step, soft reset with gradient.
+"""sinabs' LIF and IAF, and their Squeeze forms: batch first, one or several spikes a step, a lowest potential.
 
 The potential is float32 as sinabs' spikes are; any other input runs its own code.
 """
@@ -32,6 +32,8 @@ def is_multi_step(module: nn.Module) -> bool:
 
 def fused_surrogate(kind: Any, threshold: Tensor) -> surrogate.SurrogateFunction | str:
     """The fused surrogate that computes a ``surrogate_grad_fn``, or why there is none."""
+    if any(isinstance(value, Tensor) for value in getattr(kind, "__dict__", {}).values()):
+        return f"surrogate {kind!r} has a tensor for a number"
     if type(kind) is activation.SingleExponential:
         if threshold.numel() != 1:
             return "SingleExponential is as wide as the threshold, which differs from neuron to neuron"
@@ -41,6 +43,20 @@ def fused_surrogate(kind: Any, threshold: Tensor) -> surrogate.SurrogateFunction
     if type(kind) is activation.Gaussian and kind.mu == 0 and kind.sigma > 0:
         return surrogate.Scaled(surrogate.Erf(1 / (kind.sigma * 2**0.5)), kind.grad_scale)
     return f"surrogate {kind!r} is not a fused one"
+
+
+class LayerPlan(Plan):
+    """Also keeps the numbers of the surrogate and of the reset, which may be changed on these objects."""
+
+    def __init__(self, objects: tuple[Any, ...], *args: Any, **keywords: Any) -> None:
+        super().__init__(*args, **keywords)
+        self.numbers = [(vars(kind), dict(vars(kind))) for kind in objects]
+
+    def stale(self, module: Any) -> bool:
+        for now, before in self.numbers:
+            if now != before:
+                return True
+        return super().stale(module)
 
 
 class FusedLIF(Fused):
@@ -53,15 +69,17 @@ class FusedLIF(Fused):
     def plan(cls, module: Any) -> Plan | str:
         if module.alpha_syn_calculated is not None:
             return "tau_syn adds a current of its own kind"
-        if module.min_v_mem is not None:
-            return "min_v_mem clips the potential"
-        if module.record_states:
-            return "record_states=True keeps the state of every step"
         if module.spike_fn not in (activation.MultiSpike, activation.SingleSpike):
             return f"spike_fn {module.spike_fn!r} is neither MultiSpike nor SingleSpike"
-        if type(module.reset_fn) is not activation.MembraneSubtract or module.reset_fn.subtract_value is not None:
-            return f"reset_fn {module.reset_fn!r} is not a subtraction of the threshold"
-        threshold = module.spike_threshold
+        many = module.spike_fn is activation.MultiSpike
+        reset, threshold, lowest = module.reset_fn, module.spike_threshold, module.min_v_mem
+        zeroes = type(reset) is activation.MembraneReset and reset.reset_value == 0 and not many
+        if not zeroes and (type(reset) is not activation.MembraneSubtract or reset.subtract_value is not None):
+            return f"reset_fn {reset!r} neither subtracts the threshold nor resets to 0 after a SingleSpike"
+        if threshold is None or threshold.is_meta:
+            return "spike_threshold has no value yet"
+        if lowest is not None and (lowest.requires_grad or lowest.dim() or not lowest.isfinite()):
+            return "min_v_mem is learnable, infinite, or differs from neuron to neuron"
         if threshold.requires_grad:
             return "spike_threshold is learnable, and sinabs lets only a part of its gradient through"
         if threshold.dim() and threshold.dtype is not torch.float32:
@@ -69,15 +87,24 @@ class FusedLIF(Fused):
         kind = fused_surrogate(module.surrogate_grad_fn, threshold)
         if isinstance(kind, str):
             return kind
-        return Plan(
+        return LayerPlan(
+            (module.surrogate_grad_fn, reset),
             dynamics.EXPONENTIAL_LIF,
-            (threshold,),
-            ("spike_threshold",),
+            (threshold,) if lowest is None else (threshold, lowest),
+            ("spike_threshold",) if lowest is None else ("spike_threshold", "min_v_mem"),
             decay_input=bool(module.norm_input),
-            v_reset=None,
-            multi_spike=module.spike_fn is activation.MultiSpike,
+            v_reset=0.0 if zeroes else None,
+            detach_reset=zeroes,
+            multi_spike=many,
+            v_min=None if lowest is None else float(lowest),
+            store_v_seq=bool(module.record_states),
             surrogate_function=kind,
         )
+
+    def _plan(self) -> Any:
+        if type(self.__dict__.get("_snnfast_plan")) is str:  # the reason may have gone, without an attribute being set
+            del self.__dict__["_snnfast_plan"]
+        return super()._plan()
 
     def _fused(self: Any, x: Any) -> Tensor:
         """``[B, T, *]`` -> spikes ``[B, T, *]``; the peer's own code where the kernels cannot serve."""
@@ -85,8 +112,12 @@ class FusedLIF(Fused):
         own_code = type(plan) is str or type(x) is not Tensor or x.dtype is not torch.float32 or x.dim() < 3
         if own_code or not x.shape[1] or self.spike_threshold.requires_grad:
             return self._own_forward(x)
+        if plan.keywords["v_min"] is not None and self.min_v_mem.requires_grad:
+            return self._own_forward(x)
         batch, _, *trailing = x.shape
         beta = self.alpha_mem_calculated
+        if beta.dtype is not torch.float32:  # 1 - alpha is of its dtype, and so may be the state
+            return self._own_forward(x)
         own = self.spike_threshold, beta if beta.device == x.device else beta.to(x.device)
         if not broadcasts(own, torch.Size((batch, *trailing))):
             return self._own_forward(x)
@@ -100,11 +131,11 @@ class FusedLIF(Fused):
         v = self._buffers["v_mem"]
         if v.dtype is not torch.float32:
             return self._own_forward(x)
-        s, v, _ = functional.multi_step(plan.neuron, x.transpose(0, 1), v, None, own, **plan.keywords)
+        s, v, v_seq = functional.multi_step(plan.neuron, x.transpose(0, 1), v, None, own, **plan.keywords)
         self._buffers["v_mem"] = v
         s = s.transpose(0, 1).contiguous()
         self.i_syn, self.firing_rate = None, s.mean()
-        self.recordings = dict[str, Tensor]()
+        self.recordings = {} if v_seq is None else {"v_mem": v_seq.transpose(0, 1).contiguous()}
         return s
 
     def _own_forward(self: Any, x: Any) -> Any:

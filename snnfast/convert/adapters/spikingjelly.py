@@ -7,11 +7,12 @@ from typing import Any, ClassVar
 
 import torch
 from spikingjelly.activation_based import base as their_base
+from spikingjelly.activation_based import layer as their_layer
 from spikingjelly.activation_based import neuron as theirs
 from spikingjelly.activation_based import surrogate as their_surrogate
 from torch import Tensor, nn
 
-from ... import dynamics, functional, surrogate
+from ... import dynamics, events, functional, surrogate
 from .base import Fused, Plan
 from .onestep import one_step
 
@@ -135,3 +136,10 @@ class FusedParametricLIF(FusedNode):
 
 
 FUSED = {mixin.peer: mixin for mixin in (FusedIF, FusedLIF, FusedParametricLIF)}
+
+
+class EventConv2d(events.EventConv2d, their_layer.Conv2d):
+    """SpikingJelly's ``layer.Conv2d`` as :class:`snnfast.events.EventConv2d`."""
+
+
+EVENT_DRIVEN = {their_layer.Conv2d: EventConv2d}
