@@ -114,8 +114,8 @@ class LI(MemoryModule):
 
     def multi_step_forward(self, x_seq: Tensor) -> Tensor:
         """All time steps: ``[T, *]`` -> ``[T, *]``; with ``timesteps`` ``[T * B, *]`` -> ``[T * B, *]``."""
-        functional.check_input("x_seq", x_seq, 1)
         T = self.timesteps
+        functional.check_input("x_seq", x_seq, 1, folded=T is not None)
         if T is None:
             return self._integrate(x_seq)
         if x_seq.shape[0] % T:
@@ -123,7 +123,7 @@ class LI(MemoryModule):
                 f"x_seq must be [T * B, *] with timesteps={T}, got a first dimension of {x_seq.shape[0]}, which {T} "
                 "does not divide"
             )
-        return self._integrate(x_seq.unflatten(0, (T, -1))).flatten(0, 1)
+        return self._integrate(x_seq.unflatten(0, (T, x_seq.shape[0] // T))).flatten(0, 1)
 
     def extra_repr(self) -> str:
         parts = f"tau={self.tau}, decay_input={self.decay_input}, v_reset={self.v_reset}, step_mode={self.step_mode}"

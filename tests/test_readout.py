@@ -150,3 +150,8 @@ def test_wrong_input():
         neuron.LI(timesteps=4)(torch.randn(6, 2))
     with pytest.raises(TypeError, match="x_seq must be float32"):
         neuron.LI(step_mode="m")(torch.ones(2, 2, dtype=torch.int64))
+
+
+def test_an_empty_batch_comes_out_empty():
+    assert neuron.LI(timesteps=4)(torch.empty(0, 5)).shape == (0, 5)
+    assert neuron.LI(step_mode="m")(torch.empty(4, 0, 5)).shape == (4, 0, 5)
