@@ -6,11 +6,12 @@ import difflib
 import functools
 import inspect
 import math
+import numbers
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeVar
 
-__all__ = ["names_of", "nearest", "refuse_unknown", "says_what_it_takes", "without"]
+__all__ = ["check_steps", "names_of", "nearest", "refuse_unknown", "says_what_it_takes", "without"]
 
 _Init = TypeVar("_Init", bound=Callable[..., None])
 
@@ -36,6 +37,17 @@ _TAU: dict[str, Callable[[float], float]] = {
     "tau_mem_inv": lambda rate: 1 / (0.001 * rate),
     "tau_mem": lambda tau: 1 / (1 - math.exp(-1 / tau)),
 }
+
+
+def check_steps(name: str, value: Any, default: str = "") -> int:
+    """A number of time steps; the error goes on with what the argument may be beside, ``default``.
+
+    Raises:
+        ValueError: not a whole number from 1.
+    """
+    if isinstance(value, bool) or not isinstance(value, (int, numbers.Integral)) or value < 1:  # NumPy's are Integral
+        raise ValueError(f"{name} must be a whole number from 1{default}, got {value!r}")
+    return int(value)
 
 
 def nearest(name: str, known: Iterable[str], count: int = 3) -> str:

@@ -10,12 +10,12 @@ import torch.utils.checkpoint
 from torch import Tensor, nn
 
 from . import functional, layer
+from ._arguments import check_steps
 from .base import MemoryModule
 from .checkpoint import _again, _state
 from .convert.to_spiking import SpikingNetwork
 from .convert.to_spiking_layers import Dropout as DropoutOfRates
 from .convert.to_spiking_layers import MaxPoolOfRates
-from .encoding import check_steps
 from .fused import BatchNormNode
 from .network import holds_single_steps, reset_of
 

@@ -3,27 +3,15 @@
 from __future__ import annotations
 
 import math
-import numbers
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from ._arguments import without
+from ._arguments import check_steps, without
 from .base import MemoryModule, StepModule
 
 __all__ = ["LatencyEncoder", "PoissonEncoder", "direct", "latency", "poisson"]
-
-
-def check_steps(name: str, value: Any) -> int:
-    """A number of time steps.
-
-    Raises:
-        ValueError: not a whole number from 1.
-    """
-    if isinstance(value, bool) or not isinstance(value, (int, numbers.Integral)) or value < 1:  # NumPy's are Integral
-        raise ValueError(f"{name} must be a whole number from 1, got {value!r}")
-    return int(value)
 
 
 def _check(x: Tensor, timesteps: int) -> None:

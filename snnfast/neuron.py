@@ -7,14 +7,13 @@ reference path. The built-in ones run fused, unless a subclass overrides a step 
 from __future__ import annotations
 
 import math
-import numbers
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from . import backends, constant_input, dynamics, functional, ops
-from ._arguments import says_what_it_takes, without
+from ._arguments import check_steps, says_what_it_takes, without
 from .base import MemoryModule
 from .dynamics import Constants, Neuron, Parameters
 from .readout import LI
@@ -99,10 +98,7 @@ class BaseNode(MemoryModule):
             raise TypeError(f"{type(self).__name__} got too many positional arguments: {old_store_v_seq}")
         functional.check_surrogate(surrogate_function)
         if timesteps is not None:
-            whole = isinstance(timesteps, (int, numbers.Integral)) and not isinstance(timesteps, bool)  # NumPy's too
-            if not whole or timesteps < 1:
-                raise ValueError(f"timesteps must be a whole number from 1, or None, got {timesteps!r}")
-            timesteps = int(timesteps)
+            timesteps = check_steps("timesteps", timesteps, ", or None")
         self.v_threshold = functional.check_number("v_threshold", v_threshold)
         self.v_reset = None if v_reset is None else functional.check_number("v_reset", v_reset)
         self.register_memory("v", 0.0 if self.v_reset is None else self.v_reset)

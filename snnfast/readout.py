@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import math
-import numbers
 from typing import Any
 
 from torch import Tensor
 
 from . import backends, dynamics, functional
-from ._arguments import says_what_it_takes
+from ._arguments import check_steps, says_what_it_takes
 from .base import MemoryModule
 from .surrogate import Rect
 
@@ -62,10 +61,7 @@ class LI(MemoryModule):
     ) -> None:
         super().__init__()
         if timesteps is not None:
-            whole = isinstance(timesteps, (int, numbers.Integral)) and not isinstance(timesteps, bool)  # NumPy's too
-            if not whole or timesteps < 1:
-                raise ValueError(f"timesteps must be a whole number from 1, or None, got {timesteps!r}")
-            timesteps = int(timesteps)
+            timesteps = check_steps("timesteps", timesteps, ", or None")
         self.tau = functional.check_tau("tau", tau)
         self.decay_input = bool(decay_input)
         self.v_reset = functional.check_number("v_reset", v_reset)

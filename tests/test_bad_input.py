@@ -200,6 +200,7 @@ def test_numbers_of_numpy_are_numbers():
         snnfast.IFNode(np.bool_(True))
     assert type(neuron.LI(timesteps=np.int64(2)).timesteps) is int
     assert encoding.poisson(X, np.int64(3)).shape == (3, *X.shape)
+    assert snnfast.unroll(snnfast.IFNode(), X[0], np.int64(3)).shape == (3, *X.shape[1:])
     converted = snnfast.to_spiking(torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.ReLU()), np.int64(4))
     assert type(converted.timesteps) is int
     assert type(distill.TemporalSelfKD(np.int64(4), np.int64(2)).timesteps_student) is int

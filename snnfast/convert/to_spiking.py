@@ -10,8 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import functional
-from .._arguments import names_of, refuse_unknown
-from ..encoding import check_steps
+from .._arguments import check_steps, names_of, refuse_unknown
 from ..network import copy_of
 from ..neuron import IFNode, LIFNode
 from ..pooling import with_fast_pooling

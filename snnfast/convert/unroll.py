@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_map
 
+from .._arguments import check_steps
 from .._notices import say_once
 from ..pooling import PYTORCHS, MaxPool2d, max_pool2d
 from ..tensors import is_called_plainly
@@ -74,8 +75,8 @@ def unroll(
         raise TypeError(f"x must be a torch.Tensor, got {type(x).__name__}")
     if bn not in ("per_step", "merged"):
         raise ValueError(f"bn must be 'per_step' or 'merged', got {bn!r}")
-    if timesteps is not None and (isinstance(timesteps, bool) or not isinstance(timesteps, int) or timesteps < 1):
-        raise ValueError(f"timesteps must be a whole number from 1, or None, got {timesteps!r}")
+    if timesteps is not None:
+        timesteps = check_steps("timesteps", timesteps, ", or None")
     if x.dim() < (2 if timesteps is None else 1) or not x.shape[0]:
         raise ValueError(
             f"x must be [T, B, ...] with at least one step, or [B, ...] with timesteps, got {tuple(x.shape)}"

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Size, Tensor, nn
 
-from ..encoding import check_steps
+from .._arguments import check_steps
 from ..functional import check_number
 from .extend import BATCH_NORM
 from .features import convolved_mse, time_mean
