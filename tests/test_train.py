@@ -210,7 +210,9 @@ def test_fused_training(small_mnist: Path, tmp_path: Path, monkeypatch: pytest.M
 
 
 @pytest.mark.usefixtures("no_report")
-def test_event_driven_training(small_mnist: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_event_driven_training(
+    small_mnist: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     from snnfast import events
 
     monkeypatch.setattr(events, "_MOST_EVENTS_RARE", 1.0)  # for this student's neurons fire often
@@ -224,6 +226,8 @@ def test_event_driven_training(small_mnist: Path, tmp_path: Path, monkeypatch: p
     assert train(small_mnist, tmp_path / "events", *more, "--event-driven") == 0
     assert any(served)
     assert losses(tmp_path / "events") == pytest.approx(losses(tmp_path / "dense"), rel=2e-2)
+    assert train(small_mnist, tmp_path / "events", *more, "--resume") == 2
+    assert "event_driven (True there, False now)" in capsys.readouterr().err
 
 
 @pytest.mark.usefixtures("no_report")

@@ -276,8 +276,7 @@ class Config:
         if kind == "teacher":
             names |= teacher | ({"timesteps"} if self.data in EVENTS else set())
         else:
-            # Checkpoints of before know no such options.
-            names |= student | {name for name in ("fuse", "event_driven") if getattr(self, name)}
+            names |= student | {"fuse", "event_driven"}
         if kind == "distilled":
             names |= {f.name for f in fields(self) if f.metadata["group"] == "distillation"} - {"distill", "no_plain"}
             names |= {"teacher", "teacher_args"}
