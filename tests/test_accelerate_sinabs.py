@@ -30,7 +30,7 @@ from snnfast.convert.adapters import sinabs as adapter  # noqa: E402
         st.builds(sa.Gaussian, st.just(0.0), st.floats(0.2, 2), st.floats(0.2, 2)),
     ),
     threshold=st.floats(0.3, 1.5),
-    min_v_mem=st.one_of(st.none(), st.floats(-2, 0.2), st.just(-1)),
+    min_v_mem=st.one_of(st.none(), st.floats(-2, 0.25, width=32, allow_subnormal=False), st.just(-1)),
     zeroes=st.booleans(),
     record_states=st.booleans(),
     tau_each=st.booleans(),

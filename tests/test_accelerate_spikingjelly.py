@@ -28,7 +28,7 @@ KINDS = ("Sigmoid", "ATan", "PiecewiseQuadratic", "PiecewiseExp", "SoftSign", "S
     common=st.fixed_dictionaries(
         {
             "v_threshold": st.floats(0.25, 2.0),
-            "v_reset": st.one_of(st.none(), st.floats(-0.5, 0.5), st.just(0.0)),
+            "v_reset": st.one_of(st.none(), st.floats(-0.5, 0.5, width=32, allow_subnormal=False), st.just(0.0)),
             "surrogate_function": st.builds(
                 lambda name, alpha: getattr(surrogate, name)(alpha), st.sampled_from(KINDS), st.floats(0.5, 5.0)
             ),

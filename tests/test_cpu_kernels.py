@@ -162,7 +162,7 @@ def test_constant_input_is_a_repeated_one(cpu_set, stores, T):
     shape=st.lists(st.integers(1, 50), min_size=1, max_size=3),
     tau=st.floats(1.001, 1e4),
     threshold=st.floats(-2.0, 3.0),
-    v_reset=st.one_of(st.none(), st.floats(-1.0, 1.0)),
+    v_reset=st.one_of(st.none(), st.floats(-1.0, 1.0, width=32, allow_subnormal=False)),
     scale=st.floats(1e-6, 1e6),
     neuron=st.sampled_from(NEURONS),
     decay_input=st.booleans(),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.utils._device
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from memory_checks import DTYPES, FORMATS, T, needs_kernels, spikes_like
