@@ -4,6 +4,7 @@
 # make gpu      on a machine with a GPU, torch, triton, pybind11, ninja, pytest and nvcc: build, tests, sanitizer, benchmarks
 # make lint     ruff, clang-format, mypy
 # make sanitize the CPU kernels' tests under AddressSanitizer and UBSan
+# make fuzz     the tests of random configurations, with other ones than make test takes
 # make arm      the CPU kernels compiled for ARM and run in an emulator, against this machine's
 # make oldest   the tests that torch's version matters to, on the oldest torch that is promised
 
@@ -13,7 +14,7 @@ BIN := $(VENV)/bin
 PIP := PIP_CONSTRAINT=$(CURDIR)/constraints.txt PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/pip install --quiet
 SOURCES := setup.py pyproject.toml constraints.txt $(wildcard csrc/*)
 
-.PHONY: demo test bench gpu lint sanitize arm oldest clean
+.PHONY: demo test bench gpu lint sanitize fuzz arm oldest clean
 
 # torch first and by its pinned version: an unpinned requirement would take another build.
 $(VENV)/torch.stamp: constraints.txt
@@ -72,6 +73,9 @@ sanitize: $(VENV)/test.stamp
 	  $(CURDIR)/$(BIN)/python -m pytest --rootdir=$(CURDIR)/tests -c $(CURDIR)/pyproject.toml -p no:cacheprovider -q \
 	  $(CURDIR)/tests/test_parity.py $(CURDIR)/tests/test_cpu_kernels.py \
 	  $(CURDIR)/tests/test_distill_features.py $(CURDIR)/tests/test_pooling.py $(CURDIR)/tests/test_events.py $(CURDIR)/tests/test_events_usage.py -k "not fork"
+
+fuzz: $(VENV)/test.stamp
+	$(BIN)/python -m pytest -m hypothesis --hypothesis-profile=fuzz
 
 # Not a part of CI: the compiler is a hundred megabytes, and the emulator needs a dozen packages.
 arm:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 import types
@@ -11,6 +12,14 @@ import pytest
 import torch
 
 from snnfast import backends, dynamics, surrogate
+
+with contextlib.suppress(ImportError):  # a machine with a GPU may lack it
+    from hypothesis import settings
+
+    # The same examples in every run, so that a change fails by its own fault; `make fuzz` draws new ones.
+    settings.register_profile("fixed", deadline=None, derandomize=True)
+    settings.register_profile("fuzz", deadline=None)
+    settings.load_profile("fixed")
 
 # Their assertions say what they compared, as those in tests do.
 pytest.register_assert_rewrite("memory_checks", "peer_checks", "spiking_loops")

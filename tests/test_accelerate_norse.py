@@ -45,7 +45,7 @@ def value(kind, shape, low, high):
     return nn.Parameter(t) if "learnt" in kind else t
 
 
-@settings(max_examples=150, deadline=None, derandomize=True)
+@settings(max_examples=150)
 @given(
     cls=st.sampled_from(("LIFCell", "LIF", "LIFBoxCell", "IAFCell", "IAF")),
     method=st.sampled_from(tuple(adapter.METHODS)),

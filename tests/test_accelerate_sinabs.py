@@ -21,7 +21,7 @@ from sinabs import layers as sl  # noqa: E402
 from snnfast.convert.adapters import sinabs as adapter  # noqa: E402
 
 
-@settings(max_examples=120, deadline=None, derandomize=True)
+@settings(max_examples=120)
 @given(
     cls=st.sampled_from(("LIF", "IAF", "LIFSqueeze", "IAFSqueeze")),
     spike_fn=st.sampled_from((sa.MultiSpike, sa.SingleSpike)),

@@ -56,7 +56,7 @@ def steps(module, x_seq):
 
 
 @pytest.mark.parametrize("cls", ["Leaky", "Synaptic"])
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=60)
 @given(
     options=st.fixed_dictionaries(OPTIONS),
     threshold=EACH,

@@ -20,7 +20,7 @@ from spikingjelly.activation_based import functional, surrogate  # noqa: E402
 KINDS = ("Sigmoid", "ATan", "PiecewiseQuadratic", "PiecewiseExp", "SoftSign", "SuperSpike", "Erf", "Rect")
 
 
-@settings(max_examples=150, deadline=None, derandomize=True)
+@settings(max_examples=150)
 @given(
     cls=st.sampled_from(("IFNode", "LIFNode", "ParametricLIFNode")),
     tau=st.sampled_from((2.0, 3.0, 1.7, 100.0)),

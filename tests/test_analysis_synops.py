@@ -75,7 +75,7 @@ def record(net, run):
     return inputs
 
 
-@settings(max_examples=30, deadline=None, derandomize=True)
+@settings(max_examples=30)
 @given(
     space=st.integers(1, 3),
     transposed=st.booleans(),

@@ -123,7 +123,7 @@ def test_results_states_and_gradients_are_those_of_the_whole(name, training):
         assert torch.equal(grad, grad_part)  # each element of the input is in one chunk
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(T=st.integers(1, 12), chunk=st.integers(1, 14), B=st.integers(1, 3), N=st.integers(1, 9))
 def test_any_number_of_steps(T, chunk, B, N):
     net = nn.Sequential(snnfast.LIFNode(step_mode="m"), snnfast.layer.Linear(N, 2), snnfast.IFNode(step_mode="m"))

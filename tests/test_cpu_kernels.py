@@ -156,7 +156,7 @@ def test_constant_input_is_a_repeated_one(cpu_set, stores, T):
     assert not constant_input.serves(torch.randn(4, 6)[:, ::2], 4)
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=60)
 @given(
     T=st.integers(1, 70),
     shape=st.lists(st.integers(1, 50), min_size=1, max_size=3),

@@ -74,7 +74,7 @@ def test_every_instruction_set_gives_the_loss_and_its_gradients(name, shape):
         _C.set_cpu_set(before)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.tuples(*(st.integers(1, most) for most in (5, 20, 40, 40, 10, 10))))
 def test_any_shape(shape):
     torch.manual_seed(sum(shape))

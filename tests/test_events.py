@@ -104,7 +104,7 @@ def test_every_instruction_set(name, graded, x, conv):
         _C.set_cpu_set(before)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     st.tuples(st.integers(1, 9), st.integers(16, 80), st.integers(1, 20), st.integers(1, 20)),
     st.tuples(*(st.integers(1, 4) for _ in range(2)), *(st.integers(0, 4) for _ in range(2))),

@@ -92,7 +92,7 @@ def configured(draw):
     return name, args, kwargs, shape
 
 
-@settings(max_examples=250, deadline=None, derandomize=True)
+@settings(max_examples=250)
 @given(
     config=configured(),
     step_mode=st.sampled_from("sm"),
@@ -227,7 +227,7 @@ def test_under_compile(step_mode):
     assert torch.allclose(torch.compile(net, fullgraph=True, backend="eager")(x), want, atol=1e-6)
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=60)
 @given(
     kind=st.sampled_from(("Dropout", "Dropout2d")),
     p=st.floats(0, 0.9),

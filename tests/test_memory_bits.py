@@ -21,7 +21,7 @@ def bits_of(t):
     return t.contiguous().view({2: torch.int16, 4: torch.int32, 8: torch.int64}[t.element_size()])
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     shape=st.lists(st.integers(1, 17), min_size=1, max_size=5),
     order=st.randoms(use_true_random=False),

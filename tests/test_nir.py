@@ -81,7 +81,7 @@ neurons = st.one_of(
 )
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=60)
 @given(
     configs=st.lists(
         st.tuples(

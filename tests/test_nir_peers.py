@@ -79,7 +79,7 @@ dense = {
 }
 
 
-@settings(max_examples=25, deadline=None, derandomize=True)
+@settings(max_examples=25)
 @given(tau=st.floats(1.2, 20.0), **dense)
 def test_a_lif_graph_has_the_same_spikes_everywhere(tau, depth, width, v_threshold, T, seed):
     torch.manual_seed(seed)
@@ -92,7 +92,7 @@ def test_a_lif_graph_has_the_same_spikes_everywhere(tau, depth, width, v_thresho
     assert_same(in_snntorch(graph, x), expected)
 
 
-@settings(max_examples=15, deadline=None, derandomize=True)
+@settings(max_examples=15)
 @given(tau=st.floats(1.2, 20.0), **dense)
 def test_a_lif_graph_without_decay_of_the_input(tau, depth, width, v_threshold, T, seed):
     """r = tau: SpikingJelly and snnTorch read it, Norse does not look at r."""
@@ -105,7 +105,7 @@ def test_a_lif_graph_without_decay_of_the_input(tau, depth, width, v_threshold, 
     assert_same(in_snntorch(graph, x), expected)
 
 
-@settings(max_examples=25, deadline=None, derandomize=True)
+@settings(max_examples=25)
 @given(**dense)
 def test_an_if_graph_in_norse_and_spikingjelly(depth, width, v_threshold, T, seed):
     torch.manual_seed(seed)

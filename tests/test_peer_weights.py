@@ -132,7 +132,7 @@ def expressible(peer, kind, hard):
 
 
 @pytest.mark.parametrize("peer", PEERS)
-@settings(max_examples=40, deadline=None, derandomize=True)
+@settings(max_examples=40)
 @given(**CONFIGURATION, option=st.booleans(), rest=st.sampled_from((0.0, 0.0, -0.25, 0.125)), seed=st.integers(0, 999))
 def test_spikes_after_giving_weights(peer, kind, leak, hard, decay_input, threshold, option, rest, seed):
     if not expressible(peer, kind, hard):
@@ -155,7 +155,7 @@ def test_spikes_after_giving_weights(peer, kind, leak, hard, decay_input, thresh
 
 
 @pytest.mark.parametrize("peer", PEERS)
-@settings(max_examples=40, deadline=None, derandomize=True)
+@settings(max_examples=40)
 @given(**CONFIGURATION, option=st.booleans(), rest=st.sampled_from((0.0, 0.0, -0.25, 0.125)), seed=st.integers(0, 999))
 def test_spikes_after_loading_weights(peer, kind, leak, hard, decay_input, threshold, option, rest, seed):
     if not expressible(peer, kind, hard):

@@ -23,7 +23,7 @@ def loop(x_seq, v, tau, decay_input, v_reset):
     return torch.stack(potentials)
 
 
-@settings(max_examples=120, deadline=None, derandomize=True)
+@settings(max_examples=120)
 @given(
     tau=st.floats(1.05, 30.0),
     decay_input=st.booleans(),

@@ -60,7 +60,7 @@ configurations = st.fixed_dictionaries(
 )
 
 
-@settings(max_examples=120, deadline=None, derandomize=True)
+@settings(max_examples=120)
 @given(
     name=st.sampled_from(NAMES),
     config=configurations,

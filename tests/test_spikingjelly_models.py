@@ -211,7 +211,7 @@ def test_the_migration_guides_example():
     assert all(torch.allclose(a, b, rtol=1e-3, atol=1e-7) for a, b in zip(results[0][1], results[1][1], strict=True))
 
 
-@settings(max_examples=80, deadline=None, derandomize=True)
+@settings(max_examples=80)
 @given(
     kind=st.sampled_from(FUSED),
     alpha=st.one_of(st.floats(0.5, 5.0), st.integers(1, 4)),

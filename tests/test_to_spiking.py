@@ -215,7 +215,7 @@ def by_steps(ann, leaky):
     return ann
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(networks(), st.sampled_from(NEURONS), st.sampled_from(["direct", "temporal"]), st.integers(1, 5))
 def test_random_networks(ann, neuron, coding, T):
     leaky, arguments = neuron.values

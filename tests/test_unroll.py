@@ -84,7 +84,7 @@ def convolutional():
     )
 
 
-@settings(max_examples=25, deadline=None, derandomize=True)
+@settings(max_examples=25)
 @given(
     constant=st.booleans(),
     accelerated=st.booleans(),
