@@ -29,7 +29,7 @@ $(VENV)/snnfast.stamp: $(VENV)/torch.stamp $(SOURCES)
 
 # The peers' own requirements would replace torch by another build: they come without them, then what they import.
 $(VENV)/test.stamp: $(VENV)/snnfast.stamp
-	$(PIP) pytest pytest-benchmark hypothesis
+	$(PIP) pytest pytest-benchmark hypothesis setuptools pybind11 ninja
 	$(PIP) --no-deps lightning-fabric lightning-utilities
 	$(PIP) safetensors tensorboard pooch pyyaml fsspec packaging typing_extensions
 	-$(PIP) --no-deps spikingjelly snntorch norse sinabs nir nirtorch neurobench
@@ -63,7 +63,6 @@ lint: $(VENV)/dev.stamp
 
 # A build of its own, beside the normal one: the sanitizers' runtime must be loaded before Python.
 sanitize: $(VENV)/test.stamp
-	$(PIP) setuptools pybind11 ninja
 	rm -rf build/sanitize && mkdir -p build/sanitize
 	cp -r setup.py pyproject.toml README.md LICENSE csrc snnfast build/sanitize
 	rm -f build/sanitize/snnfast/_C*

@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -69,6 +71,21 @@ def test_cuda_can_be_left_out(tmp_path):
     text = next((tmp_path / "temp").rglob("build.ninja")).read_text()
     assert "cuda.cu" not in text
     assert "cpu_baseline.o" in text
+
+
+def test_the_source_distribution_has_all_that_the_build_reads(tmp_path):
+    pytest.importorskip("setuptools", "77", reason="setuptools 77 is not installed here")
+    for name in ("setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, tmp_path)
+    for name in ("csrc", "snnfast"):
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__", "*.so"))
+    subprocess.run([sys.executable, "setup.py", "--quiet", "sdist"], cwd=tmp_path, check=True, timeout=300)
+    (path,) = (tmp_path / "dist").iterdir()
+    with tarfile.open(path) as archive:
+        found = {name.partition("/")[2] for name in archive.getnames()}
+    wanted = [p.relative_to(tmp_path).as_posix() for k in ("csrc/*", "snnfast/**/*.py") for p in tmp_path.glob(k)]
+    assert len(wanted) > 100
+    assert set(wanted) - found == set()
 
 
 def test_python_m_snnfast_tells_versions_backends_and_reasons():
