@@ -27,7 +27,7 @@ SURROGATES = st.one_of(
     st.none(),
     st.builds(their_surrogate.atan, st.floats(0.5, 5)),
     st.builds(their_surrogate.fast_sigmoid, st.floats(1, 40)),
-    st.builds(their_surrogate.sigmoid, st.floats(0.5, 5)),  # steeper ones are NaN in snnTorch itself
+    st.builds(their_surrogate.sigmoid, st.floats(0.5, 2)),  # steeper ones are NaN in snnTorch itself
 )
 EACH = st.sampled_from(("number", "per neuron", "learnt", "learnt per neuron"))
 OPTIONS = {
