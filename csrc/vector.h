@@ -142,7 +142,9 @@ SNNFAST_FN Float64Vector truncate(Float64Vector a) {
 
 SNNFAST_FN Float32Vector scale_by_exponent(Float32Vector p, Float32Vector n, [[maybe_unused]] Float32Vector shifted) {
 #if defined(__AVX512F__)
-  return (Float32Vector)_mm512_scalef_ps((__m512)p, (__m512)n);
+  // Far below, p is the polynomial of a number that it does not reduce, up to Inf and NaN.
+  const __mmask16 normal = _mm512_cmp_ps_mask((__m512)n, _mm512_set1_ps(-126.0f), _CMP_NLT_UQ);
+  return (Float32Vector)_mm512_maskz_scalef_ps(normal, (__m512)p, (__m512)n);
 #else
   const auto power = (Float32Vector)(((UInt32Vector)shifted + 127u) << 23);
   return select(n < -126.0f, Float32Vector{}, p * power);

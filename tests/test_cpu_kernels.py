@@ -16,7 +16,7 @@ import torch
 from conftest import flat, learnable, loop, own_parameters, start, variants
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_parity import gradients
+from test_parity import gradients, gradients_at_any_potential
 
 from snnfast import constant_input, dynamics, functional, surrogate
 from snnfast.dynamics import NEURONS
@@ -60,6 +60,12 @@ def test_every_set_and_store_has_the_loops_bits_and_gradients(cpu_set, stores, d
             for g, w in zip(*found, strict=True):
                 g, w = (torch.zeros(()) if t is None else t for t in (g, w))
                 assert (g - w).abs().max() <= tolerance * w.abs().max().clamp(min=1.0), neuron.name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_gradients_at_any_potential(cpu_set, dtype):
+    for name, got, want in gradients_at_any_potential("native", "cpu", dtype):
+        assert torch.allclose(got, want, rtol=1e-5, atol=1e-6), name
 
 
 @pytest.mark.parametrize("neuron", NEURONS, ids=lambda n: n.name)

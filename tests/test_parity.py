@@ -164,6 +164,26 @@ def test_extreme_inputs_pass_through_as_in_the_loop(backend, device):
             assert bool(same.all()), (neuron.name, kwargs)
 
 
+def gradients_at_any_potential(backend, device, dtype):
+    """Of spikes at potentials up to the largest finite ones, by each surrogate: the kernel's and the loop's."""
+    size = torch.logspace(-3, 38, 1000, dtype=torch.float64)
+    for kind in surrogate.SURROGATES:
+        found = []
+        for run, at in ((backend, device), ("reference", "cpu")):
+            x = torch.cat((size, -size)).to(at, dtype).unsqueeze(0).requires_grad_()
+            s, *_ = functional.if_multi_step(x, surrogate_function=kind(), detach_reset=True, backend=run)
+            s.sum().backward()
+            found.append(x.grad.cpu())
+        yield kind.__name__, *found
+
+
+@pytest.mark.parametrize(("backend", "device"), kernel_backends())
+@pytest.mark.parametrize("dtype", DTYPES[:3], ids=str)
+def test_gradients_at_any_potential(backend, device, dtype):
+    for name, got, want in gradients_at_any_potential(backend, device, dtype):
+        assert torch.allclose(got, want, rtol=1e-2 if dtype == torch.bfloat16 else 1e-5, atol=1e-6), name
+
+
 @pytest.mark.parametrize(("backend", "device"), kernel_backends())
 @pytest.mark.parametrize("T", [1, 2, 31, 32, 64, 511, 512, 513, 1100])
 def test_long_and_short_sequences(backend, device, T):
