@@ -94,9 +94,9 @@ def assert_sums_are_true(
     Unless they have the bits of the library's ``own`` ones: then its own code ran, and how exact that is is its affair.
 
     Such a gradient is the sum of all neurons' and may cancel to next to nothing: in these tests the libraries' own ones
-    are up to 3e-5 off, and the fused ones up to 1e-4, as parts of the sum. So they are held to 1e-5 of the absolute terms
-    that were added up (5e-6 was seen); where a neuron's own steps cancel, to some float32 roundings for each step of what
-    each output adds by itself.
+    are up to 3e-5 off, and the fused ones up to 1e-4, as parts of the sum. So they are held to 1e-5 of the absolute
+    terms that were added up (5e-6 was seen); where a neuron's own steps cancel, to some float32 roundings for each step
+    of what each output adds by itself.
     """
     module = make()
     wide = in_double(module, step)
