@@ -104,17 +104,35 @@ def _needs_nothing(method: Callable[..., Any]) -> bool:
 
 
 def _their_reset(module: nn.Module) -> Any:
+    library = _library_with_resets(module)
+    return getattr(module, _THEIR_RESETS[library], None) if library else None
+
+
+def _library_with_resets(module: nn.Module) -> str:
     for cls in type(module).__mro__[:-1]:  # torch.compile before 2.8 cannot look at object
         package = cls.__module__.partition(".")[0]
         if package in _THEIR_RESETS:
-            return getattr(module, _THEIR_RESETS[package], None)
-    return None
+            return package
+    return ""
 
 
 def detach_net(net: nn.Module) -> None:
-    """Cut the autograd history of every state in ``net`` and keep its value (truncated BPTT)."""
-    for module in _modules_with(net, "detach"):
-        module.detach()
+    """Cut the autograd history of every state in ``net`` and keep its value (truncated BPTT).
+
+    Of snnTorch's and sinabs' neurons too, which keep theirs in buffers.
+
+    Raises:
+        TypeError: ``net`` is not a module.
+    """
+    _check_net(net)
+    for module in net.modules():
+        if _library_with_resets(module):
+            for holder in (module._buffers, module.__dict__):
+                for name, t in holder.items():
+                    if isinstance(t, Tensor) and t.grad_fn is not None:
+                        holder[name] = t.detach()
+        elif hasattr(module, "detach"):
+            module.detach()  # type: ignore[operator]
 
 
 def copy_of(model: nn.Module, memo: dict[int, Any] | None = None) -> Any:
