@@ -156,6 +156,25 @@ def test_branches_and_nests(reads_size, timesteps):
         assert torch.equal(got[name], torch.stack([w[name] for w in want]))
 
 
+class Picks(nn.Module):
+    """A neuron whose membrane is taken from the end of what it returns, or by a slice."""
+
+    def __init__(self, pick):
+        super().__init__()
+        self.lif, self.pick = snntorch.Synaptic(alpha=0.5, beta=0.75), pick
+
+    def forward(self, x):
+        return self.pick(self.lif(x))
+
+
+@pytest.mark.parametrize("pick", [lambda r: (r[0], r[-1]), lambda r: r[1:], lambda r: r[2]], ids=("end", "slice", "2"))
+def test_elements_of_what_a_neuron_returns(pick):
+    model = Picks(pick)
+    other = copy.deepcopy(model)
+    snnfast.accelerate(other)
+    assert_unrolls(model, sixteenths(torch.rand(5, 3, 4)), unrolled=other)
+
+
 @pytest.mark.parametrize("track", [True, False])
 @pytest.mark.parametrize("momentum", [0.1, None])
 @pytest.mark.parametrize("constant", [False, True])

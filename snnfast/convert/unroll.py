@@ -267,5 +267,8 @@ class _Pass:
 
 
 def _unpacked(node: fx.Node) -> bool:
-    """Whether every use of a neuron's result takes one element of it."""
-    return all(n.op == "call_function" and n.target is operator.getitem for n in node.users)
+    """Whether every use of a neuron's result takes one element of it, counted from the front."""
+    return all(
+        n.op == "call_function" and n.target is operator.getitem and isinstance(n.args[1], int) and n.args[1] >= 0
+        for n in node.users
+    )
