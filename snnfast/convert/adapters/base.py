@@ -45,7 +45,9 @@ class Fused:
     def _plan(self) -> Any:
         found = self.__dict__.get("_snnfast_plan")
         if found is None or (type(found) is not str and found.stale(self)):
-            found = self.__dict__["_snnfast_plan"] = self.plan(self)
+            patched = [m for m in self.methods if m in self.__dict__ and m != "forward"]
+            found = f"{' and '.join(patched)} was set on the object" if patched else self.plan(self)
+            self.__dict__["_snnfast_plan"] = found
         return found
 
     def __setattr__(self, name: str, value: Any) -> None:
