@@ -415,7 +415,7 @@ def test_a_state_dict_of_spikingjelly_that_does_not_fit_changes_nothing():
     model = nn.Sequential(nn.Linear(2, 2), snnfast.ParametricLIFNode(), nn.Linear(2, 4))
     before = copy.deepcopy(model.state_dict())
     other = nn.Sequential(nn.Linear(2, 2), snnfast.ParametricLIFNode(3.0), nn.Linear(2, 3))
-    with pytest.raises(ValueError, match="2.weight must have shape"):
+    with pytest.raises(ValueError, match=r"2\.weight must have shape"):
         load_peer_weights(model, other.state_dict(), "spikingjelly")
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
 
