@@ -151,6 +151,14 @@ def synaptic():
     return snntorch.Synaptic(alpha=0.5, beta=0.75)
 
 
+def drops_the_state(m, x, state=None):
+    return m.lif(m.fc(x), state)[0]
+
+
+def takes_no_state(m, x):
+    return m.lif(m.fc(x))
+
+
 EMPTY = (torch.zeros(0),)
 
 
@@ -171,6 +179,8 @@ EMPTY = (torch.zeros(0),)
         (lambda: step(clamps_the_state, leaky), EMPTY, "returns clamp where the loop takes the state that lif"),
         (lambda: step(clamps_the_state_in_place, leaky), (), "clamp_ where the loop takes the state that lif"),
         (lambda: step(swaps_the_states, synaptic), EMPTY * 2, "returns getitem_2 where the loop takes the state"),
+        (lambda: step(drops_the_state, norse.LIFCell), (), "drops the state of lif"),
+        (lambda: step(takes_no_state, norse.LIFBoxCell), (), "takes no state for lif"),
     ],
 )
 @pytest.mark.parametrize("accelerated", [False, True])

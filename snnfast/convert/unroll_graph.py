@@ -16,7 +16,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 
 from ..tensors import has_hooks
-from .stepping import is_stateful, states_of
+from .stepping import is_stateful, states_of, takes_state
 
 __all__ = ["CONSTANT", "FINAL", "PARAMETER", "TIMED", "Program", "program_of"]
 
@@ -181,6 +181,7 @@ class Program:
                 "one call, and there is no state of one step. Use what the neuron returns, or keep the loop"
             )
         self._check_changed_states()
+        self._check_carried_states(modules, takes_more=len(parameters) > 1)
         self.kinds = self._kinds(modules, constant=True)
         self.hoists = not any(self._mixes(n) for n in self.graph.nodes)
         self.kinds_timed = self._kinds(modules, constant=False)
@@ -241,6 +242,17 @@ class Program:
                 places = [k for k, a in enumerate(neuron.args) if a is placeholder]
                 if not taken or (places and part.args[1] >= 0 and part.args[1] not in places):
                     raise _changed_state_error(neuron, part)
+
+    def _check_carried_states(self, modules: dict[str, nn.Module], takes_more: bool) -> None:
+        """A neuron without a state of its own starts afresh at each step of a loop that cannot hand its state on."""
+        for node in self.stateful:
+            returned = any(user.users or user.op == "output" for user in node.users if user.args[1:] != (0,))
+            if takes_state(modules[str(node.target)]) and not (takes_more and returned):
+                raise ValueError(
+                    f"forward {'takes no state for' if returned else 'drops the state of'} {node.target}, which keeps "
+                    "none itself, so a loop starts it afresh at each step: let forward take the state and return it, "
+                    "def forward(self, x, state=None)"
+                )
 
     def _kinds(self, modules: dict[str, nn.Module], constant: bool) -> dict[fx.Node, str]:
         kinds: dict[fx.Node, str] = {}
