@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -288,6 +289,12 @@ def test_a_folded_neuron_that_was_set_to_one_step():
     model = nn.Sequential(snnfast.IFNode(timesteps=2))
     snnfast.functional.set_step_mode(model, "s")
     assert_unrolls(model, torch.rand(4, 3, 6))
+
+
+def test_an_empty_batch_and_a_number_of_steps_of_numpy():
+    model = nn.Sequential(nn.Linear(6, 5), snnfast.LIFNode())
+    assert snnfast.unroll(model, torch.zeros(4, 0, 6)).shape == (4, 0, 5)
+    assert snnfast.unroll(model, torch.zeros(0, 6), np.int64(4)).shape == (4, 0, 5)
 
 
 def test_norse_networks_return_the_last_state():

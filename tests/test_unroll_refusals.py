@@ -245,6 +245,8 @@ def test_arguments_are_checked():
         snnfast.unroll(FullyConnected(), torch.rand(5, 3, 12), state=(torch.zeros(0),))
     with pytest.raises(TypeError, match="mem1, mem2"):
         snnfast.unroll(FullyConnected(), torch.randn(5, 3, 12))
+    with pytest.raises(TypeError, match="state must hold 2 at most, as many as forward takes beside x, got 3"):
+        snnfast.unroll(FullyConnected(), torch.randn(5, 3, 12), state=torch.zeros(3, 6))
     with pytest.raises(ValueError, match="timesteps must be"):
         snnfast.unroll(model, torch.randn(3, 6), 0)
     with pytest.raises(ValueError, match="bn must be"):

@@ -8,6 +8,7 @@ as part of the batch, and neurons run over time in one fused call.
 from __future__ import annotations
 
 import contextlib
+import numbers
 import operator
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -59,7 +60,7 @@ def unroll(
             ``'merged'`` all steps by common ones, which is faster and another model.
 
     Raises:
-        TypeError: ``model`` is not a module; ``x`` is not a tensor; ``forward`` needs states that were not given.
+        TypeError: ``model`` is not a module; ``x`` is not a tensor; ``forward`` needs other states than were given.
         ValueError: ``forward`` has its own loop over time, is recurrent, changes states, attributes or buffers itself,
             or holds a neuron that is multi-step already; a module with neurons inside has hooks; a layer cannot take
             the steps of ``x``, which has no time axis, or has one beside ``timesteps``.
@@ -77,9 +78,12 @@ def unroll(
         raise TypeError(f"x must be a torch.Tensor, got {type(x).__name__}")
     if bn not in ("per_step", "merged"):
         raise ValueError(f"bn must be 'per_step' or 'merged', got {bn!r}")
-    if timesteps is not None and (isinstance(timesteps, bool) or not isinstance(timesteps, int) or timesteps < 1):
-        raise ValueError(f"timesteps must be a whole number from 1, or None, got {timesteps!r}")
-    if x.dim() < (2 if timesteps is None else 1) or not x.shape[0]:
+    if timesteps is not None:
+        whole = isinstance(timesteps, (int, numbers.Integral)) and not isinstance(timesteps, bool)  # NumPy's too
+        if not whole or timesteps < 1:
+            raise ValueError(f"timesteps must be a whole number from 1, or None, got {timesteps!r}")
+        timesteps = int(timesteps)
+    if x.dim() < (2 if timesteps is None else 1) or (timesteps is None and not x.shape[0]):
         raise ValueError(
             f"x must be [T, B, ...] with at least one step, or [B, ...] with timesteps, got {tuple(x.shape)}"
         )

@@ -116,6 +116,9 @@ class Program:
                 f"forward also takes {', '.join(missing)}: give what the loop passes before the first step, "
                 f"state=({', '.join(p.name for p in parameters[1 : 1 + given + len(missing)])},)"
             )
+        taken = sum(p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) for p in parameters[1:])
+        if given > taken and not any(p.kind is p.VAR_POSITIONAL for p in parameters):
+            raise TypeError(f"state must hold {taken} at most, as many as forward takes beside x, got {given}")
         before = {m: dict(m.__dict__) for m in model.modules() if not is_stateful(m)}
         holders = [v for held in before.values() for name, v in held.items() if name not in _MODULES_OWN]
         contents = [(v, v.copy()) for v in holders if isinstance(v, _COLLECTIONS)]
