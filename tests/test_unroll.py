@@ -291,6 +291,13 @@ def test_a_folded_neuron_that_was_set_to_one_step():
     assert_unrolls(model, torch.rand(4, 3, 6))
 
 
+@torch.inference_mode()
+def test_a_network_made_in_inference_mode():
+    model = nn.Sequential(Picks(lambda r: r[2]), nn.Linear(6, 6), nn.Sequential(snnfast.LIFNode())).eval()
+    model[2].register_buffer("unused", torch.ones(3))
+    assert snnfast.unroll(model, torch.rand(5, 3, 6)).shape == (5, 3, 6)
+
+
 def test_an_empty_batch_and_a_number_of_steps_of_numpy():
     model = nn.Sequential(nn.Linear(6, 5), snnfast.LIFNode())
     assert snnfast.unroll(model, torch.zeros(4, 0, 6)).shape == (4, 0, 5)

@@ -123,7 +123,7 @@ class Program:
         holders = [v for held in before.values() for name, v in held.items() if name not in _MODULES_OWN]
         contents = [(v, v.copy()) for v in holders if isinstance(v, _COLLECTIONS)]
         randomness = random.getstate(), torch.get_rng_state()
-        buffers = [(m, name, b, b._version, b.detach().clone()) for m in before for name, b in _buffers_of(m)]
+        buffers = [(m, name, b, _version(b), b.detach().clone()) for m in before for name, b in _buffers_of(m)]
         states: list[str] = []
         try:
             with torch.enable_grad():
@@ -147,7 +147,10 @@ class Program:
                     v.clear()
                     (v.update if hasattr(v, "update") else v.extend)(items)
             written = [
-                (m, name) for m, name, b, version, _ in buffers if m._buffers[name] is not b or b._version != version
+                (m, name)
+                for m, name, b, version, value in buffers
+                if m._buffers[name] is not b
+                or (not torch.equal(b, value) if version is None else b._version != version)
             ]
             for m, name, b, _, value in buffers:
                 if (m, name) in written:
@@ -342,12 +345,17 @@ _programs: weakref.WeakKeyDictionary[nn.Module, dict[Any, Program]] = weakref.We
 _MODULES_OWN = frozenset(vars(nn.Module())) - {"training", "_buffers"}
 
 
+def _version(t: Tensor) -> int | None:
+    """``None`` for a tensor that inference mode made, which counts no writes."""
+    return None if t.is_inference() else t._version
+
+
 def _taken(value: Any, depth: int = 2) -> Any:
     """What tracing may have made a constant of, in a form in which any later change of it shows."""
     if value is None or isinstance(value, (bool, int, float, complex, str)):
         return type(value), value
     if isinstance(value, Tensor):
-        return id(value), None if value.is_inference() else value._version
+        return id(value), _version(value)
     inside: Any = ()
     if depth and isinstance(value, (list, tuple)):
         inside = value
@@ -370,13 +378,20 @@ def program_of(model: nn.Module, given: int) -> Program:
     program = known.get(key)
     if program is None or program.attributes != [_attributes_of(modules[k]) for k in program.followed]:
         known.clear()
+        followed = [k for k, m in enumerate(modules) if not k or not _Tracer().is_leaf_module(m, "")]
+        _refuse_hooks(modules, followed)
         program = known[key] = Program(model, given)
-        program.followed = [k for k, m in enumerate(modules) if not k or not _Tracer().is_leaf_module(m, "")]
-        program.attributes = [_attributes_of(modules[k]) for k in program.followed]
-    for k in program.followed:
+        program.followed = followed
+        program.attributes = [_attributes_of(modules[k]) for k in followed]
+    else:
+        _refuse_hooks(modules, program.followed)
+    return program
+
+
+def _refuse_hooks(modules: list[nn.Module], followed: list[int]) -> None:
+    for k in followed:
         if has_hooks(modules[k]):
             raise ValueError(
                 f"{type(modules[k]).__name__} has hooks, but unroll does not call it: it calls the layers and neurons "
                 "inside it. Hook into these"
             )
-    return program
