@@ -105,6 +105,10 @@ class Plan:
         self.prepared: tuple[Any, Any, Any] | None = None
         self.own: tuple[Any, tuple[Tensor, ...]] | None = None  # parameters that are not learnt, and their source
 
+    def __deepcopy__(self, memo: Any) -> None:
+        """A copy of a neuron plans anew. :meth:`Fused.__reduce_ex__` is not asked where a parametrized neuron is
+        copied."""
+
     def watch(self, names: tuple[str, ...], tensors: Iterable[Tensor]) -> None:
         """More tensors whose values are read, by their names in the module."""
         self.names += names
