@@ -73,7 +73,8 @@ class BaseNode(MemoryModule):
                     f"{cls.__name__} overrides {name}, which snnfast's neurons do not call: override "
                     "single_step_functional_forward alone, or take SpikingJelly's own BaseNode, which works beside ours"
                 )
-        if "dynamics" not in cls.__dict__ and any(step in cls.__dict__ for step in _STEPS):
+        known = next(c for c in cls.__mro__ if "dynamics" in c.__dict__)
+        if any(getattr(cls, step) is not getattr(known, step) for step in _STEPS):  # a mixin's step too
             cls.dynamics = None  # a step of its own: no kernel knows it
 
     @says_what_it_takes

@@ -250,6 +250,7 @@ def test_parametrized_before_and_after():
             assert not isinstance(neuron, snnfast.convert.adapters.base.Fused)
         neuron = copy.deepcopy(neuron)
         first = step_loop(neuron, x)
+        neuron = copy.deepcopy(neuron)
         with torch.no_grad():
             neuron.parametrizations.beta.original.fill_(-2.0)
         found.append(torch.stack(first + step_loop(neuron, x)))

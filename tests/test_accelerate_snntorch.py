@@ -223,6 +223,15 @@ def test_a_setting_changed_later_counts():
         for f, p in zip(steps(fast, x), steps(plain, x), strict=True)
         for a, b in zip(f, p, strict=True)
     )
+    for neuron in (fast, plain):
+        neuron.state_quant = False
+        neuron.fire = lambda mem: (mem > 0).float()
+    assert all(
+        torch.equal(a, b)
+        for f, p in zip(steps(fast, x), steps(plain, x), strict=True)
+        for a, b in zip(f, p, strict=True)
+    )
+    assert "not accelerated now: fire was set on the object" in repr(fast)
 
 
 def test_parameters_of_each_neuron_written_in_place_count():

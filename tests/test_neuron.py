@@ -164,8 +164,17 @@ def test_a_subclass_that_overrides_a_step_leaves_the_kernels():
     class Renamed(snnfast.LIFNode):
         pass
 
+    class Doubles:
+        def neuronal_charge(self, x):
+            super().neuronal_charge(2 * x)
+
+    class Mixed(Doubles, Renamed):
+        pass
+
     x = torch.randn(4, 50)
     assert Bounded.dynamics is None
+    assert Mixed.dynamics is None
+    assert torch.equal(Mixed(step_mode="m")(x), snnfast.LIFNode(step_mode="m")(2 * x))
     assert Renamed.dynamics is snnfast.LIFNode.dynamics
     node = Bounded(step_mode="m", store_v_seq=True)
     node(x)

@@ -394,6 +394,32 @@ def test_networks_that_do_not_correspond():
         give_peer_weights(ours, "snntorch")
 
 
+def test_a_shared_neuron_cannot_take_two_neurons_numbers():
+    def shared(neuron):
+        return nn.Sequential(nn.Linear(2, 2), neuron, nn.Linear(2, 2), neuron)
+
+    theirs = nn.Sequential(nn.Linear(2, 2), leaky(beta=0.5), nn.Linear(2, 2), leaky(beta=0.75))
+    for neuron in (snnfast.LIFNode(decay_input=False), snnfast.ParametricLIFNode(decay_input=False)):
+        with pytest.raises(ValueError, match="1 and 3 are one neuron in model"):
+            load_peer_weights(shared(neuron), theirs)
+    lif = snnfast.LIFNode(decay_input=False)
+    load_peer_weights(shared(lif), shared(leaky(beta=0.75)))
+    assert lif.tau == 4.0
+    with pytest.raises(ValueError, match="1 and 3 are one neuron in target"):
+        give_peer_weights(
+            nn.Sequential(nn.Linear(2, 2), snnfast.LIFNode(2.0), nn.Linear(2, 2), lif), shared(leaky(beta=0.25))
+        )
+
+
+def test_a_state_dict_of_spikingjelly_that_does_not_fit_changes_nothing():
+    model = nn.Sequential(nn.Linear(2, 2), snnfast.ParametricLIFNode(), nn.Linear(2, 4))
+    before = copy.deepcopy(model.state_dict())
+    other = nn.Sequential(nn.Linear(2, 2), snnfast.ParametricLIFNode(3.0), nn.Linear(2, 3))
+    with pytest.raises(ValueError, match=r"2\.weight must have shape"):
+        load_peer_weights(model, other.state_dict(), "spikingjelly")
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
 def test_what_a_bare_state_dict_does_not_tell_is_the_librarys_default():
     soft = nn.Sequential(snnfast.IFNode(v_reset=None))
     theirs = nn.Sequential(leaky(beta=1.0, reset_mechanism="subtract"))

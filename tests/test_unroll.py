@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -156,6 +157,25 @@ def test_branches_and_nests(reads_size, timesteps):
         assert torch.equal(got[name], torch.stack([w[name] for w in want]))
 
 
+class Picks(nn.Module):
+    """A neuron whose membrane is taken from the end of what it returns, or by a slice."""
+
+    def __init__(self, pick):
+        super().__init__()
+        self.lif, self.pick = snntorch.Synaptic(alpha=0.5, beta=0.75), pick
+
+    def forward(self, x):
+        return self.pick(self.lif(x))
+
+
+@pytest.mark.parametrize("pick", [lambda r: (r[0], r[-1]), lambda r: r[1:], lambda r: r[2]], ids=("end", "slice", "2"))
+def test_elements_of_what_a_neuron_returns(pick):
+    model = Picks(pick)
+    other = copy.deepcopy(model)
+    snnfast.accelerate(other)
+    assert_unrolls(model, sixteenths(torch.rand(5, 3, 4)), unrolled=other)
+
+
 @pytest.mark.parametrize("track", [True, False])
 @pytest.mark.parametrize("momentum", [0.1, None])
 @pytest.mark.parametrize("constant", [False, True])
@@ -191,6 +211,97 @@ def test_dropout_draws_a_mask_for_each_step():
     assert not torch.equal(out[0], out[1] * 0 + out[0].flip(0))
     assert abs(out.mean() - 0.5) < 0.1
     assert not torch.equal(out[0], out[1])
+
+
+class Draws(nn.Module):
+    """A random input to a neuron that passes it on."""
+
+    def __init__(self, draw):
+        super().__init__()
+        self.draw, self.lif = draw, snnfast.LIFNode()
+
+    def forward(self, x):
+        y = self.draw(x)
+        return y, self.lif(y)
+
+
+@pytest.mark.parametrize(
+    "draw",
+    [
+        lambda x: F.dropout(x, 0.5),
+        lambda x: (torch.rand_like(x) < x).float(),
+        torch.bernoulli,
+        nn.Sequential(nn.Hardtanh(-1.0, -0.5), nn.RReLU()),
+        snnfast.encoding.PoissonEncoder(),
+        nn.TransformerEncoderLayer(4, 2, 8, dropout=0.5, batch_first=True),
+    ],
+    ids=("dropout", "rand_like", "bernoulli", "RReLU", "PoissonEncoder", "Transformer"),
+)
+def test_random_numbers_are_drawn_for_each_step_of_a_constant_input(draw):
+    torch.manual_seed(0)
+    drawn, _ = snnfast.unroll(Draws(draw), torch.full((2, 3, 4), 0.5), 5)
+    assert len({tuple(step.flatten().tolist()) for step in drawn}) == 5
+
+
+class Frozen(nn.Module):
+    """Parts of forward run without gradients, or in another precision."""
+
+    def __init__(self, mode):
+        super().__init__()
+        self.a, self.b, self.lif, self.mode = nn.Linear(6, 6), nn.Linear(6, 6), snnfast.LIFNode(), mode
+
+    def forward(self, x):
+        with self.mode():
+            y = self.a(x)
+        return self.lif(self.b(y.float())), y
+
+
+@pytest.mark.parametrize(
+    ("mode", "outer"),
+    [
+        (torch.no_grad, False),
+        (lambda: torch.autocast("cpu", torch.bfloat16), False),
+        (lambda: torch.autocast("cpu", enabled=False), False),
+        (lambda: torch.autocast("cpu", enabled=False), True),
+    ],
+    ids=("no_grad", "autocast", "no autocast", "no autocast within"),
+)
+@pytest.mark.parametrize("constant", [False, True])
+def test_modes_that_forward_sets(mode, outer, constant):
+    model = exact(Frozen(mode))
+    snnfast.unroll(model, torch.zeros(1, 1, 6))  # traced without the outer mode
+    model.lif.reset()
+    other = copy.deepcopy(model)
+    x = sixteenths(torch.randn(*(() if constant else (5,)), 3, 6))
+    with torch.autocast("cpu", torch.bfloat16, enabled=outer):
+        want = loop(model, [x] * 5 if constant else x)
+        got = snnfast.unroll(other, x, 5 if constant else None)
+    for w, g in zip(want, got, strict=True):
+        assert w.dtype == g.dtype
+        assert torch.equal(w, g)
+        assert w.requires_grad == g.requires_grad
+    want[0].float().sum().backward()
+    got[0].float().sum().backward()
+    assert (model.a.weight.grad is None) == (other.a.weight.grad is None) == (mode is torch.no_grad)
+
+
+def test_a_folded_neuron_that_was_set_to_one_step():
+    model = nn.Sequential(snnfast.IFNode(timesteps=2))
+    snnfast.functional.set_step_mode(model, "s")
+    assert_unrolls(model, torch.rand(4, 3, 6))
+
+
+@torch.inference_mode()
+def test_a_network_made_in_inference_mode():
+    model = nn.Sequential(Picks(lambda r: r[2]), nn.Linear(6, 6), nn.Sequential(snnfast.LIFNode())).eval()
+    model[2].register_buffer("unused", torch.ones(3))
+    assert snnfast.unroll(model, torch.rand(5, 3, 6)).shape == (5, 3, 6)
+
+
+def test_an_empty_batch_and_a_number_of_steps_of_numpy():
+    model = nn.Sequential(nn.Linear(6, 5), snnfast.LIFNode())
+    assert snnfast.unroll(model, torch.zeros(4, 0, 6)).shape == (4, 0, 5)
+    assert snnfast.unroll(model, torch.zeros(0, 6), np.int64(4)).shape == (4, 0, 5)
 
 
 def test_norse_networks_return_the_last_state():

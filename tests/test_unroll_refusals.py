@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -11,6 +13,7 @@ import snnfast
 from snnfast import _notices, functional, layer
 
 snntorch = pytest.importorskip("snntorch", reason="snntorch is not installed")
+sj = pytest.importorskip("spikingjelly.activation_based.neuron", reason="spikingjelly is not installed")
 norse = pytest.importorskip("norse.torch", reason="norse is not installed")
 
 
@@ -75,6 +78,139 @@ class Counts(nn.Module):
         return self.lif(x)
 
 
+class Step(nn.Module):
+    """A layer and a neuron, for a forward of the test's own."""
+
+    def __init__(self, neuron, **attributes):
+        super().__init__()
+        self.fc, self.lif = nn.Linear(6, 6), neuron()
+        self.__dict__.update(attributes)
+
+
+def step(forward, neuron=snnfast.LIFNode, **attributes):
+    return type("Step", (Step,), {"forward": forward})(neuron, **attributes)
+
+
+def leaky(**keywords):
+    return snntorch.Leaky(beta=0.5, **keywords)
+
+
+def reads_v(m, x):
+    return m.lif(m.fc(x)), m.lif.v
+
+
+def reads_mem(m, x):
+    return m.lif(m.fc(x)), m.lif.mem
+
+
+def scales_by_v(m, x):
+    return m.lif(m.fc(x)) * m.lif.v
+
+
+def resets(m, x):
+    functional.reset_net(m)
+    return m.lif(m.fc(x))
+
+
+def counts(m, x):
+    m.steps += 1
+    return m.lif(m.fc(x)) / m.steps
+
+
+def records(m, x):
+    m.record.append(m.lif(m.fc(x)))
+    return m.record[-1]
+
+
+def draws(m, x):
+    return m.lif(m.fc(x) + torch.rand(6))
+
+
+def divides_by_the_largest(m, x):
+    y = m.fc(x)
+    return m.lif(y / y.max())
+
+
+def clamps_the_state(m, x, mem):
+    spk, mem = m.lif(m.fc(x), mem)
+    return spk, mem.clamp(min=0)
+
+
+def clamps_the_state_in_place(m, x):
+    spk, mem = m.lif(m.fc(x))
+    mem.clamp_(min=0)
+    return spk
+
+
+def swaps_the_states(m, x, syn, mem):
+    spk, syn, mem = m.lif(m.fc(x), syn, mem)
+    return spk, mem, syn
+
+
+def synaptic():
+    return snntorch.Synaptic(alpha=0.5, beta=0.75)
+
+
+def drops_the_state(m, x, state=None):
+    return m.lif(m.fc(x), state)[0]
+
+
+def takes_no_state(m, x):
+    return m.lif(m.fc(x))
+
+
+EMPTY = (torch.zeros(0),)
+
+
+@pytest.mark.parametrize(
+    ("make", "state", "message"),
+    [
+        (lambda: step(reads_v), (), r"reads or sets lif\.v, the state"),
+        (lambda: step(scales_by_v), (), r"reads or sets lif\.v, the state"),
+        (lambda: step(scales_by_v, sj.LIFNode), (), r"reads or sets lif\.v, the state"),
+        (lambda: step(reads_mem, lambda: leaky(init_hidden=True)), (), r"reads or sets lif\.mem, the state"),
+        (lambda: step(resets), (), r"reads or sets lif\.v, the state"),
+        (lambda: step(resets, sj.LIFNode), (), r"reads or sets lif\.v, the state"),
+        (lambda: step(resets, lambda: leaky(init_hidden=True)), (), r"reads or sets lif\.mem, the state"),
+        (lambda: step(counts, steps=0), (), "Step writes its attribute steps"),
+        (lambda: step(records, record=[]), (), "Step keeps a result"),
+        (lambda: step(draws), (), "draws random numbers"),
+        (lambda: step(divides_by_the_largest), (), "takes one number, max_1, of all samples of all steps"),
+        (lambda: step(clamps_the_state, leaky), EMPTY, "returns clamp where the loop takes the state that lif"),
+        (lambda: step(clamps_the_state_in_place, leaky), (), "clamp_ where the loop takes the state that lif"),
+        (lambda: step(swaps_the_states, synaptic), EMPTY * 2, "returns getitem_2 where the loop takes the state"),
+        (lambda: step(drops_the_state, norse.LIFCell), (), "drops the state of lif"),
+        (lambda: step(takes_no_state, norse.LIFBoxCell), (), "takes no state for lif"),
+    ],
+)
+@pytest.mark.parametrize("accelerated", [False, True])
+def test_what_forward_does_at_every_step_beside_calling_layers_is_refused(make, state, message, accelerated):
+    model = make()
+    if accelerated:
+        snnfast.accelerate(model)
+    x = torch.randn(5, 3, 6)
+    state_before = {k: v.clone() for k, v in model.lif.named_buffers()}, getattr(model.lif, "v", None)
+    before = copy.deepcopy({k: v for k, v in vars(model).items() if k in ("steps", "record")})
+    with pytest.raises(ValueError, match=message):
+        snnfast.unroll(model, x, state=state)
+    assert {k: vars(model)[k] for k in before} == before
+    if "takes one number" not in message:
+        assert getattr(model.lif, "v", None) == state_before[1]
+        assert all(torch.equal(v, state_before[0][k]) for k, v in model.lif.named_buffers())
+
+
+def test_hooks_of_modules_that_are_not_called_are_refused():
+    model = nn.Sequential(nn.Sequential(nn.Linear(6, 6), snnfast.IFNode()))
+    x = torch.randn(5, 3, 6)
+    snnfast.unroll(model, x)
+    for module in (model, model[0]):
+        handle = module.register_forward_hook(lambda m, args, out: out * 2)
+        with pytest.raises(ValueError, match="Sequential has hooks"):
+            snnfast.unroll(model, x)
+        handle.remove()
+    snnfast.unroll(model, x)
+
+
 def test_a_buffer_that_forward_writes_is_refused_and_stays():
     net = Counts()
     with pytest.raises(ValueError, match="Counts writes its buffer calls in forward"):
@@ -109,6 +245,8 @@ def test_arguments_are_checked():
         snnfast.unroll(FullyConnected(), torch.rand(5, 3, 12), state=(torch.zeros(0),))
     with pytest.raises(TypeError, match="mem1, mem2"):
         snnfast.unroll(FullyConnected(), torch.randn(5, 3, 12))
+    with pytest.raises(TypeError, match="state must hold 2 at most, as many as forward takes beside x, got 3"):
+        snnfast.unroll(FullyConnected(), torch.randn(5, 3, 12), state=torch.zeros(3, 6))
     with pytest.raises(ValueError, match="timesteps must be"):
         snnfast.unroll(model, torch.randn(3, 6), 0)
     with pytest.raises(ValueError, match="bn must be"):

@@ -60,6 +60,7 @@ def load_peer_weights(
         library, values = _library_of(source, peer), source
         told = _checked_options(library, options)
         if library.required is None:  # SpikingJelly: what it does not tell, the code does, on both sides
+            _check_entries(values, model.state_dict(), "model")
             model.load_state_dict(dict(values))
             return
         made = {path: {**library.defaults, **told} for path in _neurons_in(values, library.required)}
@@ -75,8 +76,10 @@ def load_peer_weights(
             if more:
                 raise Inexpressible(f"there it has {', '.join(more)}, which no neuron of snnfast has")
             numbers[path] = set_own(node, library.read(entries, made[path]))
-            if "w" in numbers[path]:
-                layers[_join(path, "w")] = numbers[path].pop("w")
+    _check_shared(ours, numbers, "model")
+    for path, found in numbers.items():
+        if "w" in found:
+            layers[_join(path, "w")] = found.pop("w")
     _check_entries(layers, model.state_dict(), "model")
     model.load_state_dict(layers)
     for path, found in numbers.items():
@@ -146,10 +149,12 @@ def give_peer_weights(model: nn.Module, target: nn.Module) -> None:
     _check_paths(ours, neurons, library.name)
     there = target.state_dict()
     found = _written(model, ours, library, _made(library, neurons), there)
+    given = {path: own(ours[path]) for path in neurons}
+    _check_shared(neurons, given, "target")
     _check_entries(found, there, "target")
     target.load_state_dict(found)
     for path, neuron in neurons.items():
-        library.set(neuron, own(ours[path]))
+        library.set(neuron, given[path])
 
 
 # ---- neurons, by their paths ----
@@ -213,6 +218,15 @@ def _check_paths(ours: Mapping[str, Any], theirs: Mapping[str, Any], name: str) 
             raise ValueError(
                 f"neurons must have the same names in both networks, but {where} has none at {', '.join(alone)}"
             )
+
+
+def _check_shared(neurons: Mapping[str, Any], values: Mapping[str, Any], what: str) -> None:
+    """A neuron at two paths can take the numbers of one only."""
+    first: dict[int, str] = {}
+    for path, neuron in neurons.items():
+        other = first.setdefault(id(neuron), path)
+        if values[other] != values[path]:
+            raise ValueError(f"{other} and {path} are one neuron in {what}, and two that differ in the other network")
 
 
 # ---- state_dicts ----

@@ -13,7 +13,7 @@ from .. import base
 from ..tensors import has_hooks
 from .adapters.base import FinalState, Fused, adapters
 
-__all__ = ["is_stateful", "refuse_multi_step", "refuse_wrapper", "run_over_time"]
+__all__ = ["is_stateful", "refuse_multi_step", "refuse_wrapper", "run_over_time", "states_of", "takes_state"]
 
 
 def _library(module: nn.Module) -> Any:
@@ -23,6 +23,19 @@ def _library(module: nn.Module) -> Any:
 def is_stateful(module: nn.Module) -> bool:
     """Whether ``module`` keeps or takes a state from step to step: snnfast's modules and the known libraries'."""
     return isinstance(module, base.MemoryModule) or _library(module) is not None
+
+
+def states_of(module: Any) -> list[tuple[dict[str, Any], str]]:
+    """Where a neuron keeps its state from step to step: dictionaries and the names in them. Norse's keep none."""
+    if isinstance(module, base.MemoryModule):
+        return [(module.__dict__, name) for name in module._memory_reset_values]
+    memories = module.__dict__.get("_memories", {})  # SpikingJelly's; snnTorch's are buffers
+    return [(memories, n) for n in memories] + [(module._buffers, n) for n in module._non_persistent_buffers_set]
+
+
+def takes_state(module: nn.Module) -> bool:
+    """Whether the state goes through the calls of ``module``, as Norse's does; the others keep theirs."""
+    return "state" in inspect.signature(module.forward).parameters
 
 
 def refuse_wrapper(model: nn.Module) -> None:
@@ -65,7 +78,8 @@ def run_over_time(
             )
     if hasattr(module, "step_mode"):
         refuse_multi_step(name, module)
-        if not args and not kwargs and not has_hooks(module):
+        folds = getattr(module, "timesteps", None) is not None  # x_seq is not folded
+        if not args and not kwargs and not folds and not has_hooks(module):
             return module.multi_step_forward(x_seq).flatten(0, 1)
     if isinstance(module, Fused) and not has_hooks(module):
         found = module._unrolled(x_seq, args, kwargs, used)
@@ -76,14 +90,14 @@ def run_over_time(
 
 def _stepped(module: Any, x_seq: Tensor, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
     """The loop itself, for a neuron without a fused form."""
-    takes_state = "state" in inspect.signature(module.forward).parameters  # Norse: the state goes round
+    goes_round = takes_state(module)
     results = []
     for x in x_seq:
         result = module(x, *args, **kwargs)
-        args, kwargs = ((result[1],), {}) if takes_state else ((), {})  # the others keep theirs
+        args, kwargs = ((result[1],), {}) if goes_round else ((), {})
         results.append(result)
     if not isinstance(results[0], tuple):
         return torch.cat(results)
-    if takes_state:
+    if goes_round:
         return torch.cat([r[0] for r in results]), FinalState(results[-1][1])
     return tuple(torch.cat(parts) for parts in zip(*results, strict=True))

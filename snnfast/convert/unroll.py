@@ -7,8 +7,9 @@ as part of the batch, and neurons run over time in one fused call.
 
 from __future__ import annotations
 
+import contextlib
 import operator
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -44,8 +45,9 @@ def unroll(
 
     snnfast's own neurons and those that :func:`snnfast.accelerate` converted run fused; any other neuron of
     SpikingJelly, snnTorch or Norse, and one with hooks, is stepped. Other layers see ``[T * B, ...]``, and so do their
-    hooks. Dropout draws a mask for each step, from other random numbers than the loop would. Layers before the first
-    neuron (and before dropout) run once if the input is constant. Its tensors are ``T`` times as large as the loop's:
+    hooks; ``forward`` must treat each sample by itself, for a mean over the batch would be one over time too. Dropout
+    and other random numbers are drawn for each step, from others than the loop would. Layers before the first neuron
+    (and before a random draw) run once if the input is constant. Its tensors are ``T`` times as large as the loop's:
     on a CPU call :func:`snnfast.keep_freed_memory` once, or malloc fetches the larger ones from the system each time.
 
     Args:
@@ -58,9 +60,10 @@ def unroll(
             ``'merged'`` all steps by common ones, which is faster and another model.
 
     Raises:
-        TypeError: ``model`` is not a module; ``x`` is not a tensor; ``forward`` needs states that were not given.
-        ValueError: ``forward`` has its own loop over time, is recurrent, or holds a neuron that is multi-step already;
-            a layer cannot take the steps of ``x``, which has no time axis, or has one beside ``timesteps``.
+        TypeError: ``model`` is not a module; ``x`` is not a tensor; ``forward`` needs other states than were given.
+        ValueError: ``forward`` has its own loop over time, is recurrent, changes states, attributes or buffers itself,
+            or holds a neuron that is multi-step already; a module with neurons inside has hooks; a layer cannot take
+            the steps of ``x``, which has no time axis, or has one beside ``timesteps``.
 
     Example:
         >>> import snnfast
@@ -77,7 +80,7 @@ def unroll(
         raise ValueError(f"bn must be 'per_step' or 'merged', got {bn!r}")
     if timesteps is not None:
         timesteps = check_steps("timesteps", timesteps, ", or None")
-    if x.dim() < (2 if timesteps is None else 1) or not x.shape[0]:
+    if x.dim() < (2 if timesteps is None else 1) or (timesteps is None and not x.shape[0]):
         raise ValueError(
             f"x must be [T, B, ...] with at least one step, or [B, ...] with timesteps, got {tuple(x.shape)}"
         )
@@ -140,8 +143,8 @@ def _alone(neuron: nn.Module, x: Tensor, state: Sequence[Any]) -> Any:
 
 
 def _repeated(x: Tensor, T: int) -> Tensor:
-    """A constant for every step, ``[B, ...]`` -> ``[T * B, ...]``."""
-    return x.unsqueeze(0).expand(T, *x.shape).flatten(0, 1)
+    """A constant for every step, ``[B, ...]`` -> ``[T * B, ...]``; a number as it is."""
+    return x if not x.dim() else x.unsqueeze(0).expand(T, *x.shape).flatten(0, 1)
 
 
 def _plain(value: Any) -> Any:
@@ -151,6 +154,15 @@ def _plain(value: Any) -> Any:
     if type(value) is fx.immutable_collections.immutable_dict:
         return {k: _plain(v) for k, v in value.items()}
     return tuple(_plain(v) for v in value) if type(value) is tuple else value
+
+
+@contextlib.contextmanager
+def _under(modes: Sequence[Any]) -> Iterator[None]:
+    """The modes that forward set for a node: no gradients, or a cast of a kind of device."""
+    with contextlib.ExitStack() as stack:
+        for mode in modes:
+            stack.enter_context(torch.autocast(*mode) if isinstance(mode, tuple) else torch.set_grad_enabled(mode))
+        yield
 
 
 class _Pass:
@@ -177,7 +189,9 @@ class _Pass:
                 return _plain(fx.map_arg(node.args[0], self._returned))
             if node not in self.values:
                 try:
-                    self.values[node] = self._value(node)
+                    modes = node.meta["modes"]
+                    with _under(modes) if modes else contextlib.nullcontext():
+                        self.values[node] = self._value(node)
                 except (RuntimeError, ValueError, IndexError) as error:
                     if node in self.program.stateful:
                         raise
@@ -223,6 +237,11 @@ class _Pass:
 
         def value(n: fx.Node) -> Any:
             v = self.values[n]
+            if timed and self.kinds[n] == TIMED and isinstance(v, Tensor) and not v.dim():
+                raise ValueError(
+                    f"{node.name} takes one number, {n.name}, of all samples of all steps, where the loop has one for "
+                    f"each step: unroll cannot take it apart. {self.reading}"
+                )
             return _repeated(v, self.T) if timed and self.kinds[n] == CONSTANT and isinstance(v, Tensor) else v
 
         if node.op == "get_attr":
@@ -268,5 +287,8 @@ class _Pass:
 
 
 def _unpacked(node: fx.Node) -> bool:
-    """Whether every use of a neuron's result takes one element of it."""
-    return all(n.op == "call_function" and n.target is operator.getitem for n in node.users)
+    """Whether every use of a neuron's result takes one element of it, counted from the front."""
+    return all(
+        n.op == "call_function" and n.target is operator.getitem and isinstance(n.args[1], int) and n.args[1] >= 0
+        for n in node.users
+    )

@@ -45,7 +45,9 @@ class Fused:
     def _plan(self) -> Any:
         found = self.__dict__.get("_snnfast_plan")
         if found is None or (type(found) is not str and found.stale(self)):
-            found = self.__dict__["_snnfast_plan"] = self.plan(self)
+            patched = [m for m in self.methods if m in self.__dict__ and m != "forward"]
+            found = f"{' and '.join(patched)} was set on the object" if patched else self.plan(self)
+            self.__dict__["_snnfast_plan"] = found
         return found
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -102,6 +104,10 @@ class Plan:
         self.calls: dict[float, Any] = {}  # onestep's, and the next one
         self.prepared: tuple[Any, Any, Any] | None = None
         self.own: tuple[Any, tuple[Tensor, ...]] | None = None  # parameters that are not learnt, and their source
+
+    def __deepcopy__(self, memo: Any) -> None:
+        """A copy of a neuron plans anew. :meth:`Fused.__reduce_ex__` is not asked where a parametrized neuron is
+        copied."""
 
     def watch(self, names: tuple[str, ...], tensors: Iterable[Tensor]) -> None:
         """More tensors whose values are read, by their names in the module."""
