@@ -8,7 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["MemoryModule", "StepModule"]
+from . import backends
+from ._arguments import check_steps
+
+__all__ = ["KernelModule", "MemoryModule", "StepModule"]
 
 
 class StepModule:
@@ -96,6 +99,7 @@ class MemoryModule(nn.Module, StepModule):
         return {
             name: value.detach() if isinstance(value, Tensor) and value.grad_fn is not None else value
             for name, value in self.__dict__.items()
+            if name != "_left"
         }
 
     def _apply(self, fn: Any, recurse: bool = True) -> MemoryModule:
@@ -123,3 +127,65 @@ class MemoryModule(nn.Module, StepModule):
 
     def extra_repr(self) -> str:
         return f"step_mode={self.step_mode}"
+
+
+class KernelModule(MemoryModule):
+    """What a neuron and the readout share: the potential ``v``, the backend, and the folded layout."""
+
+    v: Any  # a number or a tensor
+    _left: int = 0  # the id of the potential that the last call left
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._left = 0
+
+    @property
+    def backend(self) -> str:
+        """The backend's name; see :func:`snnfast.functional.set_backend`."""
+        return self._backend
+
+    @backend.setter
+    def backend(self, value: str) -> None:
+        self._backend = backends.check_name(value)
+
+    @property
+    def timesteps(self) -> int | None:
+        """``T`` of an input folded as ``[T * B, *]``, which implies multi-step mode; ``None`` for the other layouts."""
+        return self._timesteps
+
+    @timesteps.setter
+    def timesteps(self, value: int | None) -> None:
+        self._timesteps = None if value is None else check_steps("timesteps", value, ", or None")
+        if value is not None:
+            self.step_mode = "m"
+
+    @property
+    def step_mode(self) -> str:
+        """``'s'``: input ``[*]``, one time step a call; ``'m'``: input ``[T, *]``, all steps in one call."""
+        return self._step_mode
+
+    @step_mode.setter
+    def step_mode(self, value: str) -> None:
+        if value == "s" and self._timesteps is not None:
+            raise ValueError(
+                f"step_mode must be 'm' while timesteps={self._timesteps}, whose input [T * B, *] has all steps: set "
+                "timesteps = None first"
+            )
+        StepModule.step_mode.fset(self, value)  # type: ignore[attr-defined]
+
+    def _leave(self, v: Tensor) -> None:
+        """Keep the potential after a call."""
+        self.v = v
+        if not torch.compiler.is_compiling():
+            object.__setattr__(self, "_left", id(v))
+
+    def _refuse_to_go_on_in_backward(self) -> None:
+        """Raise where a checkpoint that knows nothing of states runs this again: from the potential of its own end."""
+        if torch.compiler.is_compiling():
+            return
+        if torch._C._current_graph_task_id() != -1 and id(self.v) == self._left:
+            raise RuntimeError(
+                "a snnfast neuron is run again in a backward pass, from the potential that the forward pass left: "
+                "gradients would be wrong. Use snnfast.checkpoint.checkpoint(module, x) in place of "
+                "torch.utils.checkpoint"
+            )

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from . import backends, constant_input, dynamics, functional, ops
-from ._arguments import check_steps, says_what_it_takes, without
-from .base import MemoryModule
+from ._arguments import says_what_it_takes, without
+from .base import KernelModule
 from .dynamics import Constants, Neuron, Parameters
 from .readout import LI
 from .surrogate import Sigmoid, SurrogateLike, is_fused, recognise
@@ -27,7 +27,7 @@ _STEPS = ("neuronal_charge", "neuronal_fire", "neuronal_reset", "single_step_fun
 _NOT_HERE = ("multi_step_functional_forward", "materialize_states")  # of SpikingJelly 2's neurons, not called here
 
 
-class BaseNode(MemoryModule):
+class BaseNode(KernelModule):
     """Base of all spiking neurons: charge, fire, reset at each time step, with the membrane potential ``v`` as state.
 
     Args:
@@ -60,7 +60,6 @@ class BaseNode(MemoryModule):
     """
 
     dynamics: ClassVar[Neuron | None] = None  # the registry's entry that the kernels run, None for the reference path
-    v: Any  # a number or a tensor
     _constant_input: Tensor | None = None  # what the next call repeats itself, if that is its input
     tau: float = 2.0
     decay_input: bool = True
@@ -98,8 +97,6 @@ class BaseNode(MemoryModule):
         if old_store_v_seq:
             raise TypeError(f"{type(self).__name__} got too many positional arguments: {old_store_v_seq}")
         functional.check_surrogate(surrogate_function)
-        if timesteps is not None:
-            timesteps = check_steps("timesteps", timesteps, ", or None")
         self.v_threshold = functional.check_number("v_threshold", v_threshold)
         self.v_reset = None if v_reset is None else functional.check_number("v_reset", v_reset)
         self.register_memory("v", 0.0 if self.v_reset is None else self.v_reset)
@@ -107,7 +104,8 @@ class BaseNode(MemoryModule):
         self.detach_reset = bool(detach_reset)
         self.backend = backend
         self.timesteps = timesteps
-        self.step_mode = step_mode if timesteps is None else "m"
+        if timesteps is None:
+            self.step_mode = step_mode
         self.store_v_seq = store_v_seq
 
     @property
@@ -119,15 +117,6 @@ class BaseNode(MemoryModule):
     def store_v_seq(self, value: bool) -> None:
         self._store_v_seq = bool(value)
         self.v_seq: Tensor | None = None
-
-    @property
-    def backend(self) -> str:
-        """The backend's name; see :func:`snnfast.functional.set_backend`."""
-        return self._backend
-
-    @backend.setter
-    def backend(self, value: str) -> None:
-        self._backend = backends.check_name(value)
 
     @property
     def supported_backends(self) -> tuple[str, ...]:
@@ -183,6 +172,7 @@ class BaseNode(MemoryModule):
         v = self.v
         if not isinstance(v, Tensor):
             return float(v)
+        self._refuse_to_go_on_in_backward()
         if v.shape != x_seq.shape[1:]:
             start = self._memory_reset_values["v"]
             return start if not isinstance(start, Tensor) else 0.0 if self.v_reset is None else self.v_reset
@@ -213,7 +203,8 @@ class BaseNode(MemoryModule):
             spikes.append(self._step(x))
             potentials.append(self.v)
         v_seq = torch.stack(potentials) if self._store_v_seq else None
-        s, self.v, v_seq = ops.guard(torch.stack(spikes).to(x_seq.dtype), self.v, v_seq)
+        s, v, v_seq = ops.guard(torch.stack(spikes).to(x_seq.dtype), self.v, v_seq)
+        self._leave(v)
         return s, v_seq
 
     def _decay(self, x_seq: Tensor) -> Tensor | None:
@@ -232,7 +223,7 @@ class BaseNode(MemoryModule):
             return self._own_steps(x_seq)
         # Past nn.Module's search for it, where it is a module.
         surrogate_function = self._modules.get("surrogate_function") or self.surrogate_function
-        s, self.v, v_seq = functional.multi_step(
+        s, v, v_seq = functional.multi_step(
             neuron,
             x_seq,
             self._state_for(x_seq),
@@ -246,6 +237,7 @@ class BaseNode(MemoryModule):
             store_v_seq=self._store_v_seq,
             backend=self._backend,
         )
+        self._leave(v)
         return s, v_seq
 
     def _constants(self, v_init: float) -> Constants:
@@ -274,7 +266,6 @@ class BaseNode(MemoryModule):
             type(self) in (IFNode, LIFNode, ParametricLIFNode)
             and "forward" not in self.__dict__
             and "multi_step_forward" not in self.__dict__
-            and self._step_mode == "m"
             and self.timesteps is not None
             and not any((self._forward_hooks, self._backward_hooks, self._backward_pre_hooks))
             and not any(ALL_MODULES_HOOKS)
@@ -291,7 +282,8 @@ class BaseNode(MemoryModule):
     def _run_constant(self, x: Tensor) -> Tensor:
         """``[B, *]``, the same at every step -> spikes ``[T * B, *]``."""
         v0, v_init, decay = self._state_and_decay(x.unsqueeze(0))
-        s, self.v = constant_input.multi_step(x, self.timesteps, v0, decay, self._constants(v_init))  # type: ignore[arg-type]
+        s, v = constant_input.multi_step(x, self._timesteps, v0, decay, self._constants(v_init))  # type: ignore[arg-type]
+        self._leave(v)
         self.v_seq = None
         return s.flatten(0, 1)
 
@@ -311,7 +303,7 @@ class BaseNode(MemoryModule):
             self._constant_input = None
             if constant is x_seq:
                 return self._run_constant(x_seq)
-        T = self.timesteps
+        T = self._timesteps
         functional.check_input("x_seq", x_seq, 1, folded=T is not None)
         own = type(self).single_step_forward is not BaseNode.single_step_forward
         if T is None:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 from torch import Tensor
 
-from . import backends, dynamics, functional
-from ._arguments import check_steps, says_what_it_takes
-from .base import MemoryModule
+from . import dynamics, functional
+from ._arguments import says_what_it_takes
+from .base import KernelModule
 from .surrogate import Rect
 
 __all__ = ["LI"]
@@ -17,7 +16,7 @@ __all__ = ["LI"]
 _NEVER = Rect()  # no neuron comes within its width of an infinite threshold
 
 
-class LI(MemoryModule):
+class LI(KernelModule):
     """Leaky integrator: a LIF neuron that never spikes and returns its potential, for the last layer of a network.
 
     ``v = v + (x - (v - v_reset)) / tau`` with ``decay_input``, else ``v = v - (v - v_reset) / tau + x``. All steps run
@@ -46,8 +45,6 @@ class LI(MemoryModule):
         tensor([0.5000, 0.7500, 0.8750])
     """
 
-    v: Any  # a number or a tensor
-
     @says_what_it_takes
     def __init__(
         self,
@@ -60,34 +57,25 @@ class LI(MemoryModule):
         timesteps: int | None = None,
     ) -> None:
         super().__init__()
-        if timesteps is not None:
-            timesteps = check_steps("timesteps", timesteps, ", or None")
         self.tau = functional.check_tau("tau", tau)
         self.decay_input = bool(decay_input)
         self.v_reset = functional.check_number("v_reset", v_reset)
         self.register_memory("v", self.v_reset)
         self.backend = backend
         self.timesteps = timesteps
-        self.step_mode = step_mode if timesteps is None else "m"
-
-    @property
-    def backend(self) -> str:
-        """The backend's name; see :func:`snnfast.functional.set_backend`."""
-        return self._backend
-
-    @backend.setter
-    def backend(self, value: str) -> None:
-        self._backend = backends.check_name(value)
+        if timesteps is None:
+            self.step_mode = step_mode
 
     def _integrate(self, x_seq: Tensor) -> Tensor:
         """``[T, *]`` -> potentials ``[T, *]``; updates ``self.v``."""
         v = self.v
         if isinstance(v, Tensor):
+            self._refuse_to_go_on_in_backward()
             if v.shape != x_seq.shape[1:]:
                 v = self.v_reset
             else:
                 v = v.to(device=x_seq.device, dtype=dynamics.state_dtype(x_seq.dtype))
-        _, self.v, v_seq = functional.multi_step(
+        _, v, v_seq = functional.multi_step(
             dynamics.LIF,
             x_seq,
             v,
@@ -101,6 +89,7 @@ class LI(MemoryModule):
             backend=self._backend,
         )
         assert v_seq is not None
+        self._leave(v)
         return v_seq
 
     def single_step_forward(self, x: Tensor) -> Tensor:
@@ -110,7 +99,7 @@ class LI(MemoryModule):
 
     def multi_step_forward(self, x_seq: Tensor) -> Tensor:
         """All time steps: ``[T, *]`` -> ``[T, *]``; with ``timesteps`` ``[T * B, *]`` -> ``[T * B, *]``."""
-        T = self.timesteps
+        T = self._timesteps
         functional.check_input("x_seq", x_seq, 1, folded=T is not None)
         if T is None:
             return self._integrate(x_seq)

@@ -13,6 +13,7 @@ from torch import nn
 
 import snnfast
 from snnfast import _notices, backends, functional, neuron, surrogate
+from snnfast.checkpoint import checkpoint
 
 NODES = {
     "IF": lambda **k: snnfast.IFNode(**k),
@@ -388,3 +389,74 @@ def test_reset_net_calls_whatever_needs_no_argument():
     functional.reset_net(torch.nn.ModuleList([wrapped, own, WithArgument()]))
     assert wrapped.done
     assert not own.count
+
+
+# ---- the folded layout ----
+@pytest.mark.parametrize("make", [snnfast.LIFNode, neuron.LI])
+def test_timesteps_and_step_mode_agree(make):
+    node = make(timesteps=4)
+    with pytest.raises(ValueError, match="step_mode must be 'm' while timesteps=4"):
+        node.step_mode = "s"
+    with pytest.raises(ValueError, match="set timesteps = None first"):
+        functional.set_step_mode(nn.Sequential(node), "s")
+    with pytest.raises(ValueError, match="timesteps must be a whole number from 1, or None, got 0"):
+        node.timesteps = 0
+    assert (node.timesteps, node.step_mode) == (4, "m")
+    node.timesteps = None
+    node.step_mode = "s"
+    node.timesteps = 2
+    assert node.step_mode == "m"
+    x = torch.rand(6, 3)
+    assert torch.equal(node(x), make(step_mode="m")(x.unflatten(0, (2, 3))).flatten(0, 1))
+
+
+# ---- run again in the backward pass ----
+def _spiking(*more):
+    torch.manual_seed(0)
+    readout = neuron.LI(timesteps=4)
+    return nn.Sequential(nn.Linear(5, 6), *more, snnfast.LIFNode(timesteps=4), nn.Linear(6, 2), readout)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("kind", ["plain", "readout", "fused", "own"])
+def test_a_checkpoint_that_knows_no_states_is_refused(kind, reentrant):
+    class Own(neuron.BaseNode):
+        def neuronal_charge(self, x):
+            self.v = self.v + x
+
+    net = {
+        "plain": _spiking,
+        "readout": lambda: nn.Sequential(nn.Linear(5, 2), neuron.LI(timesteps=4)),
+        "fused": lambda: _spiking(nn.BatchNorm1d(6)),
+        "own": lambda: nn.Sequential(nn.Linear(5, 2), Own(timesteps=4)),
+    }[kind]()
+    if kind == "fused":
+        assert len(snnfast.fuse(net).fused) == 1
+    x = torch.rand(8, 5, requires_grad=True)
+    y = torch.utils.checkpoint.checkpoint(net, x, use_reentrant=reentrant)
+    with pytest.raises(RuntimeError, match=r"Use snnfast\.checkpoint\.checkpoint"):
+        y.sum().backward()
+
+
+def test_checkpoints_that_start_from_the_right_state_run():
+    x = torch.rand(8, 5)
+    want = _spiking()
+    want(x).sum().backward()
+
+    def afresh(net):
+        def run(x):
+            functional.reset_net(net)
+            return net(x)
+
+        return torch.utils.checkpoint.checkpoint(run, x, use_reentrant=False)
+
+    def reset_before_backward(net):
+        y = torch.utils.checkpoint.checkpoint(net, x, use_reentrant=False)
+        functional.reset_net(net)
+        return y
+
+    for run in (afresh, reset_before_backward, lambda net: checkpoint(net, x)):
+        net = _spiking()
+        run(net).sum().backward()
+        for p, q in zip(net.parameters(), want.parameters(), strict=True):
+            assert torch.equal(p.grad, q.grad)

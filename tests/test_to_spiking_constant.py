@@ -86,9 +86,6 @@ def repeated(neuron, x):
 def test_a_constant_input_is_of_one_call():
     x = torch.rand(6, 33)
     neuron = first_neuron()
-    snnfast.functional.set_step_mode(neuron, "s")
-    assert neuron(x).shape == (T * 6, 33)  # repeated, in this mode one step
-    snnfast.functional.set_step_mode(neuron, "m")
     for other in (x.bfloat16(), x.double(), x):
         assert torch.equal(neuron(other).double(), repeated(neuron, other).double())
     neuron._takes_constant(x)  # a call that never came

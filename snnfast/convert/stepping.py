@@ -53,10 +53,10 @@ def refuse_wrapper(model: nn.Module) -> None:
 def refuse_multi_step(name: str, module: Any) -> None:
     """Raise if ``module`` has a step mode and is not in ``'s'``."""
     if getattr(module, "step_mode", "s") != "s":
-        raise ValueError(
-            f"{name} is in step mode {module.step_mode!r}: unroll takes a single-step model. Call "
-            "functional.set_step_mode(model, 's') first, or the model itself with [T, B, ...]"
-        )
+        remedy = "Call functional.set_step_mode(model, 's') first, or the model itself with [T, B, ...]"
+        if getattr(module, "timesteps", None) is not None:
+            remedy = f"With timesteps={module.timesteps} the model runs all of them in one call: call it itself"
+        raise ValueError(f"{name} is in step mode {module.step_mode!r}: unroll takes a single-step model. {remedy}")
 
 
 def run_over_time(

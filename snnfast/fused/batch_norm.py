@@ -184,7 +184,7 @@ def run(
     moves = norm.training and norm.track_running_stats and norm.running_mean is not None
     running = _running(norm, x_seq, groups) if moves else None
     v0, v_init, decay = neuron._state_and_decay(x_seq)
-    s, neuron.v, mean, var = batch_norm_multi_step(
+    s, v, mean, var = batch_norm_multi_step(
         x_seq,
         None if batch_statistics else norm.running_mean,
         None if batch_statistics else norm.running_var,
@@ -199,6 +199,7 @@ def run(
         running=running,
         constants=neuron._constants(v_init),
     )
+    neuron._leave(v)
     if moves and running is None:
         _move_running(norm, mean, var, x_seq.numel() // mean.numel())
     layout = _layout(norm, neuron)
