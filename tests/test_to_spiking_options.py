@@ -397,8 +397,22 @@ class Untraceable(nn.Module):
 class UntraceableFunctional(Untraceable):
     def forward(self, x):
         if x.sum() > 0:
-            x = x + 0
+            x = x.clamp(0, 1) + torch.clamp(x, min=-1)
         return F.relu(self.fc(x))
+
+
+class UntraceableClamps(Untraceable):
+    def __init__(self):
+        super().__init__()
+        self.act = F.relu
+
+    def forward(self, x):
+        told = """A text
+that begins to the left of the code"""
+        return self.by(x) if x.sum() > 0 and told else self.by(-x)
+
+    def by(self, x):
+        return torch.clip(nn.ReLU()(x), 0) + self.fc(x).clamp(0.0, 6.0)
 
 
 @pytest.mark.parametrize("before", [(), (nn.Linear(6, 6),), (nn.Linear(6, 6), nn.ReLU())], ids=len)
@@ -429,6 +443,8 @@ def test_an_activation_that_cannot_be_found_is_refused():
     message = r"model calls relu, line \d+ of '1' \(UntraceableFunctional\), whose forward torch.fx cannot follow"
     with pytest.raises(ValueError, match=message):
         snnfast.to_spiking(ann, T)
+    with pytest.raises(ValueError, match=r"calls relu, its act; clip, line \d+; clamp, line \d+; ReLU, line \d+ of '0'"):
+        snnfast.to_spiking(nn.Sequential(UntraceableClamps()), T)
 
 
 def test_other_refusals():

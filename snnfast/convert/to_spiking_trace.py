@@ -25,7 +25,7 @@ _TORCH, _HERE = (os.path.join(os.path.dirname(file), "") for file in (torch.__fi
 _RELU_FUNCTIONS = (F.relu, F.relu_, torch.relu, torch.relu_)
 _RELU_METHODS = ("relu", "relu_")
 _CLAMPS = (torch.clamp, torch.clamp_, torch.clip, torch.clip_)
-_CLAMP_METHODS = ("clamp", "clamp_", "clip", "clip_")
+_CLAMP_METHODS, _CLAMP_MIN_METHODS = ("clamp", "clamp_", "clip", "clip_"), ("clamp_min", "clamp_min_")
 _OTHER_NAMES = (
     "relu6", "gelu", "silu", "mish", "elu", "celu", "selu",
     "leaky_relu", "prelu", "rrelu", "hardtanh", "hardswish", "hardsigmoid",
@@ -192,7 +192,7 @@ def activation_of(thing: nn.Module | fx.Node) -> str | None:
         clamp = _clamp(thing, _CLAMPS, (torch.clamp_min, torch.clamp_min_))
         return RELU if thing.target in _RELU_FUNCTIONS else clamp or _OTHER_FUNCTIONS.get(thing.target)
     if thing.op == "call_method":
-        clamp = _clamp(thing, _CLAMP_METHODS, ("clamp_min", "clamp_min_"))
+        clamp = _clamp(thing, _CLAMP_METHODS, _CLAMP_MIN_METHODS)
         return RELU if thing.target in _RELU_METHODS else clamp or _OTHER_METHODS.get(str(thing.target))
     return None
 
@@ -244,9 +244,10 @@ def is_torch_leaf(module: nn.Module) -> bool:
 
 
 def functional_activations(module: nn.Module) -> list[str]:
-    """Activations that the source of an untraceable module calls as functions or methods, as ``name, line n``."""
-    found = []
-    names = {*_OTHER_METHODS, *_RELU_METHODS}
+    """Activations that the source of an untraceable module calls, no submodules of it, as ``name, line n``."""
+    known = dict.fromkeys(_RELU_FUNCTIONS, "relu") | _OTHER_FUNCTIONS
+    kept = {name: f for name, f in vars(module).items() if inspect.isroutine(f)}
+    found = [f"{known[f]}, its {name}" for name, f in kept.items() if f in known]
     for cls in type(module).__mro__:
         if cls.__module__.startswith("torch.") or cls is object:
             continue
@@ -255,19 +256,35 @@ def functional_activations(module: nn.Module) -> list[str]:
                 continue
             try:
                 lines, start = inspect.getsourcelines(function)
-            except (OSError, TypeError):
+                source = ast.parse(textwrap.dedent("".join(lines)))
+            except (OSError, TypeError, SyntaxError):
                 continue
-            for node in ast.walk(ast.parse(textwrap.dedent("".join(lines)))):
-                if not isinstance(node, ast.Call):
-                    continue
-                called = node.func
-                if isinstance(called, ast.Name) and called.id in names:
-                    found.append(f"{called.id}, line {start + node.lineno - 1}")
-                elif isinstance(called, ast.Attribute) and called.attr in names:
-                    of_self = isinstance(called.value, ast.Name) and called.value.id == "self"
-                    if not of_self and not _path_of_self(called.value):
-                        found.append(f"{called.attr}, line {start + node.lineno - 1}")
+            calls = [node for node in ast.walk(source) if isinstance(node, ast.Call)]
+            found += [f"{name}, line {start + call.lineno - 1}" for call in calls if (name := _activation_called(call))]
     return found
+
+
+def _activation_called(call: ast.Call) -> str | None:
+    """The activation that a call in a source is, if it is known by its name."""
+    called = call.func
+    if isinstance(called, ast.Call):  # nn.ReLU()(x)
+        name = _last_name(called.func)
+        return name if name in {RELU, *(c.__name__ for c in _OTHER_MODULES)} else None
+    name = _last_name(called)
+    if isinstance(called, ast.Attribute) and _path_of_self(called.value):
+        return None
+    if name in {*_OTHER_METHODS, *_RELU_METHODS}:
+        return name
+    if name not in {*_CLAMP_METHODS, *_CLAMP_MIN_METHODS}:
+        return None
+    of_torch = _last_name(getattr(called, "value", called)) in ("torch", name)
+    limits = dict(zip(("min", "max"), call.args[of_torch:], strict=False)) | {k.arg: k.value for k in call.keywords}
+    values = {k: v.value if isinstance(v, ast.Constant) else v for k, v in limits.items()}
+    return name if values.get("min") == 0 and values.get("max") in (None, 6) else None
+
+
+def _last_name(node: ast.expr) -> str:
+    return node.id if isinstance(node, ast.Name) else node.attr if isinstance(node, ast.Attribute) else ""
 
 
 def _path_of_self(node: ast.expr) -> bool:
