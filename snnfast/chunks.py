@@ -193,22 +193,22 @@ class _OfSpikingNetwork(_Run):
 
     def split(self, x: Tensor, chunk: int) -> list[tuple[int, Any]]:
         T = self.model.timesteps
-        if self.model.coding is None:
+        if self.model._coding is None:
             return [(min(chunk, T - start), x) for start in range(0, T, chunk)]
-        return [(len(part), part) for part in self.model.coding(x, T).split(chunk)]
+        return [(len(part), part) for part in self.model._coding(x, T).split(chunk)]
 
     def leading(self, steps: int, part: Tensor) -> list[tuple[int, ...]]:
-        batch = len(part) if self.model.coding is None else part.shape[1]
+        batch = len(part) if self.model._coding is None else part.shape[1]
         return [(steps, batch)]
 
     def finish(self, y: Any) -> Any:
-        return y if self.model.readout is None else self.model.readout(y)
+        return y if self.model._readout is None else self.model._readout(y)
 
     def settings(self, steps: int) -> Iterator[tuple[Any, str, Any]]:
         yield self.model, "_timesteps", steps
-        yield self.model, "readout", None
-        if self.model.coding is not None:
-            yield self.model, "coding", _coded
+        yield self.model, "_readout", None
+        if self.model._coding is not None:
+            yield self.model, "_coding", _coded
         yield from super().settings(steps)
         for module in self.hooked:
             yield module, "auto_reset", False

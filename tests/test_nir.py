@@ -267,9 +267,8 @@ def test_networks_made_spiking():
     temporal = converter.to_spiking(ann.double(), 4, tau=1.5, coding="temporal").eval()
     back = from_nir(to_nir(temporal, x.expand(4, *x.shape)), dtype=torch.float64)
     assert torch.allclose(spikes(back, x.expand(4, *x.shape)), expected, rtol=1e-9)
-    net.readout = lambda y: y.mean(0)
     with pytest.raises(ValueError, match="readout=None"):
-        to_nir(net, x)
+        to_nir(converter.to_spiking(ann, 4, readout=lambda y: y.mean(0)), x)
 
 
 def test_parametric_lif_is_written_with_its_time_constant():

@@ -149,6 +149,112 @@ def test_in_place(relu):
     check_equal(snnfast.to_spiking(ann, T), ann, 2 * torch.randn(B, 6).double(), by_hand)
 
 
+class InPlaceOperations(nn.Module):
+    """Tensors that are changed in place by more than activations, and used under their old names."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second, self.side = nn.Linear(6, 6), nn.Linear(6, 5), nn.Linear(6, 5)
+
+    def forward(self, x):
+        before = self.first(x)
+        before.mul_(2)
+        out = self.side(x)
+        same = out
+        out += 1.0
+        out.add_(self.second(F.relu(before)))
+        return out + same + self.second(before)
+
+
+def test_what_is_changed_in_place_before_and_after_there_is_time():
+    def by_hand(ann, x):
+        (n,), out = loops(1), []
+        for _ in range(T):
+            before = 2 * ann.first(x)
+            y = ann.side(x) + 1 + ann.second(n(before))
+            out.append(2 * y + ann.second(before))
+        return torch.stack(out)
+
+    ann = strong(InPlaceOperations())
+    check_equal(snnfast.to_spiking(ann, T), ann, torch.randn(B, 6).double(), by_hand)
+
+
+class Around(nn.Module):
+    """A block whose ReLU overwrites what the block gets, as the down convolutions of pix2pix do."""
+
+    def __init__(self, block):
+        super().__init__()
+        self.first, self.block = nn.Linear(6, 6), block
+
+    def forward(self, x):
+        x = self.first(x)
+        return torch.cat([x, self.block(x)], 1)
+
+
+class Overwriting(nn.Module):
+    def forward(self, x):
+        b = x.size(0)
+        return F.relu_(x).view(b, -1)
+
+
+@pytest.mark.parametrize("make", [lambda: nn.ReLU(True), lambda: nn.Sequential(nn.ReLU(True)), Overwriting])
+def test_a_block_that_overwrites_what_is_used_after_it_is_refused(make):
+    block = nn.Sequential(make(), nn.Linear(6, 6))
+    with pytest.raises(ValueError, match=r"must not use the input of 'block' \(Sequential\).* inplace=False"):
+        snnfast.to_spiking(Around(block), T)
+    snnfast.to_spiking(nn.Sequential(nn.Linear(6, 6), block), T)
+
+
+class MadeInForward(nn.Module):
+    """Layers that are no submodules: made at each call, and slices of a Sequential."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.layers = nn.Linear(6, 6), nn.Sequential(nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 6), nn.ReLU())
+
+    def forward(self, x):
+        y = self.layers[:2](nn.ReLU()(self.first(x)))
+        return self.first(torch.clip(self.first(self.layers[2:](y)).clip(0), min=0))
+
+
+def test_activations_that_are_no_submodules():
+    def by_hand(ann, x):
+        n, out = loops(5), []
+        for _ in range(T):
+            y = n[1](ann.layers[0](n[0](ann.first(x))))
+            out.append(ann.first(n[4](n[3](ann.first(n[2](ann.layers[2](y)))))))
+        return torch.stack(out)
+
+    ann = strong(MadeInForward())
+    check_equal(snnfast.to_spiking(ann, T), ann, 2 * torch.randn(B, 6).double(), by_hand)
+
+
+class TwoWays(nn.Module):
+    """The layers of a Sequential called one by one, and together."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(6, 6), nn.ReLU())
+
+    def forward(self, x):
+        y = x
+        for layer in self.layers:
+            y = layer(y)
+        return y + self.layers(x + 1)
+
+
+def test_a_sequential_called_in_two_ways():
+    def by_hand(ann, x):
+        a, b = loops(2)
+        return torch.stack([a(ann.layers[0](x)) + b(ann.layers[0](x + 1)) for _ in range(T)])
+
+    ann = strong(TwoWays())
+    net = snnfast.to_spiking(ann, T)
+    check_equal(net, ann, 2 * torch.randn(B, 6).double(), by_hand)
+    with pytest.raises(ValueError, match=r"'layers.1' .* called more than once"):
+        net.auto_reset = False
+
+
 class Shared(nn.Module):
     """One block for two layers."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import pickle
 
 import pytest
@@ -218,6 +219,56 @@ def test_parameters_of_neurons_are_on_the_models_device():
     assert {p.device.type for p in net.parameters()} == {"meta"}
 
 
+@dataclasses.dataclass
+class Output:
+    logits: torch.Tensor
+    loss: torch.Tensor
+    hidden: None = None
+
+
+class OwnNames(nn.Module):
+    """Layers of the names that the network's options have, and outputs of several kinds."""
+
+    def __init__(self):
+        super().__init__()
+        self.coding, self.readout = nn.Linear(6, 6), nn.Linear(6, 5)
+
+    def forward(self, x):
+        y = self.readout(F.relu(self.coding(x)))
+        return Output(y, y.square().mean()), {"loss": y.mean()}
+
+
+def test_layers_named_as_options_and_outputs_of_several_kinds():
+    ann = OwnNames()
+    x = 2 * torch.randn(B, 6)
+    out, more = snnfast.to_spiking(ann, T)(x)
+    assert out.logits.shape == (T, B, 5)
+    assert torch.equal(out.loss, out.logits.square().mean())
+    assert out.hidden is None
+    assert torch.allclose(more["loss"], out.logits.mean())
+    mean = snnfast.to_spiking(ann, T, readout=lambda y: y[0].logits.mean(0))(x)
+    assert torch.equal(mean, out.logits.mean(0))
+    ann.timesteps = 1000
+    with pytest.raises(ValueError, match=r"no attribute timesteps, .* got 1000"):
+        snnfast.to_spiking(ann, T)
+
+
+class WithIndices(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.pool, self.unpool, self.conv = nn.MaxPool2d(2, return_indices=True), nn.MaxUnpool2d(2), nn.Conv2d(2, 2, 1)
+
+    def forward(self, x):
+        x, places = self.pool(F.relu(self.conv(x)))
+        x, more = F.max_pool2d(x, 2, return_indices=True)
+        return self.unpool(F.max_unpool2d(x, more, 2), places)
+
+
+def test_pools_with_indices_stay_when_calibrated():
+    x = torch.rand(B, 2, 8, 8)
+    assert snnfast.to_spiking(WithIndices(), T, calibration=x)(x).shape == (T, B, 2, 8, 8)
+
+
 def test_readout():
     ann, x = small(), torch.randn(B, 6)
     net = snnfast.to_spiking(ann, T, readout=lambda y: y.mean(0))
@@ -242,6 +293,8 @@ class Helper(nn.Module):
         (nn.TransformerEncoderLayer(8, 2), "TransformerEncoderLayer at 'body.1'"),
         (Helper(F.silu), r"silu at 'body.1' \(Helper\), File .*test_to_spiking_options.py.*, line \d+"),
         (Helper(F.relu6), "relu6 at 'body.1'"),
+        (Helper(lambda x: x.clip(0, 6)), "relu6 at 'body.1'"),
+        (Helper(lambda x: torch.clamp(x, min=0.0, max=6.0)), "relu6 at 'body.1'"),
         (Helper(lambda x: x.tanh()), "tanh at 'body.1'"),
         (Helper(torch.sigmoid), "sigmoid at 'body.1'"),
         (Helper(torch.special.expit), "sigmoid at 'body.1'"),
@@ -344,8 +397,22 @@ class Untraceable(nn.Module):
 class UntraceableFunctional(Untraceable):
     def forward(self, x):
         if x.sum() > 0:
-            x = x + 0
+            x = x.clamp(0, 1) + torch.clamp(x, min=-1)
         return F.relu(self.fc(x))
+
+
+class UntraceableClamps(Untraceable):
+    def __init__(self):
+        super().__init__()
+        self.act = F.relu
+
+    def forward(self, x):
+        told = """A text
+that begins to the left of the code"""
+        return self.by(x) if x.sum() > 0 and told else self.by(-x)
+
+    def by(self, x):
+        return torch.clip(nn.ReLU()(x), 0) + self.fc(x).clamp(0.0, 6.0)
 
 
 @pytest.mark.parametrize("before", [(), (nn.Linear(6, 6),), (nn.Linear(6, 6), nn.ReLU())], ids=len)
@@ -376,6 +443,8 @@ def test_an_activation_that_cannot_be_found_is_refused():
     message = r"model calls relu, line \d+ of '1' \(UntraceableFunctional\), whose forward torch.fx cannot follow"
     with pytest.raises(ValueError, match=message):
         snnfast.to_spiking(ann, T)
+    with pytest.raises(ValueError, match=r"calls relu, its act; clip, line \d+; clamp, line \d+; ReLU, line \d+ of"):
+        snnfast.to_spiking(nn.Sequential(UntraceableClamps()), T)
 
 
 def test_other_refusals():

@@ -181,9 +181,11 @@ def _without_time(model: nn.Module, sample: Tensor) -> tuple[nn.Module, Tensor]:
     around = next((c for c in type(model).__mro__ if c.__name__ == "SpikingNetwork"), None)
     if around is None:
         return model, sample
-    if model.readout is not None:
-        raise ValueError("model cannot be written as NIR with its readout, which NIR has no node for; set readout=None")
-    temporal = getattr(model.coding, "__name__", "") == "temporal"
+    if model._readout is not None:
+        raise ValueError(
+            "model cannot be written as NIR with its readout, which NIR has no node for; convert it with readout=None"
+        )
+    temporal = getattr(model._coding, "__name__", "") == "temporal"
     return _WithoutTime(model, around), sample.flatten(0, 1) if temporal else sample
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -34,14 +35,14 @@ class SpikingNetwork:
     _at_input: bool
     _auto_reset: bool
     _untraced: tuple[str, ...]
-    coding: Coding | None
-    readout: Callable[[Tensor], Any] | None
+    _coding: Coding | None  # private, as the model may have a layer of this name
+    _readout: Callable[[Tensor], Any] | None
 
     def forward(self, x: Tensor) -> Any:
         """``[B, *]`` (``[T, B, *]`` with temporal coding) -> logits ``[T, B, C]``."""
         T = self._timesteps
-        if self.coding is not None:
-            x_seq = self.coding(x, T)
+        if self._coding is not None:
+            x_seq = self._coding(x, T)
             if x_seq.dim() < 2 or x_seq.shape[0] != T:
                 raise ValueError(f"coding must give [T, B, *] with T = {T}, got a tensor of shape {tuple(x_seq.shape)}")
             x = x_seq.flatten(0, 1)
@@ -52,7 +53,7 @@ class SpikingNetwork:
         # tensor where the first found a number; an exported program has nowhere to leave it.
         if _is_exporting() or (torch.compiler.is_compiling() and self._auto_reset):
             functional.reset_net(self)  # type: ignore[arg-type]
-        return y if self.readout is None else self.readout(y)
+        return y if self._readout is None else self._readout(y)
 
     @property
     def timesteps(self) -> int:
@@ -87,13 +88,15 @@ class SpikingNetwork:
 def _unfold(y: Any, T: int) -> Any:
     """``[T * B, *]`` -> ``[T, B, *]`` in whatever a model returns."""
     if isinstance(y, Tensor):
-        return y.unflatten(0, (T, -1))
+        return y.unflatten(0, (T, -1)) if y.dim() else y  # a loss has no time
     if isinstance(y, dict):
         return type(y)((k, _unfold(v, T)) for k, v in y.items())
     if isinstance(y, tuple) and hasattr(y, "_fields"):
         return type(y)(*(_unfold(v, T) for v in y))
     if isinstance(y, (tuple, list)):
         return type(y)(_unfold(v, T) for v in y)
+    if dataclasses.is_dataclass(y) and not isinstance(y, type):
+        return dataclasses.replace(y, **{f.name: _unfold(getattr(y, f.name), T) for f in dataclasses.fields(y)})
     return y
 
 
@@ -144,7 +147,8 @@ def to_spiking(
             Frontiers in Neuroscience 2017; start at ``θ / 2``: Bu et al., "Optimal ANN-SNN Conversion", ICLR 2022).
         percentile: of the activations of a layer, which becomes its threshold; 100 for their maximum.
         max_pool: ``'keep'``, the maximum at each step, which is a spike if there is one; ``'rates'``, spikes at the
-            largest rate of the window. By default ``'keep'``, or ``'rates'`` with ``calibration``.
+            largest rate of the window, save for pools that return indices. By default ``'keep'``, or ``'rates'`` with
+            ``calibration``.
         other_activations: what to do about GELU, SiLU, ReLU6, sigmoid and so on: ``'error'``, ``'keep'`` (at each
             step, as the gates of squeeze-and-excitation should be) or ``'replace'`` (by neurons; of these a calibrated
             network approximates ReLU6 only, a neuron's rate being limited as well). LSTM, GRU, RNN and their cells
@@ -177,6 +181,10 @@ def to_spiking(
                 "snnfast.accelerate runs the neurons of other libraries as they are"
             )
     timesteps = check_steps("timesteps", timesteps)
+    if getattr(model, "timesteps", timesteps) != timesteps:
+        raise ValueError(
+            f"model must have no attribute timesteps, which is the network's, got {model.timesteps!r} there; rename it"
+        )
     _check_choice("other_activations", other_activations, ("error", "keep", "replace"))
     max_pool = max_pool or ("keep" if calibration is None else "rates")
     _check_choice("max_pool", max_pool, ("keep", "rates"))
@@ -220,13 +228,13 @@ def to_spiking(
     net.__class__ = with_mixin(type(net), SpikingNetwork)
     net._untraced = tuple(converter.untraced)
     net._at_input, net._auto_reset = at_input, True
-    net.coding, net.readout = None, None
+    net._coding, net._readout = None, None
     net._timesteps = timesteps if calibration is None else 1
     if calibration is not None:
         _calibrate(net, calibration)
         _place_neurons(net, lambda: _new_neuron(neuron, timesteps, neuron_kwargs))
         net.timesteps = timesteps
-    net.coding, net.readout = found_coding, readout
+    net._coding, net._readout = found_coding, readout
     return net
 
 

@@ -33,6 +33,7 @@ from .to_spiking_layers import (
     stand_in,
 )
 from .to_spiking_trace import (
+    PLAIN,
     RELU,
     VALUE,
     Untraceable,
@@ -81,8 +82,9 @@ class Converter:
         self.pool_rates = pool_rates
         self.untraced: list[str] = []
         self.kept: list[str] = []
-        self.neurons: set[nn.Module] = set()
+        self.neurons: dict[nn.Module, bool] = {}  # and whether they repeat their input
         self.in_place: set[nn.Module] = set()  # those of the neurons that stand for a ReLU(inplace=True)
+        self.overwriting: set[nn.Module] = set()  # modules with such a neuron for their input
         self._added: set[nn.Module] = set()
         self._replaced: list[nn.Module] = []  # kept alive: the visits below go by identity
         self._visits: dict[nn.Module, tuple[int, int, int, dict[str, Any]]] = {}  # status in, out, changes, arguments
@@ -122,8 +124,10 @@ class Converter:
         started = self._changes
         if type(module).forward is nn.Sequential.forward:
             out = status
-            for name in module._modules:
+            for i, name in enumerate(module._modules):
                 out = self._slot(module, name, _join(path, name), out)
+                if i == 0 and self._overwrites(module._modules[name]):
+                    self.overwriting.add(module)
         elif is_torch_leaf(module):
             out = status
         else:
@@ -142,7 +146,10 @@ class Converter:
         if child is None or child in self._added:
             return status
         if child in self.neurons:  # the same Sequential's slot, met again through another path
-            raise NeedsTime
+            if self.neurons[child] or status != DYNAMIC:
+                raise NeedsTime
+            self.untraced.append(f"{place(path, child)} is called more than once in a forward")
+            return DYNAMIC
         name_of_activation = activation_of(child)
         if name_of_activation is not None:
             if not self._wanted(name_of_activation, place(path, child)):
@@ -154,6 +161,9 @@ class Converter:
             self._put(parent, name, swapped)
             return status
         return self.convert(child, path, status, {} if call is None else given_in(call, child))
+
+    def _overwrites(self, child: nn.Module | None) -> bool:
+        return child in self.in_place or child in self.overwriting
 
     def _put(self, parent: nn.Module, name: str, module: nn.Module) -> None:
         old = parent._modules.get(name)
@@ -171,7 +181,7 @@ class Converter:
         neuron = self.make_neuron(repeats)
         if isinstance(neuron, Observer):
             neuron.limit = limit
-        self.neurons.add(neuron)
+        self.neurons[neuron] = repeats
         return neuron
 
     def _add(self, module: nn.Module) -> nn.Module:
@@ -208,7 +218,7 @@ class Converter:
             return self._add(Dropout(module.p, DROPOUTS[type(module)], self.timesteps))  # type: ignore[arg-type,index]
         if type(module).__name__ in STOCHASTIC_DEPTHS and not list(module.children()):
             return self._add(DropPath(module, self.timesteps))
-        if self.pool_rates and type(module) in POOLS:
+        if self.pool_rates and type(module) in POOLS and not module.return_indices:
             return self._add(MaxPoolOfRates(module, self.timesteps))
         return None
 
@@ -290,6 +300,10 @@ class _Walk:
             elif self._is_site(node):
                 self._exchange(node, inputs)
             else:
+                x = next(iter(node.all_input_nodes), None)
+                if x is not None and not is_shape(x) and is_in_place(self._called(node)):
+                    self._overwritten(x, node)
+                node.target = PLAIN.get(node.target, node.target)  # a neuron may have kept x for its backward
                 if inputs == DYNAMIC:
                     self._give_time(node)
                 self.status[node] = self._call(node, inputs)
@@ -298,9 +312,12 @@ class _Walk:
     def _child(self, node: fx.Node) -> nn.Module:
         return self.module.get_submodule(str(node.target))
 
+    def _called(self, node: fx.Node) -> nn.Module | fx.Node:
+        return self._child(node) if node.op == "call_module" else node
+
     def _is_site(self, node: fx.Node) -> bool:
         """Whether a neuron takes the place of this call."""
-        thing = self._child(node) if node.op == "call_module" else node
+        thing = self._called(node)
         if thing in self.converter.neurons:
             return True
         activation = activation_of(thing)
@@ -312,7 +329,7 @@ class _Walk:
 
     def _exchange(self, node: fx.Node, inputs: int) -> None:
         """A neuron of its own for one call of an activation."""
-        thing = self._child(node) if node.op == "call_module" else node
+        thing = self._called(node)
         in_place = thing in self.converter.in_place or is_in_place(thing)
         if self.count == len(self.sites):
             self.sites.append(self._new_neuron(node, inputs != DYNAMIC))
@@ -330,13 +347,20 @@ class _Walk:
             self.changed = True
         self.status[new] = DYNAMIC
         if in_place and isinstance(x, fx.Node):
-            for user in [u for u in x.users if u is not new and u > new]:
-                user.replace_input_with(x, new)
-                self.changed = True
+            if x.op == "placeholder":
+                self.converter.overwriting.add(self.module)
+            self.changed |= self._overwritten(x, new)
+
+    def _overwritten(self, x: fx.Node, by: fx.Node) -> bool:
+        """Let later users of ``x``, which the call ``by`` overwrote, take its result; whether there are any."""
+        later = [u for u in x.users if u is not by and u > by]
+        for user in later:
+            user.replace_input_with(x, by)
+        return bool(later)
 
     def _new_neuron(self, node: fx.Node, repeats: bool) -> tuple[str, bool]:
         converter = self.converter
-        thing = self._child(node) if node.op == "call_module" else node
+        thing = self._called(node)
         limit = limit_of(thing, activation_of(thing))
         if node.op == "call_module":
             prefix, _, name = str(node.target).rpartition(".")
@@ -354,10 +378,23 @@ class _Walk:
         if node.op == "call_module":
             prefix, _, name = str(node.target).rpartition(".")
             owner = self.module.get_submodule(prefix)
-            return self.converter._slot(owner, name, _join(self.path, str(node.target)), status, node)
-        if node.op == "call_function" and status == DYNAMIC:
+            status = self.converter._slot(owner, name, _join(self.path, str(node.target)), status, node)
+            if self._child(node) in self.converter.overwriting:
+                self._check_unused(node.all_input_nodes[0], node)
+        elif node.op == "call_function" and status == DYNAMIC:
             self._swap_function(node)
         return status
+
+    def _check_unused(self, x: fx.Node, call: fx.Node) -> None:
+        """``x`` goes into a module that overwrites it by spikes, of which nothing outside can know."""
+        if x.op == "placeholder":
+            self.converter.overwriting.add(self.module)
+        if any(u > call and not is_shape(u) for u in x.users):
+            where = place(_join(self.path, str(call.target)), self._child(call), call)
+            raise ValueError(
+                f"model must not use the input of {where} after that call, since a ReLU in there overwrites it; give "
+                "the ReLU inplace=False, or call it before, outside that module, if its result is what is used"
+            )
 
     def _swap_function(self, node: fx.Node) -> None:
         """A functional dropout or max-pooling, where there is time."""
@@ -384,15 +421,15 @@ class _Walk:
         """Repeat the static inputs of a node that has dynamic ones too."""
         for x in node.all_input_nodes:
             if self.status[x] == STATIC:
-                node.replace_input_with(x, self._twin(x))
+                node.replace_input_with(x, self._twin(x, node))
                 self.changed = True
 
-    def _twin(self, x: fx.Node) -> fx.Node:
-        """A static value as it is with time; a batch size, say, is that of the repeated tensor."""
+    def _twin(self, x: fx.Node, user: fx.Node) -> fx.Node:
+        """A static value as it is with time, where ``user`` wants it; a batch size is that of the repeated tensor."""
         if x not in self.twins:
-            with self.graph.inserting_after(x):
+            with self.graph.inserting_before(user):
                 if is_shape(x):
-                    by_input = {n: self._twin(n) if self.status[n] == STATIC else n for n in x.all_input_nodes}
+                    by_input = {n: self._twin(n, user) if self.status[n] == STATIC else n for n in x.all_input_nodes}
                     twin = self.graph.node_copy(x, by_input.__getitem__)
                 else:
                     twin = self.graph.call_module(self._added("repeat", Repeat(self.converter.timesteps)), (x,))

@@ -245,5 +245,7 @@ def stand_in(function: Any, args: Any, kwargs: Any, timesteps: int, pool_rates: 
     if "Adaptive" in kind.__name__:
         order = ("input", "output_size", "return_indices")
     given = dict(zip(order, args, strict=False)) | dict(kwargs)
+    if given.get("return_indices"):
+        return None
     known = inspect.signature(kind.__init__).parameters
     return MaxPoolOfRates(kind(**{k: v for k, v in given.items() if k in known}), timesteps)

@@ -6,6 +6,7 @@ import ast
 import builtins
 import contextlib
 import inspect
+import operator
 import os
 import textwrap
 from collections.abc import Iterator
@@ -23,6 +24,8 @@ VALUE = object()  # stands for an argument that is computed
 _TORCH, _HERE = (os.path.join(os.path.dirname(file), "") for file in (torch.__file__, __file__))
 _RELU_FUNCTIONS = (F.relu, F.relu_, torch.relu, torch.relu_)
 _RELU_METHODS = ("relu", "relu_")
+_CLAMPS = (torch.clamp, torch.clamp_, torch.clip, torch.clip_)
+_CLAMP_METHODS, _CLAMP_MIN_METHODS = ("clamp", "clamp_", "clip", "clip_"), ("clamp_min", "clamp_min_")
 _OTHER_NAMES = (
     "relu6", "gelu", "silu", "mish", "elu", "celu", "selu",
     "leaky_relu", "prelu", "rrelu", "hardtanh", "hardswish", "hardsigmoid",
@@ -36,7 +39,7 @@ _OTHER_FUNCTIONS = {
     for suffix in ("", "_")
     if hasattr(place, name + suffix)
 } | {torch.special.expit: "sigmoid"}
-_OTHER_METHODS = {name + suffix for name in _OTHER_NAMES for suffix in ("", "_")}
+_OTHER_METHODS = {name + suffix: name for name in _OTHER_NAMES for suffix in ("", "_")}
 _OTHER_MODULES = (
     nn.ReLU6, nn.GELU, nn.SiLU, nn.Mish, nn.ELU, nn.CELU, nn.SELU, nn.LeakyReLU, nn.PReLU, nn.RReLU, nn.Hardtanh,
     nn.Hardswish, nn.Hardsigmoid, nn.Softplus, nn.Softsign, nn.Tanhshrink, nn.LogSigmoid, nn.Sigmoid, nn.Tanh, nn.GLU,
@@ -50,8 +53,25 @@ class Untraceable(Exception):
     """torch.fx cannot follow a ``forward``, for the reason given."""
 
 
+class _Proxy(fx.Proxy):
+    """One that tells ``x += y`` from ``x = x + y``: what ``x`` was called besides is the sum as well."""
+
+
+PLAIN = {operator.iadd: operator.add, operator.isub: operator.sub, operator.imul: operator.mul}
+PLAIN |= {operator.itruediv: operator.truediv, operator.ipow: operator.pow}
+for _function in PLAIN:
+
+    def _in_place(self: _Proxy, other: Any, function: Any = _function) -> Any:
+        return self.tracer.create_proxy("call_function", function, (self, other), {})
+
+    setattr(_Proxy, f"__{_function.__name__}__", _in_place)
+
+
 class _Tracer(fx.Tracer):
     """One module's own forward; every module that it calls is a leaf."""
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        return _Proxy(node, self)
 
     def __init__(self, of_buffers: bool) -> None:
         super().__init__()
@@ -60,6 +80,13 @@ class _Tracer(fx.Tracer):
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return True
+
+    def call_module(self, m: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
+        try:
+            self.path_of_module(m)
+        except NameError:  # made in the forward, as nn.ReLU()(x) and a slice of a Sequential are: no place to put it
+            return forward(*args, **kwargs)
+        return super().call_module(m, forward, args, kwargs)
 
 
 def given_in(call: fx.Node, module: nn.Module) -> dict[str, Any]:
@@ -162,33 +189,37 @@ def activation_of(thing: nn.Module | fx.Node) -> str | None:
             return None
         return next(c.__name__ for c in type(thing).__mro__ if c.__module__.startswith("torch."))
     if thing.op == "call_function":
-        if thing.target in _RELU_FUNCTIONS or _is_clamp(thing, (torch.clamp, torch.clamp_), (torch.clamp_min,)):
-            return RELU
-        return _OTHER_FUNCTIONS.get(thing.target)
+        clamp = _clamp(thing, _CLAMPS, (torch.clamp_min, torch.clamp_min_))
+        return RELU if thing.target in _RELU_FUNCTIONS else clamp or _OTHER_FUNCTIONS.get(thing.target)
     if thing.op == "call_method":
-        if thing.target in _RELU_METHODS or _is_clamp(thing, ("clamp", "clamp_"), ("clamp_min", "clamp_min_")):
-            return RELU
-        return str(thing.target) if thing.target in _OTHER_METHODS else None
+        clamp = _clamp(thing, _CLAMP_METHODS, _CLAMP_MIN_METHODS)
+        return RELU if thing.target in _RELU_METHODS else clamp or _OTHER_METHODS.get(str(thing.target))
     return None
 
 
-def _is_clamp(node: fx.Node, both: tuple[Any, ...], below: tuple[Any, ...]) -> bool:
-    """Whether ``node`` clamps at 0 from below only, which is a ReLU by another name."""
+def _clamp(node: fx.Node, both: tuple[Any, ...], below: tuple[Any, ...]) -> str | None:
+    """What a clamp at 0 from below is another name for: a ReLU, or with 6 from above a ReLU6."""
     if node.target not in (*both, *below):
-        return False
+        return None
     low = node.args[1] if len(node.args) > 1 else node.kwargs.get("min")
     high = node.args[2] if len(node.args) > 2 else node.kwargs.get("max")
-    return isinstance(low, (int, float)) and low == 0 and high is None
+    if not isinstance(low, (int, float)) or low != 0:
+        return None
+    return RELU if high is None else "relu6" if isinstance(high, (int, float)) and high == 6 else None
 
 
 def is_in_place(thing: nn.Module | fx.Node) -> bool:
-    """Whether an activation overwrites its input."""
+    """Whether a call overwrites its input."""
     if isinstance(thing, nn.Module):
         return bool(getattr(thing, "inplace", False))
     if thing.op == "call_method":
-        return str(thing.target).endswith("_")
+        return str(thing.target).endswith("_") and not str(thing.target).endswith("__")
     name = getattr(thing.target, "__name__", "")
-    return name.endswith("_") or bool(thing.kwargs.get("inplace", len(thing.args) > 1 and thing.args[1] is True))
+    if thing.target in PLAIN or (name.endswith("_") and not name.endswith("__")):
+        return True
+    if "inplace" in thing.kwargs or activation_of(thing) is None:
+        return bool(thing.kwargs.get("inplace"))
+    return len(thing.args) > 1 and thing.args[-1] is True
 
 
 def is_shape(node: Any) -> bool:
@@ -213,9 +244,10 @@ def is_torch_leaf(module: nn.Module) -> bool:
 
 
 def functional_activations(module: nn.Module) -> list[str]:
-    """Activations that the source of an untraceable module calls as functions or methods, as ``name, line n``."""
-    found = []
-    names = {*_OTHER_METHODS, *_RELU_METHODS}
+    """Activations that the source of an untraceable module calls, no submodules of it, as ``name, line n``."""
+    known = dict.fromkeys(_RELU_FUNCTIONS, "relu") | _OTHER_FUNCTIONS
+    kept = {name: f for name, f in vars(module).items() if inspect.isroutine(f)}
+    found = [f"{known[f]}, its {name}" for name, f in kept.items() if f in known]
     for cls in type(module).__mro__:
         if cls.__module__.startswith("torch.") or cls is object:
             continue
@@ -224,19 +256,35 @@ def functional_activations(module: nn.Module) -> list[str]:
                 continue
             try:
                 lines, start = inspect.getsourcelines(function)
-            except (OSError, TypeError):
+                source = ast.parse(textwrap.dedent("".join(lines)))
+            except (OSError, TypeError, SyntaxError):
                 continue
-            for node in ast.walk(ast.parse(textwrap.dedent("".join(lines)))):
-                if not isinstance(node, ast.Call):
-                    continue
-                called = node.func
-                if isinstance(called, ast.Name) and called.id in names:
-                    found.append(f"{called.id}, line {start + node.lineno - 1}")
-                elif isinstance(called, ast.Attribute) and called.attr in names:
-                    of_self = isinstance(called.value, ast.Name) and called.value.id == "self"
-                    if not of_self and not _path_of_self(called.value):
-                        found.append(f"{called.attr}, line {start + node.lineno - 1}")
+            calls = [node for node in ast.walk(source) if isinstance(node, ast.Call)]
+            found += [f"{name}, line {start + call.lineno - 1}" for call in calls if (name := _activation_called(call))]
     return found
+
+
+def _activation_called(call: ast.Call) -> str | None:
+    """The activation that a call in a source is, if it is known by its name."""
+    called = call.func
+    if isinstance(called, ast.Call):  # nn.ReLU()(x)
+        name = _last_name(called.func)
+        return name if name in {RELU, *(c.__name__ for c in _OTHER_MODULES)} else None
+    name = _last_name(called)
+    if isinstance(called, ast.Attribute) and _path_of_self(called.value):
+        return None
+    if name in {*_OTHER_METHODS, *_RELU_METHODS}:
+        return name
+    if name not in {*_CLAMP_METHODS, *_CLAMP_MIN_METHODS}:
+        return None
+    of_torch = _last_name(getattr(called, "value", called)) in ("torch", name)
+    limits = dict(zip(("min", "max"), call.args[of_torch:], strict=False)) | {k.arg: k.value for k in call.keywords}
+    values = {k: v.value if isinstance(v, ast.Constant) else v for k, v in limits.items()}
+    return name if values.get("min") == 0 and values.get("max") in (None, 6) else None
+
+
+def _last_name(node: ast.expr) -> str:
+    return node.id if isinstance(node, ast.Name) else node.attr if isinstance(node, ast.Attribute) else ""
 
 
 def _path_of_self(node: ast.expr) -> bool:
