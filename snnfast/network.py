@@ -121,6 +121,7 @@ def detach_net(net: nn.Module) -> None:
     """Cut the autograd history of every state in ``net``, snnTorch's and sinabs' neurons included, and keep its value
     (truncated BPTT)."""
     _check_net(net)
+    module: Any
     for module in net.modules():
         if _their_library(module) is not None:  # snnTorch's own detach() without arguments does nothing
             for name, state in module._buffers.items():
