@@ -345,6 +345,66 @@ def test_neurons_with_hooks_and_without_a_fused_form_are_stepped():
     assert seen == [(3, 6)] * 14
 
 
+class ForwardOfItsOwn(snnfast.LIFNode):
+    def forward(self, x):
+        return super().forward(3 * x)
+
+
+class TheirsWithForward(sj.LIFNode):
+    def forward(self, x):
+        return super().forward(3 * x)
+
+
+class TheirsWithStep(sj.LIFNode):
+    def single_step_forward(self, x):
+        return super().single_step_forward(3 * x)
+
+
+class TheirsWithFunctionalStep(sj.LIFNode):
+    def single_step_functional_forward(self, inputs, states, **keywords):
+        return super().single_step_functional_forward((3 * inputs[0],), states, **keywords)
+
+
+class Memory(snnfast.base.MemoryModule):
+    def __init__(self):
+        super().__init__()
+        self.register_memory("v", 0.0)
+
+    def forward(self, x):
+        self.v = 0.5 * self.v + x
+        return self.v
+
+
+def patched(node):
+    forward = node.forward
+    node.forward = lambda x: forward(3 * x)
+    return node
+
+
+def patched_and_converted():
+    leaky = snntorch.Leaky(beta=0.5, init_hidden=True)
+    snnfast.accelerate(leaky)
+    return patched(leaky)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        ForwardOfItsOwn,
+        TheirsWithForward,
+        TheirsWithStep,
+        TheirsWithFunctionalStep,
+        Memory,
+        lambda: patched(snnfast.LIFNode()),
+        patched_and_converted,
+    ],
+)
+@pytest.mark.parametrize("alone", [False, True])
+def test_a_neuron_whose_step_a_subclass_changes_is_stepped(make, alone):
+    model, other = (make() if alone else nn.Sequential(make()) for _ in range(2))
+    assert_unrolls(model, torch.randn(5, 3, 6), unrolled=other)
+
+
 def test_the_state_goes_on_as_in_the_loop():
     model = exact(nn.Sequential(nn.Linear(6, 6), snnfast.LIFNode()))
     x = sixteenths(torch.randn(8, 3, 6) * 2)
