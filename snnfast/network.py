@@ -103,36 +103,32 @@ def _needs_nothing(method: Callable[..., Any]) -> bool:
     return all(p.default is not inspect.Parameter.empty or p.kind in kinds for p in parameters)
 
 
-def _their_reset(module: nn.Module) -> Any:
-    library = _library_with_resets(module)
-    return getattr(module, _THEIR_RESETS[library], None) if library else None
-
-
-def _library_with_resets(module: nn.Module) -> str:
+def _their_library(module: nn.Module) -> str | None:
+    """The package of a neuron that keeps its state in buffers."""
     for cls in type(module).__mro__[:-1]:  # torch.compile before 2.8 cannot look at object
         package = cls.__module__.partition(".")[0]
         if package in _THEIR_RESETS:
             return package
-    return ""
+    return None
+
+
+def _their_reset(module: nn.Module) -> Any:
+    library = _their_library(module)
+    return None if library is None else getattr(module, _THEIR_RESETS[library], None)
 
 
 def detach_net(net: nn.Module) -> None:
-    """Cut the autograd history of every state in ``net`` and keep its value (truncated BPTT).
-
-    Of snnTorch's and sinabs' neurons too, which keep theirs in buffers.
-
-    Raises:
-        TypeError: ``net`` is not a module.
-    """
+    """Cut the autograd history of every state in ``net``, snnTorch's and sinabs' neurons included, and keep its value
+    (truncated BPTT)."""
     _check_net(net)
+    module: Any
     for module in net.modules():
-        if _library_with_resets(module):
-            for holder in (module._buffers, module.__dict__):
-                for name, t in holder.items():
-                    if isinstance(t, Tensor) and t.grad_fn is not None:
-                        holder[name] = t.detach()
+        if _their_library(module) is not None:  # snnTorch's own detach() without arguments does nothing
+            for name, state in module._buffers.items():
+                if state is not None and state.grad_fn is not None:
+                    module._buffers[name] = state.detach()
         elif hasattr(module, "detach"):
-            module.detach()  # type: ignore[operator]
+            module.detach()
 
 
 def copy_of(model: nn.Module, memo: dict[int, Any] | None = None) -> Any:

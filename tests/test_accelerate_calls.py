@@ -332,37 +332,3 @@ def test_the_repr_tells_a_converted_neuron():
         assert "accelerated by snnfast" in repr(net.to("meta"))
         snnfast.restore(net)
         assert "accelerated" not in repr(net)
-
-
-# ---- truncated backpropagation ----
-def snntorch_neuron(name):
-    def make():
-        snntorch = pytest.importorskip("snntorch", reason="snntorch is not installed")
-        return getattr(snntorch, name)(beta=0.9, init_hidden=True, **({"alpha": 0.8} if name == "Synaptic" else {}))
-
-    return make
-
-
-def sinabs_neuron(name):
-    def make():
-        layers = pytest.importorskip("sinabs.layers", reason="sinabs is not installed")
-        return layers.LIFSqueeze(tau_mem=9.0, batch_size=2) if name == "LIF" else layers.IAFSqueeze(batch_size=2)
-
-    return make
-
-
-@pytest.mark.parametrize("accelerated", [False, True])
-@pytest.mark.parametrize(
-    "make", [snntorch_neuron("Leaky"), snntorch_neuron("Synaptic"), sinabs_neuron("LIF"), sinabs_neuron("IAF")]
-)
-def test_detach_net_cuts_the_history_of_other_libraries_neurons(make, accelerated):
-    linear, neuron = nn.Linear(3, 4), make()
-    if accelerated:
-        assert snnfast.accelerate(neuron).replaced
-    x = torch.rand(10, 3) * 3
-    neuron(linear(x)).sum().backward()
-    before = [b.clone() for b in neuron.buffers()]
-    snnfast.functional.detach_net(neuron)
-    assert all(torch.equal(a, b) for a, b in zip(before, neuron.buffers(), strict=True))
-    assert not any(b.requires_grad for b in neuron.buffers())
-    neuron(linear(x)).sum().backward()

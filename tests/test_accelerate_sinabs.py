@@ -151,6 +151,18 @@ def test_its_own_reset_state_dict_and_back():
     assert type(net[1]) is sl.LIF
 
 
+@pytest.mark.parametrize("accelerated", [False, True])
+@pytest.mark.parametrize("tau_syn", [None, 3.0])
+def test_detach_net_cuts_the_history(accelerated, tau_syn):
+    net = nn.Sequential(nn.Linear(6, 4), sl.LIF(tau_mem=5.0, tau_syn=tau_syn))
+    if accelerated:
+        snnfast.accelerate(net)
+    for x in torch.randn(3, 2, 5, 6):
+        net(x).sum().backward()
+        snnfast.functional.detach_net(net)
+        assert not net[1].v_mem.requires_grad
+
+
 def test_a_learnt_threshold_and_other_dtypes_run_its_own_code():
     plain, fast = sl.LIF(tau_mem=5.0), sl.LIF(tau_mem=5.0)
     snnfast.accelerate(fast)

@@ -189,6 +189,28 @@ def test_its_own_reset_works_before_and_after():
     snntorch.Leaky.detach_hidden()
 
 
+@pytest.mark.parametrize("accelerated", [False, True])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: snntorch.Leaky(beta=0.5, init_hidden=True),
+        lambda: snntorch.Synaptic(alpha=0.5, beta=0.5, init_hidden=True),
+        lambda: snntorch.RLeaky(beta=0.5, V=0.5, all_to_all=False, init_hidden=True),
+    ],
+    ids=("Leaky", "Synaptic", "RLeaky"),
+)
+def test_detach_net_cuts_the_history_and_keeps_the_state(make, accelerated):
+    net = nn.Sequential(nn.Linear(6, 4), make())
+    if accelerated:
+        snnfast.accelerate(net)
+    for x in torch.randn(3, 2, 6):
+        net(x).sum().backward()
+        before = net[1].mem.clone()
+        snnfast.functional.detach_net(net)
+        assert not net[1].mem.requires_grad
+        assert torch.equal(net[1].mem, before)
+
+
 def test_new_shapes_start_from_zero_and_a_wrong_call_raises_as_before():
     fast, plain = snntorch.Leaky(beta=0.9), snntorch.Leaky(beta=0.9)
     snnfast.accelerate(fast)

@@ -285,10 +285,9 @@ def test_modes_that_forward_sets(mode, outer, constant):
     assert (model.a.weight.grad is None) == (other.a.weight.grad is None) == (mode is torch.no_grad)
 
 
-def test_a_folded_neuron_that_was_set_to_one_step():
-    model = nn.Sequential(snnfast.IFNode(timesteps=2))
-    snnfast.functional.set_step_mode(model, "s")
-    assert_unrolls(model, torch.rand(4, 3, 6))
+def test_a_folded_neuron_is_refused_with_what_to_call():
+    with pytest.raises(ValueError, match="With timesteps=2 the model runs all of them in one call: call it itself"):
+        snnfast.unroll(nn.Sequential(snnfast.IFNode(timesteps=2)), torch.rand(4, 3, 6))
 
 
 @torch.inference_mode()
@@ -343,6 +342,66 @@ def test_neurons_with_hooks_and_without_a_fused_form_are_stepped():
     x = sixteenths(torch.randn(7, 3, 6) * 4)
     assert_unrolls(model, x)
     assert seen == [(3, 6)] * 14
+
+
+class ForwardOfItsOwn(snnfast.LIFNode):
+    def forward(self, x):
+        return super().forward(3 * x)
+
+
+class TheirsWithForward(sj.LIFNode):
+    def forward(self, x):
+        return super().forward(3 * x)
+
+
+class TheirsWithStep(sj.LIFNode):
+    def single_step_forward(self, x):
+        return super().single_step_forward(3 * x)
+
+
+class TheirsWithFunctionalStep(sj.LIFNode):
+    def single_step_functional_forward(self, inputs, states, **keywords):
+        return super().single_step_functional_forward((3 * inputs[0],), states, **keywords)
+
+
+class Memory(snnfast.base.MemoryModule):
+    def __init__(self):
+        super().__init__()
+        self.register_memory("v", 0.0)
+
+    def forward(self, x):
+        self.v = 0.5 * self.v + x
+        return self.v
+
+
+def patched(node):
+    forward = node.forward
+    node.forward = lambda x: forward(3 * x)
+    return node
+
+
+def patched_and_converted():
+    leaky = snntorch.Leaky(beta=0.5, init_hidden=True)
+    snnfast.accelerate(leaky)
+    return patched(leaky)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        ForwardOfItsOwn,
+        TheirsWithForward,
+        TheirsWithStep,
+        TheirsWithFunctionalStep,
+        Memory,
+        lambda: patched(snnfast.LIFNode()),
+        patched_and_converted,
+    ],
+)
+@pytest.mark.parametrize("alone", [False, True])
+def test_a_neuron_whose_step_a_subclass_changes_is_stepped(make, alone):
+    model, other = (make() if alone else nn.Sequential(make()) for _ in range(2))
+    assert_unrolls(model, torch.randn(5, 3, 6), unrolled=other)
 
 
 def test_the_state_goes_on_as_in_the_loop():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Sequence
 from typing import Any
@@ -59,6 +60,21 @@ def refuse_multi_step(name: str, module: Any) -> None:
         raise ValueError(f"{name} is in step mode {module.step_mode!r}: unroll takes a single-step model. {remedy}")
 
 
+_CALLS = ("forward", "single_step_forward", "multi_step_forward")
+
+
+@functools.lru_cache(maxsize=256)
+def _is_as_stepped(cls: type) -> bool:
+    """Whether a class with step modes computes over time what its calls of one step do: no subclass overrides these
+    alone."""
+    place = {
+        name: next((k for k, c in enumerate(cls.__mro__) if name in c.__dict__), len(cls.__mro__))
+        for name in (*_CALLS, "single_step_functional_forward")
+    }
+    steps = min(place["single_step_forward"], place["single_step_functional_forward"])
+    return cls.__mro__[place["forward"]].__name__ == "MemoryModule" and place["multi_step_forward"] <= steps
+
+
 def run_over_time(
     module: Any, name: str, x_seq: Tensor, args: Sequence[Any], kwargs: dict[str, Any], used: set[int] | None
 ) -> Any:
@@ -79,9 +95,11 @@ def run_over_time(
     if hasattr(module, "step_mode"):
         refuse_multi_step(name, module)
         folds = getattr(module, "timesteps", None) is not None  # x_seq is not folded
-        if not args and not kwargs and not folds and not has_hooks(module):
+        kind: Any = type(module)
+        own = not _is_as_stepped(kind) or any(name in module.__dict__ for name in _CALLS)
+        if not args and not kwargs and not folds and not own and not has_hooks(module):
             return module.multi_step_forward(x_seq).flatten(0, 1)
-    if isinstance(module, Fused) and not has_hooks(module):
+    if isinstance(module, Fused) and "forward" not in module.__dict__ and not has_hooks(module):
         found = module._unrolled(x_seq, args, kwargs, used)
         if found is not NotImplemented:
             return found
