@@ -6,7 +6,10 @@
 torch.Size([16, 2, 4])
 """
 
+from typing import TYPE_CHECKING
+
 from . import analysis, distill, encoding, functional, fused, layer, losses, models, neuron, surrogate
+from ._arguments import suggests
 from ._version import __version__
 from .convert import accelerate, from_nir, restore, to_nir, to_spiking, unroll, verify
 from .events import event_driven
@@ -46,3 +49,7 @@ __all__ = [
     "unroll",
     "verify",
 ]
+
+if not TYPE_CHECKING:  # to a type checker, what is not there is an error
+    __getattr__ = suggests(__name__)
+del TYPE_CHECKING, suggests

@@ -11,9 +11,9 @@ import sys
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeVar
 
-__all__ = ["check_steps", "names_of", "nearest", "refuse_unknown", "says_what_it_takes", "without"]
+__all__ = ["check_steps", "names_of", "nearest", "refuse_unknown", "says_what_it_takes", "suggests", "without"]
 
-_Init = TypeVar("_Init", bound=Callable[..., None])
+_Function = TypeVar("_Function", bound=Callable[..., Any])
 
 # Arguments of other libraries' neurons in ours; docs/migration.md has the whole.
 _THEIRS = {
@@ -100,18 +100,35 @@ def refuse_unknown(owner: str, given: Mapping[str, Any], known: list[str]) -> No
         raise TypeError(f"{told} It takes {', '.join(known)}")
 
 
-def says_what_it_takes(init: _Init) -> _Init:
-    """An ``__init__`` of a neuron that refuses unknown arguments by :func:`refuse_unknown`; its signature stays."""
-    known = names_of(init)
+def says_what_it_takes(function: _Function) -> _Function:
+    """A function, or an ``__init__``, that refuses unknown arguments by :func:`refuse_unknown`; its signature stays."""
+    known = names_of(function)
     assert known is not None
-    del known[0]  # self
+    is_init = function.__name__ == "__init__"
 
-    @functools.wraps(init)
-    def checked(self: Any, *args: Any, **kwargs: Any) -> None:
-        refuse_unknown(type(self).__name__, kwargs, known)
-        init(self, *args, **kwargs)
+    @functools.wraps(function)
+    def checked(*args: Any, **kwargs: Any) -> Any:
+        if kwargs:
+            refuse_unknown(type(args[0]).__name__ if is_init else function.__name__, kwargs, known[is_init:])
+        return function(*args, **kwargs)
 
     return checked  # type: ignore[return-value]
+
+
+def suggests(module: str) -> Callable[[str], Any]:
+    """The ``__getattr__`` of a module that says which names are near one that it has not."""
+
+    def missing(name: str) -> Any:
+        told = f"module {module!r} has no attribute {name!r}"
+        if name.startswith("_"):
+            raise AttributeError(told)
+        for place in ("functional", "neuron", "surrogate", "layer"):
+            found = vars(sys.modules[f"{module}.{place}"])
+            if name in found:
+                raise AttributeError(f"{told}; it is {module}.{place}.{name}")
+        raise AttributeError(told + nearest(name, sys.modules[module].__all__))
+
+    return missing
 
 
 def without(module: str) -> Callable[[str], Any]:

@@ -10,7 +10,7 @@ import torch.utils.checkpoint
 from torch import Tensor, nn
 
 from . import functional, layer
-from ._arguments import check_steps
+from ._arguments import check_steps, says_what_it_takes
 from .base import MemoryModule
 from .checkpoint import _again, _state
 from .convert.to_spiking import SpikingNetwork
@@ -22,6 +22,7 @@ from .network import holds_single_steps, reset_of
 __all__ = ["chunked"]
 
 
+@says_what_it_takes
 def chunked(model: nn.Module, x: Tensor, chunk: int, *, chunk_statistics: bool = False) -> Any:
     """``model(x)`` by ``chunk`` time steps at a time: the same result and gradients in the memory of one chunk.
 
@@ -233,7 +234,7 @@ def _check_layers(model: nn.Module, chunk_statistics: bool) -> None:
         if torch.is_grad_enabled() and _keeps_unknown_state(module):
             raise ValueError(
                 f"model must keep its states where the second run of a chunk can restore them, but {name!r}, a {kind}, "
-                "has a reset and is no snnfast.base.MemoryModule: make it one, or call snnfast.accelerate first"
+                "has a reset and is no snnfast.base.MemoryModule: make it one, or take snnfast's neurons"
             )
         single = getattr(module, "step_mode", None) == "s" and getattr(module, "timesteps", None) is None
         if single and isinstance(module, MemoryModule) and module not in stepped:

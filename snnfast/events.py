@@ -73,14 +73,14 @@ class EventConv2d(nn.Conv2d):
         if not fits or min(self._output_size(x)) < 1:
             return False
         rows = (self.kernel_size[0] - 1) * self.dilation[0] + 1
-        if rows * (x.shape[3] + 2 * self.padding[1]) > _MOST_LISTS:  # type: ignore[operator]
+        if rows * (x.shape[3] + 2 * _padding(self)[1]) > _MOST_LISTS:
             return False
         rarely = self.stride != (1, 1) or self.out_channels < 32
         most = _MOST_EVENTS_RARE if rarely else _MOST_EVENTS
         return native.count_events(_dense(x)) <= most * x.numel()
 
     def _output_size(self, x: Tensor) -> tuple[int, ...]:
-        geometry: Any = zip(x.shape[2:], self.kernel_size, self.stride, self.padding, self.dilation, strict=True)
+        geometry: Any = zip(x.shape[2:], self.kernel_size, self.stride, _padding(self), self.dilation, strict=True)
         return tuple((size + 2 * pad - dilation * (kernel - 1) - 1) // stride + 1
                      for size, kernel, stride, pad, dilation in geometry)  # fmt: skip
 
@@ -95,7 +95,7 @@ class EventConv2d(nn.Conv2d):
 
     def _sizes(self, x: Tensor) -> Any:
         """As the kernels take them."""
-        geometry = *self.kernel_size, *self.stride, *self.padding, *self.dilation
+        geometry = *self.kernel_size, *self.stride, *_padding(self), *self.dilation
         return *x.shape, self.out_channels, *self._output_size(x), *geometry
 
     def _packed(self, sizes: Any, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -150,7 +150,8 @@ def event_driven(model: nn.Module) -> EventReport:
     On a CPU a network whose neurons fire rarely runs in a fraction of the time: each call of a convolution counts the
     inputs that are not 0 and runs dense where there are too many. Parameters, ``state_dict`` and hooks stay; outputs
     and gradients change by rounding, so a spike may differ where the charge is within rounding of the threshold. On a
-    GPU, under :func:`torch.compile`, and for other dtypes, the layers are what they were.
+    GPU, under :func:`torch.compile`, and for other dtypes, the layers are what they were. There is no way back: call it
+    on a copy where both are wanted.
 
     Args:
         model: any module, and every :class:`torch.nn.Conv2d`, :class:`snnfast.layer.Conv2d` or ``layer.Conv2d`` of
@@ -169,16 +170,20 @@ def event_driven(model: nn.Module) -> EventReport:
         >>> print(event_driven(net))
         event-driven: 1, left alone: 1
           2
-          0 left alone: it has 3 and 16 channels, fewer than 16
+          0 left alone: it maps 3 channels to 16; both must be 16 or more
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     report = EventReport()
     for name, module in model.named_modules():
-        if not isinstance(module, nn.Conv2d):
+        if not isinstance(module, nn.modules.conv._ConvNd):
             continue
         cls = _class_for(type(module))
-        reason = f"{type(module).__name__} is a class of its own" if cls is None else _why_not(module)
+        reason = (
+            f"{type(module).__name__} is no Conv2d of torch, snnfast or SpikingJelly"
+            if cls is None
+            else _why_not(module)
+        )
         if cls is None or reason is not None:
             report.left_alone[name] = str(reason)
             continue
@@ -187,12 +192,12 @@ def event_driven(model: nn.Module) -> EventReport:
     return report
 
 
-def _class_for(cls: type[nn.Conv2d]) -> type[EventConv2d] | None:
+def _class_for(cls: type) -> type[EventConv2d] | None:
     if issubclass(cls, EventConv2d):
         return cls
-    known = _EVENT_DRIVEN
+    known: dict[Any, type[EventConv2d]] = {**_EVENT_DRIVEN}
     for adapter in adapters():
-        known = known | getattr(adapter, "EVENT_DRIVEN", {})
+        known |= getattr(adapter, "EVENT_DRIVEN", {})
     return known.get(cls)
 
 
@@ -202,21 +207,34 @@ def _is_same(alias: Tensor, version: int, t: Tensor) -> bool:
     return unmoved and t._version == version and not t.requires_grad
 
 
+def _padding(conv: Any) -> Any:
+    """In numbers, where both sides have as many zeros; else what the convolution says."""
+    if conv.padding == "valid":
+        return 0, 0
+    if conv.padding == "same":
+        both = [dilation * (size - 1) for dilation, size in zip(conv.dilation, conv.kernel_size, strict=True)]
+        return conv.padding if any(n % 2 for n in both) else tuple(n // 2 for n in both)
+    return conv.padding
+
+
 def _why_not(conv: Any) -> str | None:
     """Why the kernel does not serve a convolution of these numbers."""
     if conv.groups != 1:
         return f"it has {conv.groups} groups"
-    if conv.padding_mode != "zeros" or isinstance(conv.padding, str):
-        return f"it pads with {conv.padding_mode}, padding={conv.padding!r}"
-    geometry = (conv.kernel_size, conv.stride, conv.padding, conv.dilation)
+    padding = _padding(conv)
+    if conv.padding_mode != "zeros":
+        return f"it pads by {conv.padding_mode}, not with zeros"
+    if isinstance(padding, str):
+        return f"padding={padding!r} pads its two sides unequally here"
+    geometry = (conv.kernel_size, conv.stride, padding, conv.dilation)
     if not all(type(g) is tuple and len(g) == 2 and all(type(n) is int for n in g) for g in geometry):
         return f"its geometry is {geometry}: not four pairs of numbers"
-    if min(*conv.kernel_size, *conv.stride, *conv.dilation) < 1 or min(conv.padding) < 0:
+    if min(*conv.kernel_size, *conv.stride, *conv.dilation) < 1 or min(padding) < 0:
         return f"its geometry is {geometry}: sizes, strides and dilations are 1 or more, padding 0 or more"
     if not 1 < conv.kernel_size[0] * conv.kernel_size[1] <= _MOST_PLACES:
         return f"its window is {conv.kernel_size}: not of 2 to {_MOST_PLACES} places"
     if min(conv.in_channels, conv.out_channels) < _FEWEST_CHANNELS:
-        return f"it has {conv.in_channels} and {conv.out_channels} channels, fewer than {_FEWEST_CHANNELS}"
+        return f"it maps {conv.in_channels} channels to {conv.out_channels}; both must be {_FEWEST_CHANNELS} or more"
     return None
 
 
@@ -246,7 +264,7 @@ class _EventConvolution(torch.autograd.Function):
         ctx.save_for_backward(x, weight)
         ctx.has_bias, ctx.shapes = bias is not None, (x.shape, weight.shape)
         # As they are now: a convolution may be called with one dilation after the other.
-        ctx.sizes, ctx.geometry = conv._sizes(x), (conv.stride, conv.padding, conv.dilation)
+        ctx.sizes, ctx.geometry = conv._sizes(x), (conv.stride, _padding(conv), conv.dilation)
         return conv._convolve(x, weight, bias)
 
     @staticmethod

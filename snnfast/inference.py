@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_map
 
 from . import functional, layer, network
 from ._notices import say_once
-from .events import EventConv2d, StepEventConv2d, event_driven
+from .events import EventConv2d, event_driven
 from .fused.batch_norm import PLAIN_NORMS, STEP_NORMS
 from .fused.fuse import _LEAVES, _shared_parameters, _Tracer, fuse, unfuse, unseen
 from .tensors import has_hooks
@@ -25,7 +25,7 @@ __all__ = ["Captured", "InferenceReport", "capture", "optimize_for_inference"]
 
 _NORM = nn.modules.batchnorm._BatchNorm
 _CONVOLUTIONS: tuple[type, ...] = (
-    nn.Conv1d, nn.Conv2d, nn.Conv3d, layer.Conv1d, layer.Conv2d, layer.Conv3d, EventConv2d, StepEventConv2d,
+    nn.Conv1d, nn.Conv2d, nn.Conv3d, layer.Conv1d, layer.Conv2d, layer.Conv3d,
 )  # fmt: skip
 _TRANSPOSED: tuple[type, ...] = (
     nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d,
@@ -70,6 +70,8 @@ class InferenceReport:
 def _kind(module: nn.Module, known: tuple[type, ...], theirs: dict[str, Any]) -> type | None:
     """The class of ``module`` if its forward is known: ours, torch's, or SpikingJelly's layer of that name."""
     cls = type(module)
+    if isinstance(module, EventConv2d):
+        cls = nn.Conv2d
     if cls in known:
         return cls
     if (

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import snnfast
-from snnfast import distill, dynamics, encoding, functional, layer, neuron, surrogate
+from snnfast import _notices, distill, dynamics, encoding, functional, layer, neuron, surrogate
 
 X = torch.randn(4, 3)
 ATAN = surrogate.ATan()
@@ -247,3 +247,33 @@ def test_constructors_stay_inspectable_and_copies_exact():
         for made in (copy.deepcopy(node), pickle.loads(pickle.dumps(node))):
             assert type(made) is type(node)
             assert repr(made) == repr(node)
+
+
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("LifNode", "did you mean 'LIFNode'"),
+        ("reset_net", r"it is snnfast\.functional\.reset_net"),
+        ("ATan", r"it is snnfast\.surrogate\.ATan"),
+        ("to_spikng", "did you mean 'to_spiking'"),
+    ],
+)
+def test_names_that_the_package_has_not(name, told):
+    with pytest.raises(AttributeError, match=told):
+        getattr(snnfast, name)
+
+
+def test_functions_say_what_they_take():
+    with pytest.raises(TypeError, match="unroll takes no argument 'T': the number of time steps is timesteps"):
+        snnfast.unroll(snnfast.IFNode(), X, T=4)
+    with pytest.raises(TypeError, match="chunked takes no argument 'chunk_size'; did you mean 'chunk'"):
+        snnfast.chunked(snnfast.IFNode(step_mode="m"), X, chunk_size=4)
+    with pytest.raises(TypeError, match=r"run must be a function of the model and x, got Tensor.*run=lambda model, x"):
+        snnfast.verify(snnfast.IFNode(), X, X)
+
+
+def test_notices_point_at_the_users_line(monkeypatch):
+    monkeypatch.setattr(_notices, "_said", set())
+    with pytest.warns(UserWarning, match="backend='cupy'") as found:
+        torch.nn.Sequential(snnfast.IFNode(step_mode="m", backend="cupy"))
+    assert found[0].filename == __file__

@@ -190,7 +190,7 @@ def test_the_input_alone_decides(monkeypatch):
         {"out_channels": 32, "kernel_size": 3, "groups": 2},
         {"out_channels": 8, "kernel_size": 3},
         {"out_channels": 32, "kernel_size": 9, "padding": 4},
-        {"out_channels": 32, "kernel_size": 3, "padding": "same"},
+        {"out_channels": 32, "kernel_size": 2, "padding": "same"},
         {"out_channels": 32, "kernel_size": 3, "padding": 1, "padding_mode": "circular"},
         {"out_channels": 32, "kernel_size": 3, "dtype": torch.float64},
     ],
@@ -316,7 +316,7 @@ def test_a_network_in_place():
     assert event_driven(net).event_driven == ["2"]
     assert event_driven(net).event_driven == ["2"]  # again
     assert event_driven(nn.Sequential(type("Own", (nn.Conv2d,), {})(16, 16, 3))).left_alone == {
-        "0": "Own is a class of its own"
+        "0": "Own is no Conv2d of torch, snnfast or SpikingJelly"
     }
     assert list(net.state_dict()) == list(dense.state_dict())
     assert isinstance(net[2], nn.Conv2d)
@@ -419,3 +419,29 @@ def test_optimized_networks_keep_what_the_kernel_made_of_their_weights(monkeypat
         before = conv(x)
         conv.weight.data.mul_(2)
         assert not torch.equal(conv(x), before)
+
+
+@pytest.mark.parametrize("padding", ["same", "valid"])
+def test_padding_by_name(padding):
+    torch.manual_seed(0)
+    conv = nn.Conv2d(16, 32, (3, 5), padding=padding, dilation=(2, 1) if padding == "same" else 1)
+    events = copy.deepcopy(conv)
+    assert event_driven(events).event_driven == [""]
+    x = (torch.rand(3, 16, 9, 11) < 0.05).float()
+    assert events._is_served(x, events.weight, events.bias)
+    found = []
+    for module in (conv, events):
+        leaf = x.clone().requires_grad_()
+        y = module(leaf)
+        (y * torch.randn(y.shape, generator=torch.Generator().manual_seed(1))).sum().backward()
+        found.append((y, leaf.grad, module.weight.grad, module.bias.grad))
+    for a, b in zip(*found, strict=True):
+        assert torch.allclose(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_other_convolutions_are_told_with_the_reason():
+    report = event_driven(nn.Sequential(nn.Conv1d(16, 16, 3), nn.Conv2d(16, 16, 2, padding="same")))
+    assert report.left_alone == {
+        "0": "Conv1d is no Conv2d of torch, snnfast or SpikingJelly",
+        "1": "padding='same' pads its two sides unequally here",
+    }

@@ -35,7 +35,7 @@ def test_its_network_as_it_is(net, accelerated):
         snnfast.accelerate(net)
     report = snnfast.event_driven(net)
     assert report.event_driven == ["3", "5"]
-    assert report.left_alone == {"0": "it has 3 and 32 channels, fewer than 16"}
+    assert report.left_alone == {"0": "it maps 3 channels to 32; both must be 16 or more"}
     assert all(isinstance(net[i], layer.Conv2d) for i in (0, 3, 5))
     x = torch.rand(4, 2, 3, 12, 12) * 2
     found = []
@@ -58,3 +58,10 @@ def test_its_network_as_it_is(net, accelerated):
         functional.reset_net(again)
     functional.set_step_mode(net, "s")
     torch.testing.assert_close(torch.stack([net(x_t) for x_t in x]), found[0][0], rtol=1e-4, atol=1e-5)
+
+
+def test_batch_norms_still_fold_into_them():
+    net = nn.Sequential(layer.Conv2d(32, 32, 3), layer.BatchNorm2d(32), neuron.IFNode(step_mode="m")).eval()
+    functional.set_step_mode(net, "m")
+    snnfast.event_driven(net)
+    assert snnfast.optimize_for_inference(net)[1].folded == [("0", "1")]

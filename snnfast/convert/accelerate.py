@@ -303,6 +303,11 @@ def verify(
         True
     """
     _check_module(model)
+    if run is not None and not callable(run):
+        raise TypeError(
+            f"run must be a function of the model and x, got {type(run).__name__}; where the model takes more than one "
+            "argument, give x as a tuple and run=lambda model, x: model(*x)"
+        )
     if run is None:
 
         def run(model: nn.Module, x: Any) -> Any:

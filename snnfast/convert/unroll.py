@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_map
 
-from .._arguments import check_steps
+from .._arguments import check_steps, says_what_it_takes
 from .._notices import say_once
 from ..pooling import PYTORCHS, MaxPool2d, max_pool2d
 from ..tensors import is_called_plainly
@@ -29,6 +29,7 @@ from .unroll_graph import CONSTANT, TIMED, Program, program_of
 __all__ = ["unroll"]
 
 
+@says_what_it_takes
 def unroll(
     model: nn.Module,
     x: Tensor,

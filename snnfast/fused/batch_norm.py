@@ -40,7 +40,7 @@ def misfit(norm: Any, neuron: Any) -> str | None:
     if _layout(norm, neuron) is None:
         return (
             f"the norm's step mode is {getattr(norm, 'step_mode', 's (time folded into the batch)')} and the neuron's "
-            f"is {neuron.step_mode}, with timesteps={neuron.timesteps}"
+            f"is {neuron.step_mode}, with timesteps={neuron.timesteps}; functional.set_step_mode sets both"
         )
     if neuron.store_v_seq:
         return "the neuron keeps its potentials (store_v_seq)"

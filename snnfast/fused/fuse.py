@@ -285,8 +285,8 @@ def fuse(model: nn.Module) -> FuseReport:
             untraced = unseen(norm)
             if any(map(_is_of_a_peer, model.modules())):
                 untraced = (
-                    "neurons of other libraries, accelerated or not, are not taken: exchange their import; or "
-                    f"{untraced}"
+                    "fuse takes snnfast's neurons, not those of other libraries, accelerated or not (docs/migration.md "
+                    f"shows how to exchange them); or {untraced}"
                 )
             report.left_alone[name] = found.reasons.get(norm, untraced)
         elif (reason := _why_not(norm, neuron, found, shared)) is not None:
