@@ -108,7 +108,7 @@ def test_kept_weights_and_what_is_done_to_them(monkeypatch: pytest.MonkeyPatch) 
 def test_a_model_that_is_a_convolution_has_a_name_in_print() -> None:
     conv = nn.Conv2d(16, 32, 3)
     assert str(event_driven(conv)).endswith("left alone: 0\n  (model)")
-    assert str(event_driven(nn.Conv2d(3, 32, 3))).splitlines()[1].startswith("  (model) left alone: it has 3 and 32")
+    assert str(event_driven(nn.Conv2d(3, 32, 3))).splitlines()[1].startswith("  (model) left alone: it maps 3 channels")
     made, report = optimize_for_inference(conv)
     assert made.keeps_weights
     assert str(report).endswith("skip inputs of 0 on a CPU: (model)")

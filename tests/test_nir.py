@@ -12,6 +12,7 @@ from torch import nn
 
 import snnfast
 from snnfast.convert import from_nir, to_nir
+from snnfast.convert.nir_import import Elementwise
 
 nir = pytest.importorskip("nir", reason="nir is not installed")
 
@@ -240,6 +241,50 @@ class Widening(nn.Module):
 
     def forward(self, x):
         return self.sn(self.conv(x) + torch.nn.functional.pad(x, (0, 0, 0, 0, 0, 3)))
+
+
+@pytest.mark.parametrize("first", [nn.Flatten(), nn.BatchNorm2d(2)], ids=repr)
+def test_a_folded_sample_whose_first_layer_takes_any_shape(first):
+    """A sample ``[T * B, C, H, W]`` is not taken for one of a ``[T, B, *]`` of two dimensions less."""
+    T, B = 4, 3
+    net = nn.Sequential(first, nn.Flatten(), nn.Linear(2 * 25, 5), snnfast.LIFNode(timesteps=T))
+    net = randomised(net).double()
+    x = torch.rand(T, B, 2, 5, 5, dtype=torch.float64) * 4
+    expected = spikes(net, x.flatten(0, 1)).unflatten(0, (T, B))
+    assert expected.std() > 0.05
+    back = from_nir(to_nir(net, x.flatten(0, 1)), dtype=torch.float64)
+    assert torch.equal(spikes(back, x), expected)
+
+
+def test_dropout_with_one_mask_is_left_out():
+    dropout, neuron = snnfast.layer.Dropout(0.5, "m"), snnfast.IFNode(step_mode="m")
+    net = nn.Sequential(dropout, nn.Linear(4, 3), dropout, neuron)
+    assert list(to_nir(net, torch.zeros(2, 1, 4)).nodes) == ["input", "1", "3", "output"]
+
+
+class Doubled(nn.Module):
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x):
+        y = self.inner(x)
+        return y + y
+
+
+def test_what_was_read_is_written_again():
+    """Scales too, of a sum and of an IF neuron that is read with another time step."""
+    first, last = snnfast.IFNode(step_mode="m"), snnfast.LIFNode(tau=4.0, v_threshold=0.3, step_mode="m")
+    net = nn.Sequential(nn.Linear(4, 4), first, nn.Linear(4, 3), last)
+    x = torch.rand(8, 2, 4, dtype=torch.float64) * 4
+    once = from_nir(to_nir(Doubled(randomised(net).double()), x, DT), 2 * DT, dtype=torch.float64)
+    expected = spikes(once, x)
+    assert set(expected.unique().tolist()) == {0.0, 2.0}
+    graph = to_nir(once, x, 2 * DT)
+    assert sum(isinstance(node, nir.Scale) for node in graph.nodes.values()) == 3
+    assert torch.equal(spikes(from_nir(graph, dtype=torch.float64), x), expected)
+    with pytest.raises(ValueError, match="0 adds an offset, and NIR's Scale has none"):
+        to_nir(nn.Sequential(Elementwise(torch.ones(()), torch.ones(()))), x)
 
 
 def test_a_shortcut_padded_with_channels():

@@ -10,10 +10,12 @@ import numpy as np
 import torch
 from torch import Tensor, fx, nn
 
+from .. import layer
 from ..base import StepModule
 from ..neuron import BaseNode
 from ..pooling import MaxPool2d
 from .nir_conventions import Conventions
+from .nir_import import Elementwise
 from .nir_layers import Builder, Value, WrongTime, is_li
 from .stepping import is_stateful
 
@@ -22,7 +24,7 @@ _CONTAINERS = ("SeqToANNContainer", "MultiStepContainer", "StepModeContainer")  
 
 class _Tracer(fx.Tracer):
     def is_leaf_module(self, m: nn.Module, qualified_name: str) -> bool:
-        if type(m).__name__ in _CONTAINERS or isinstance(m, StepModule):
+        if type(m).__name__ in _CONTAINERS or isinstance(m, (StepModule, Elementwise)):
             return True
         return super().is_leaf_module(m, qualified_name)
 
@@ -154,7 +156,7 @@ class _Walker:
         return self.walk(module, path, x)
 
     def converters(self) -> tuple[tuple[Any, Callable[[Any, str, Value], Value]], ...]:
-        ignored = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
+        ignored = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, layer.Dropout)
         return (
             (ignored, lambda module, path, x: x),
             ((nn.Conv1d, nn.Conv2d), self.build.convolution),
@@ -162,6 +164,7 @@ class _Walker:
             ((nn.BatchNorm1d, nn.BatchNorm2d), self.build.batch_norm),
             (nn.AvgPool2d, self.build.average_pool),
             (nn.AdaptiveAvgPool2d, self.build.adaptive_pool),
+            (Elementwise, self.build.scale),
             (nn.Flatten, lambda module, path, x: self.build.reshape(path, x, module(x.tensor))),
         )
 

@@ -103,7 +103,7 @@ class Builder:
                     last = end if end + 1 < len(before) else -1
                     node = self.nir.Flatten({"input": np.array(before)}, start, last)
                     return self.add(path, node, x, out, lead)
-        raise ValueError(
+        raise WrongTime(
             f"model cannot be written as NIR: {path} turns a sample's shape {before} into another that is no "
             f"flattening of it (tensor {tuple(x.tensor.shape)} -> {tuple(out.shape)}); use nn.Flatten or flatten(1)"
         )
@@ -154,6 +154,11 @@ class Builder:
 
     def batch_norm(self, module: Any, path: str, x: Value) -> Value:
         """Batch norm with its running statistics, folded into the layer before it where that feeds nothing else."""
+        if x.lead != (2 if getattr(module, "step_mode", "s") == "m" else 1):
+            raise WrongTime(
+                f"sample must have the time dimension that the model takes: {path} ({type(module).__name__}) got "
+                f"{tuple(x.tensor.shape)}"
+            )
         if module.running_mean is None:
             raise ValueError(f"model cannot be written as NIR: {path} has no running statistics to fold")
         variance = module.running_var.double()
@@ -165,7 +170,7 @@ class Builder:
             shift = shift + module.bias.double()
         scale, shift = _array(scale), _array(shift)
         out = module(x.tensor)
-        before = self.nodes[x.sources[0]] if len(x.sources) == 1 and not x.shared else None
+        before = self.nodes.get(x.sources[0]) if len(x.sources) == 1 and not x.shared else None
         n = self.nir
         if isinstance(before, (n.Conv1d, n.Conv2d, n.Linear, n.Affine)) and x.shape[0] == before.weight.shape[0]:
             weight, dtype = before.weight, before.weight.dtype
@@ -213,6 +218,13 @@ class Builder:
             )
         kernel = np.array([size // parts for size, parts in sizes])
         return self.add(path, self.nir.AvgPool2d(kernel, kernel.copy(), np.zeros_like(kernel)), x, out)
+
+    def scale(self, module: Any, path: str, x: Value) -> Value:
+        """What from_nir makes of a Scale, or of a neuron's resistance."""
+        if module.offset is not None:
+            raise ValueError(f"model cannot be written as NIR: {path} adds an offset, and NIR's Scale has none")
+        factor = np.broadcast_to(_array(module.scale), x.shape).copy()
+        return self.add(path, self.nir.Scale(factor), x, module(x.tensor))
 
     # ---- neurons ----
     def neuron(self, module: Any, path: str, x: Value) -> Value:
