@@ -64,7 +64,7 @@ pytestmark = pytest.mark.usefixtures("keeps_threads")
         ("--event-driven --precision bf16-mixed", "--event-driven computes in float32.* got bf16-mixed"),
         (
             "--event-driven",
-            r"--event-driven finds no convolution of --student .* \(layer1.0: it has 1 and 8 channels, .*",
+            r"--event-driven finds no convolution of --student .* \(layer1.0: it maps 1 channels to 8; .*",
         ),
         ("--fuse --model-args norm=False", r"--fuse finds no batch norm of --student .* \(it has none\); leave it out"),
     ],
