@@ -194,9 +194,9 @@ def number(t: Any) -> float | None:
     return float(t) if isinstance(t, (int, float)) else None
 
 
-def of_this_step(state: Any, x: Tensor) -> bool:
-    """Whether ``state`` is one potential for each element of ``x``."""
-    return type(state) is Tensor and state.shape == x.shape and state.dtype == x.dtype and state.device == x.device
+def of_this_step(state: Any, x: Tensor, shape: torch.Size) -> bool:
+    """Whether ``state`` has an element for each of a step of ``shape``, in ``x``'s dtype and on its device."""
+    return type(state) is Tensor and state.shape == shape and state.dtype == x.dtype and state.device == x.device
 
 
 def broadcasts(own: Iterable[Tensor], step: torch.Size) -> bool:

@@ -54,7 +54,9 @@ def is_multi_step(module: nn.Module) -> bool:
 
 
 class NorsePlan(Plan):
-    """Also keeps where the potential starts."""
+    """Also keeps where the potential starts, and the neurons' own parameters that are no single numbers."""
+
+    shaped: tuple[Tensor, ...] = ()
 
     def __init__(self, neuron: dynamics.Neuron, v_start: float, watched: tuple[Tensor, ...], **keywords: Any) -> None:
         super().__init__(neuron, watched, **keywords)
@@ -91,12 +93,10 @@ class FusedCell(Fused):
         for name in cls.numbers:
             if fields[name].numel() != 1 or fields[name].dim() > 1 or cls.is_learnt(name, fields[name]):
                 return f"p.{name} is learnable or differs from neuron to neuron"
-        return cls.planned(
-            p,
-            v_reset=cls.v_reset(p),
-            strict=True,
-            surrogate_function=METHODS[p.method](alpha),
-        )
+        found = cls.planned(p, v_reset=cls.v_reset(p), strict=True, surrogate_function=METHODS[p.method](alpha))
+        if not isinstance(found, str):
+            found.shaped = tuple(fields[name] for name in cls.own_names if fields[name].dim())
+        return found
 
     @staticmethod
     def is_learnt(name: str, t: Tensor) -> bool:
@@ -123,22 +123,23 @@ class FusedCell(Fused):
             plan.own = ([(t, t._version) for t in given], device), own
         return own
 
-    def _start(self: Any, state: Any, step: Tensor, v_start: float) -> Any:
-        """The state before the first step as the kernels take it; ``None`` if they cannot."""
-        if not broadcasts([getattr(self.p, name) for name in self.own_names], step.shape):
+    def _start(self: Any, plan: NorsePlan, state: Any, x: Tensor, shape: torch.Size) -> Any:
+        """The state before a first step of ``shape``, of ``x``'s device, as the kernels take it; ``None`` if they
+        cannot."""
+        if plan.shaped and not broadcasts(plan.shaped, shape):
             return None
         if state is None:
-            return v_start if len(self.neuron.states) == 1 else (v_start, 0.0)
-        if type(state) is self.State and all(of_this_step(t, step) for t in state):
+            return plan.v_start if len(self.neuron.states) == 1 else (plan.v_start, 0.0)
+        if type(state) is self.State and all(of_this_step(t, x, shape) for t in state):
             return state[0] if len(state) == 1 else tuple(state)
         found = []
         for t in state:
-            if not isinstance(t, Tensor) or (t.device != step.device and t.dim()):
+            if not isinstance(t, Tensor) or (t.device != x.device and t.dim()):
                 return None
-            if t.shape != step.shape:
+            if t.shape != shape:
                 if t.dim():
                     return None
-                t = t.to(step).expand(step.shape)
+                t = t.to(x).expand(shape)
             found.append(t)
         if any(t.dtype is not torch.float32 for t in found) or len(found) != len(self.neuron.states):
             return None
@@ -154,9 +155,9 @@ class FusedCell(Fused):
     def _unrolled(self: Any, x_seq: Tensor, args: Any, kwargs: Any, used: set[int] | None) -> Any:
         """One call over time for :func:`snnfast.unroll`, with time folded into the batch of what it returns."""
         plan, state = self._plan(), args[0] if args else kwargs.get("state")
-        if type(plan) is str or not served(x_seq[0]):
+        if type(plan) is str or x_seq.dim() < 2 or not served(x_seq):
             return NotImplemented
-        start = self._start(state, x_seq[0], plan.v_start)
+        start = self._start(plan, state, x_seq, x_seq.shape[1:])
         if start is None:
             return NotImplemented
         s, state = self._over_time(x_seq, start, plan)
@@ -165,7 +166,7 @@ class FusedCell(Fused):
     def forward(self: Any, input_tensor: Any, state: Any = None) -> Any:
         plan = self._plan()
         if type(plan) is not str and served(input_tensor):
-            start = self._start(state, input_tensor, plan.v_start)
+            start = self._start(plan, state, input_tensor, input_tensor.shape)
             if start is not None:
                 s, state = one_step(plan, input_tensor, start, self._own(plan, input_tensor.device))
                 return s, self.State(*state) if type(state) is tuple else self.State(state)
@@ -178,7 +179,7 @@ class FusedOverTime(FusedCell):
     def forward(self: Any, input_tensor: Any, state: Any = None) -> Any:
         plan = self._plan()
         if type(plan) is not str and served(input_tensor) and input_tensor.dim() > 1 and input_tensor.shape[0]:
-            start = self._start(state, input_tensor[0], plan.v_start)
+            start = self._start(plan, state, input_tensor, input_tensor.shape[1:])
             if start is not None:
                 return self._over_time(input_tensor, start, plan)
         return super(FusedCell, self).forward(input_tensor, state)  # type: ignore[misc]

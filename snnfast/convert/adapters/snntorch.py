@@ -147,7 +147,7 @@ class FusedLeaky(Fused):
         for k, (value, name) in enumerate(zip(state, reversed(names), strict=True)):
             if value.shape != step.shape:
                 state[k] = _zero(step, given.get(name) is None)
-            elif not of_this_step(value, step):
+            elif not of_this_step(value, step, step.shape):
                 fits = False
         if not fits:
             return NotImplemented
@@ -174,7 +174,7 @@ class FusedLeaky(Fused):
         fits = broadcasts(own, input_.shape)
         if v.shape != input_.shape:
             v = _zero(input_, mem is None)
-        elif not of_this_step(v, input_):
+        elif not of_this_step(v, input_, input_.shape):
             fits = False
         if not fits:
             return super().forward(input_, mem)  # type: ignore[misc]
@@ -217,7 +217,7 @@ class FusedSynaptic(FusedLeaky):
         for k, (value, passed) in enumerate(zip(state, (mem, syn), strict=True)):
             if value.shape != input_.shape:
                 state[k] = _zero(input_, passed is None)
-            elif not of_this_step(value, input_):
+            elif not of_this_step(value, input_, input_.shape):
                 fits = False
         if not fits:
             return super(FusedLeaky, self).forward(input_, syn, mem)  # type: ignore[misc]
