@@ -168,7 +168,7 @@ def one_network(name: str, label: str, dtype: torch.dtype, settings: Settings) -
             if nets.pop(slow, None) is not None:
                 missing[slow] = "measured in VGG-11 only"
     steps = {k: training_step(net, x, y, k, dtype) for k, net in nets.items()}
-    rounds = 1 if settings.quick else 15 if name == "VGG-11" or device == "cuda" else 5
+    rounds = 1 if settings.quick else 15 if name == "VGG-11" or device == "cuda" else 9
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         t = take_turns(steps, device, rounds)
@@ -256,7 +256,7 @@ def main() -> None:
     nets = {k: net for k, net in nets.items() if k.startswith(("snnfast", SPIKINGJELLY))}
     x, y = torch.rand(B, 3, SIZE, SIZE), torch.randint(0, 10, (B,))
     steps = {k: training_step(net, x, y, k, torch.float32) for k, net in nets.items()}
-    print(json.dumps(take_turns(steps, "cpu", 15 if name == "VGG-11" else 5)))
+    print(json.dumps(take_turns(steps, "cpu", 15 if name == "VGG-11" else 9)))
 
 
 def shares(
