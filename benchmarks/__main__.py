@@ -39,8 +39,9 @@ def neuron(settings: Settings) -> Found:
             return
         ceiling = gpu.copy_bandwidth()
         yield Row("copy bandwidth, read + write", "1 GB", ceiling / 1e12, None, True, "TB/s")
-        for part in (lambda: gpu.bandwidth(ceiling), gpu.against_peers, gpu.overhead):
-            yield from part()
+        cases = [case for backend in ("native", "triton") for case in gpu.bandwidth(ceiling, backend)]
+        for case in (*cases, gpu.against_peers, gpu.overhead):
+            yield from case()
         return
     if settings.quick:
         cpu_targets.LARGE, cpu_targets.MIDDLE = (4, 8192), ((4, 8192),)

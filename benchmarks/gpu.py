@@ -53,11 +53,10 @@ def copy_bandwidth() -> float:
     return 2 * (1 << 30) / seconds
 
 
-def bandwidth(ceiling: float) -> list[Callable[[], list[Row]]]:
-    """The cases, native kernels first: each Triton kernel has to be compiled."""
+def bandwidth(ceiling: float, backend: str) -> list[Callable[[], list[Row]]]:
+    """The cases of a backend."""
     return [
         partial(bandwidth_of, ceiling, backend, T, dtype, neuron)
-        for backend in ("native", "triton")
         for T in (4, 8, 16)
         for dtype in (torch.float32, torch.bfloat16)
         for neuron in NEURONS
@@ -139,10 +138,12 @@ def main() -> None:
     rows: list[Row] = []
     failures: list[str] = []
     native, triton = gpu_bn.cases(event_time, ceiling)
-    for case in (overhead, *native, *bandwidth(ceiling), against_peers, *triton):
+    native += [*bandwidth(ceiling, "native"), against_peers]
+    triton += bandwidth(ceiling, "triton")  # last: each kernel has to be compiled
+    for case in (overhead, *native, *triton):
         try:
             found = case()
-        except Exception:  # one case that fails shall not cost the others' figures
+        except (Exception, SystemExit):  # one case that fails shall not cost the others' figures
             failures.append(traceback.format_exc())
             print(failures[-1], flush=True)
             if "CUDA error" in failures[-1]:  # after which no call of this process works

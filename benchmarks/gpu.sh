@@ -16,6 +16,7 @@ OUT=${OUT:-$RESULTS}
 LOGS=build/gpu-logs
 mkdir -p "$OUT" "$LOGS"
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
+PATH="$PATH:$("$PYTHON" -c 'import sysconfig; print(sysconfig.get_path("scripts"))')"  # ninja's
 failed=()
 
 save() {

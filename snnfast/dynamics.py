@@ -11,7 +11,7 @@ module in ``neuron.py``.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -258,7 +258,7 @@ def multi_step(
 
     if x.is_cuda and not isinstance(p.tau, Tensor):
         # CUDA computes x / python_number as x * (1 / number), which is not the CPU's quotient; a tensor is divided by.
-        p = Parameters(**{**p.__dict__, "tau": torch.full((), p.tau, dtype=dtype, device=x.device)})
+        p = replace(p, tau=torch.full((), p.tau, dtype=dtype, device=x.device))
     now: State = tuple(map(tensor, state)) if isinstance(state, tuple) else (tensor(state),)
     spikes, potentials = [], []
     for x_t in x.to(dtype):

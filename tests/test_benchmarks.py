@@ -16,7 +16,7 @@ from snnfast import backends
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks import __main__ as suite
-from benchmarks import bn_neuron, cpu_targets, gpu_sanitize, measure, network, peer_neurons, peers, report
+from benchmarks import bn_neuron, cpu_targets, gpu, gpu_sanitize, measure, network, peer_neurons, peers, report
 from benchmarks.breakdown import Breakdown
 from benchmarks.rows import Point, Row, Settings, at_least, at_most
 
@@ -102,6 +102,17 @@ def test_every_sub(sub, tmp_path, capsys):
 
 def test_what_the_sanitizer_runs_runs():
     assert gpu_sanitize.main("cpu", seconds=60) > 300
+
+
+def test_the_cases_of_a_gpu_give_rows(monkeypatch):
+    row = at_least("work", "peer", 2.0, 1.0)
+    for name in ("bandwidth_of", "against_peers", "overhead"):
+        monkeypatch.setattr(gpu, name, lambda *args: [row])
+    monkeypatch.setattr(gpu, "copy_bandwidth", lambda: 4e12)
+    for kernels in backends.KERNELS:
+        monkeypatch.setattr(kernels, "missing", lambda device: None)
+    found = list(suite.neuron(Settings("cuda", True, True)))
+    assert found.count(row) == len(found) - 1 == 2 * 24 + 2
 
 
 def test_peers_models(tmp_path):

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import snnfast
-from snnfast import backends, functional
+from snnfast import backends, dynamics, functional, surrogate
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
 
@@ -70,6 +70,14 @@ def test_a_training_step_in_a_graph():
         net(x).sum().backward()
     graph.replay()
     assert torch.allclose(net[0].weight.grad, want, rtol=1e-4, atol=1e-5)
+
+
+def test_the_plain_loop_compiles_whole():
+    def loop(x):
+        return dynamics.multi_step(dynamics.LIF, x, 0.0, dynamics.Parameters(1.0, 0.0, surrogate.ATan(), 3.0))[0]
+
+    x = torch.randn(4, 64, device="cuda")
+    assert torch.equal(torch.compile(loop, fullgraph=True, backend="eager")(x), loop(x))
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")

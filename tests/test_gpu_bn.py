@@ -107,7 +107,7 @@ def test_modules(connect, memory_format, count_fused):
     found = []
     for device in ("cpu", "cuda"):
         model = copy.deepcopy(node).to(device)
-        given = [t.to(device).requires_grad_() for t in ([x, skip] if connect else [x])]
+        given = [t.detach().to(device).requires_grad_() for t in ([x, skip] if connect else [x])]
         s = model(*given)
         (s * torch.linspace(-1, 1, s.numel(), device=device).view(s.shape)).sum().backward()
         found.append([s, *(t.grad for t in given), *(p.grad for p in model.parameters()), *model.buffers()])
