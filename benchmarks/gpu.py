@@ -141,16 +141,13 @@ def main() -> None:
     native += [*bandwidth(ceiling, "native"), against_peers]
     triton += bandwidth(ceiling, "triton")  # last: each kernel has to be compiled
     for case in (overhead, *native, *triton):
+        found = []
         try:
+            torch.cuda.empty_cache()
             found = case()
         except (Exception, SystemExit):  # one case that fails shall not cost the others' figures
             failures.append(traceback.format_exc())
             print(failures[-1], flush=True)
-            if "CUDA error" in failures[-1]:  # after which no call of this process works
-                break
-            continue
-        finally:
-            torch.cuda.empty_cache()
         rows += found
         for row in found:
             print("  ".join(shown(row)), flush=True)
@@ -158,6 +155,8 @@ def main() -> None:
         record = {"environment": device, "rows": [r.as_dict() for r in rows], "failures": failures}
         (arguments.out / "gpu.json").write_text(json.dumps(record, indent=1) + "\n")
         (arguments.out / "gpu.md").write_text(markdown(rows, device).replace("# CPU", "# GPU"))
+        if failures and "CUDA error" in failures[-1]:  # after which no call of this process works
+            break
     if failures:
         raise SystemExit(f"{len(failures)} cases failed")
 
