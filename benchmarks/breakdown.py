@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from collections import defaultdict
 from collections.abc import Callable
+from statistics import median
 from typing import Any
 
 import torch
@@ -95,27 +96,29 @@ class Breakdown:
         self._watched.append((module, own))
 
     def measure(self, step: Callable[[], Any], rounds: int) -> float:
-        """Run ``step`` some times; returns its mean seconds, which the clocks are a small part of."""
+        """Run ``step`` some times; returns its median seconds, which the clocks are a small part of. Each kind's are
+        medians too: a round that the machine was elsewhere counts for nothing."""
         step()
-        self._spans_clear()
-        synchronize(self.device)
-        start = time.perf_counter()
+        whole: list[float] = []
+        found: dict[str, tuple[list[float], list[float]]] = defaultdict(lambda: ([], []))
         for _ in range(rounds):
+            for spans in self._spans.values():
+                for part in spans:
+                    part.clear()
+            synchronize(self.device)
+            start = time.perf_counter()
             step()
-        synchronize(self.device)
-        whole = (time.perf_counter() - start) / rounds
-        for kind, spans in self._spans.items():
-            self.seconds[kind] = tuple(sum(map(self._length, s)) / rounds for s in spans)  # type: ignore[assignment]
-        return whole
+            synchronize(self.device)
+            whole.append(time.perf_counter() - start)
+            for kind, spans in self._spans.items():
+                for seconds, part in zip(found[kind], spans, strict=True):
+                    seconds.append(sum(map(self._length, part)))
+        self.seconds = {kind: (median(forward), median(backward)) for kind, (forward, backward) in found.items()}
+        return median(whole)
 
     def _length(self, span: tuple[Any, Any]) -> float:
         start, end = span
         return end - start if self.device == "cpu" else start.elapsed_time(end) / 1e3
-
-    def _spans_clear(self) -> None:
-        for forward, backward in self._spans.values():
-            forward.clear()
-            backward.clear()
 
     def remove(self) -> None:
         for module, own in self._watched:

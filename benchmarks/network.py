@@ -270,7 +270,7 @@ def shares(
     ):
         net = nets[k]
         clocks = Breakdown(net, _neurons(net), settings.device)
-        whole = clocks.measure(steps[k], 1 if settings.quick else 3)
+        whole = clocks.measure(steps[k], 1 if settings.quick else 9)
         clocks.remove()
         parts = {kind: 100 * sum(s) / whole for kind, s in clocks.seconds.items()}
         neurons = parts.pop("neurons")
