@@ -128,11 +128,25 @@ def small_mnist(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def cuda_host_kernels(tmp_path_factory):
-    """The CUDA kernels compiled for the CPU, once for all tests that drive them."""
-    from cuda_host import build, open_library
+def nvcc_output(tmp_path_factory):
+    """What nvcc makes of cuda.cu: per pass the folder with what it kept, and what ptxas said."""
+    from cuda_host import compile_for_gpu
 
-    return open_library(build(tmp_path_factory.mktemp("cuda_host")))
+    return compile_for_gpu({name: tmp_path_factory.mktemp(f"nvcc_{name}") for name in ("forward", "backward")})
+
+
+@pytest.fixture(scope="session", params=["source", "ptx"])
+def cuda_host_kernels(request, tmp_path_factory):
+    """The CUDA kernels on the CPU, once for all tests that drive them: their source compiled for it, and nvcc's PTX."""
+    from cuda_host import NVCC, build, open_library
+    from ptx_machine import open_compiled
+
+    folder = tmp_path_factory.mktemp("cuda_host")
+    if request.param == "source":
+        return open_library(build(folder))
+    if NVCC is None:
+        pytest.skip("nvcc is not on PATH")
+    return open_compiled(request.getfixturevalue("nvcc_output"), folder)
 
 
 def kernel_backends() -> list:

@@ -10,7 +10,8 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 SHIM = ROOT / "tests" / "cuda_host_shim"
-GXX = shutil.which("g++")
+GXX, NVCC = shutil.which("g++"), shutil.which("nvcc")
+PARTS = {"forward": 1, "backward": 2}  # of cuda.cu
 GUARD = 24  # elements of NaN around every tensor, which must survive
 
 INTEGERS = ["T", "N", "neuron", "surrogate", "flags", "dtype", "division", "own_each"]
@@ -38,6 +39,7 @@ def build(folder, *flags):
             ("forward", ["-DSNNFAST_CUDA_PART=1"], ROOT / "csrc" / "cuda.cu"),
             ("backward", ["-DSNNFAST_CUDA_PART=2"], ROOT / "csrc" / "cuda.cu"),
             ("driver", [], SHIM / "driver.cpp"),
+            ("calls", [], SHIM / "calls.cpp"),
             ("bn_driver", [], SHIM / "bn_driver.cpp"),
         ]
     ]
@@ -48,6 +50,29 @@ def build(folder, *flags):
     library = folder / "libcuda_host.so"
     subprocess.run([GXX, "-shared", *flags, *(str(path) for path, _ in jobs), "-o", str(library)], check=True)
     return library
+
+
+def compile_for_gpu(folders):
+    """cuda.cu by nvcc, a folder for each part, with what it kept there and what ptxas said."""
+    running = {}
+    for name, part in PARTS.items():
+        folder = folders[name]
+        flags = ["-std=c++17", "-O3", "-fmad=false", "-gencode", "arch=compute_90,code=sm_90", "-Xptxas", "-v"]
+        flags += ["-Xcompiler", "-fPIC", "--keep", "--keep-dir", str(folder), f"-DSNNFAST_CUDA_PART={part}"]
+        flags += [
+            '-DSNNFAST_CUDA_ARCH_LIST="sm_90"',
+            "-c",
+            str(ROOT / "csrc" / "cuda.cu"),
+            "-o",
+            str(folder / "cuda.o"),
+        ]
+        running[name] = subprocess.Popen([NVCC, *flags], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    results = {}
+    for name, process in running.items():
+        log = process.communicate()[0]
+        assert process.returncode == 0, log
+        results[name] = (folders[name], log)
+    return results
 
 
 def open_library(path):

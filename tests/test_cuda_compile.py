@@ -7,12 +7,10 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from cuda_host import NVCC, PARTS
 
-ROOT = Path(__file__).resolve().parent.parent
-NVCC = shutil.which("nvcc")
 pytestmark = [pytest.mark.skipif(NVCC is None, reason="nvcc is not on PATH"), pytest.mark.slow]
 
-PARTS = {"forward": 1, "backward": 2}
 KERNEL = re.compile(
     r"(?P<norm>batch_norm_)?(?P<pass>forward|backward)_kernelI.*?\d(?P<neuron>IF|LIF|ParametricLIF)ChargeEEE?"
     r"(?P<dtype>f|d|13__nv_bfloat16|6__half)Li(?P<T>\d+)ELi\d+ELi(?P<W>\d+)E(?P<more>(?:Lb[01]E)*)"
@@ -30,38 +28,13 @@ def cuobjdump():
 
 
 @pytest.fixture(scope="session")
-def compiled(tmp_path_factory):
-    """Per pass: the folder with what nvcc kept, and what ptxas said."""
-    running = {}
-    for name, part in PARTS.items():
-        folder = tmp_path_factory.mktemp(f"nvcc_{name}")
-        flags = ["-std=c++17", "-O3", "-fmad=false", "-gencode", "arch=compute_90,code=sm_90", "-Xptxas", "-v"]
-        flags += ["--keep", "--keep-dir", str(folder), f"-DSNNFAST_CUDA_PART={part}"]
-        flags += [
-            '-DSNNFAST_CUDA_ARCH_LIST="sm_90"',
-            "-c",
-            str(ROOT / "csrc" / "cuda.cu"),
-            "-o",
-            str(folder / "cuda.o"),
-        ]
-        process = subprocess.Popen([NVCC, *flags], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        running[name] = (folder, process)
-    results = {}
-    for name, (folder, process) in running.items():
-        log = process.communicate()[0]
-        assert process.returncode == 0, log
-        results[name] = (folder, log)
-    return results
-
-
-@pytest.fixture(scope="session")
-def machine_code(compiled):
+def machine_code(nvcc_output):
     """Of each kernel, by the match of its name."""
     tool = cuobjdump()
     if tool is None:
         pytest.skip("there is no cuobjdump here, neither the CUDA toolkit's nor Triton's")
     kernels = {}
-    for folder, _ in compiled.values():
+    for folder, _ in nvcc_output.values():
         (cubin,) = folder.glob("*.cubin")
         text = subprocess.run([tool, "-sass", str(cubin)], capture_output=True, text=True, check=True).stdout
         for function in text.split("Function : ")[1:]:
@@ -82,16 +55,16 @@ def instructions(machine_code):
 
 
 @pytest.mark.parametrize("name", PARTS)
-def test_no_spills(compiled, name):
-    log = compiled[name][1]
+def test_no_spills(nvcc_output, name):
+    log = nvcc_output[name][1]
     frames = re.findall(r"\d+ bytes stack frame, \d+ bytes spill stores, \d+ bytes spill loads", log)
     assert len(frames) >= 3 * (3 * 6 + 2)  # neurons x (dtypes x buckets)
     assert set(frames) == {"0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads"}
     assert "warning" not in log
 
 
-def test_forward_is_not_contracted(compiled):
-    folder, _ = compiled["forward"]
+def test_forward_is_not_contracted(nvcc_output):
+    folder, _ = nvcc_output["forward"]
     (ptx,) = folder.glob("*.ptx")
     text = ptx.read_text().replace("rcp.rn.f64", "")  # rounded as a division: of the norm's vectors per channel
     assert text.count("div.rn.f32") > 0
