@@ -132,6 +132,7 @@ def nvcc_output(tmp_path_factory):
     """What nvcc makes of cuda.cu: per pass the folder with what it kept, and what ptxas said."""
     from cuda_host import compile_for_gpu
 
+
     return compile_for_gpu({name: tmp_path_factory.mktemp(f"nvcc_{name}") for name in ("forward", "backward")})
 
 

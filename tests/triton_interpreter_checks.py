@@ -278,7 +278,7 @@ def test_decay_of_zero_has_no_gradient() -> None:
 def test_through_the_ops(neuron: Neuron) -> None:
     """The whole way: chosen by name, autograd around the op, channels_last input and another layout of the gradient."""
     assert backends.choose("triton", torch.device("cpu")) == backends.TRITON
-    assert "interpreted" in backend.served()
+    assert "interpreted" in backend.served() or not backend._interpreted()
     c = constants_for(neuron, DECAY_INPUT | STRICT)
     x = torch.randn(4, 2, 3, 5, 5).transpose(2, 4).contiguous().transpose(2, 4).requires_grad_()
     values = {"threshold": torch.tensor(0.7), "beta": torch.rand(5), "current_decay": torch.rand(3, 5, 5) * 0.5}

@@ -273,15 +273,19 @@ class Machine {
     if (!ordered(t.writer, t.writer_block, t.writer_epoch)) fail("two threads race, one of them writing");
     if (write && !ordered(t.reader, t.reader_block, t.reader_epoch)) fail("a thread writes what another reads");
   }
-  void touch(Touch& t, bool write, int64_t thread) const {
-    check(t, write, thread);
-    if (write) {
-      t.writer = thread, t.writer_block = block_, t.writer_epoch = epoch_;
-      return;
+  // Several threads may write one and the same value.
+  void touch(Touch* first, int bytes, bool write, bool same, int64_t thread) const {
+    for (Touch* t = first; t < first + bytes; ++t) {
+      if (same && t->writer >= 0) continue;
+      check(*t, write, thread);
+      if (write) {
+        t->writer = thread, t->writer_block = block_, t->writer_epoch = epoch_;
+      } else {
+        t->reader = t->reader == -1 || t->reader == thread ? thread : -2;
+        t->reader_block = t->reader_block == -1 || t->reader_block == block_ ? block_ : -2;
+        t->reader_epoch = epoch_;
+      }
     }
-    t.reader = t.reader == -1 || t.reader == thread ? thread : -2;
-    t.reader_block = t.reader_block == -1 || t.reader_block == block_ ? block_ : -2;
-    t.reader_epoch = epoch_;
   }
 
   void access(const Instruction& i, uint32_t mask, bool write) {
@@ -296,23 +300,19 @@ class Machine {
       if (shared) address &= 0xffffffff;  // they have 32 bits
       if (address % uint64_t(bytes)) fail("an access off its boundary");
       uint8_t* memory = reinterpret_cast<uint8_t*>(address);
+      const auto same = [&](const uint8_t* there) { return write && stores_same(values, lane, each, there); };
       const int64_t thread = block_ * threads_ + w_->first_thread + lane;
       if (parameter || shared) {
         std::vector<uint8_t>& space = parameter ? parameters_ : shared_;
         if (address + uint64_t(bytes) > space.size()) fail("an access out of bounds");
         memory = space.data() + address;
-        if (shared)
-          for (int b = 0; b < bytes; ++b) touch(shared_touched_[size_t(address) + size_t(b)], write, thread);
+        if (shared) touch(&shared_touched_[size_t(address)], bytes, write, same(memory), thread);
       } else {
         if (address < 4096) fail("an access to a null pointer");
         sectors.insert(address / 32);
         std::unique_ptr<Line>& line = touched_[address / 32];
         if (!line) line = std::make_unique<Line>();
-        const bool same = write && stores_same(values, lane, each, memory);
-        for (int b = 0; b < bytes; ++b) {
-          Touch& t = line->bytes[address % 32 + uint64_t(b)];
-          if (!(same && t.writer >= 0)) touch(t, write, thread);  // several threads may write one value
-        }
+        touch(&line->bytes[address % 32], bytes, write, same(memory), thread);
       }
       for (size_t k = 0; k < values.size(); ++k) {
         uint8_t* at = memory + k * size_t(each);
@@ -341,9 +341,44 @@ class Machine {
     return true;
   }
 
+  // Matrices of 8 rows of 8 times 2 bytes in shared memory, a row's address from each of 8 lanes. Every lane has two
+  // neighbours of each matrix, or of its transpose.
+  void matrix(const Instruction& i, uint32_t mask, bool write) {
+    if (mask != ~0u || !i.has("m8n8")) fail("cannot move these matrices");
+    const std::vector<Operand> values = write ? value_operands(i) : i.out;
+    std::vector<uint32_t> loaded;
+    for (int lane = 0; lane < kLanes; ++lane)
+      for (int k = 0; k < int(values.size()); ++k) {
+        uint16_t halves[2] = {};
+        const uint32_t value = write ? get<uint32_t>(values[size_t(k)], lane) : 0;
+        memcpy(halves, &value, 4);
+        for (int half = 0; half < 2; ++half) {
+          int row = lane / 4, column = lane % 4 * 2 + half;
+          if (i.has("trans")) std::swap(row, column);
+          const uint64_t start = (get<uint64_t>(i.in[0], 8 * k + row) + uint64_t(i.offset)) & 0xffffffff;
+          if (start % 16) fail("an access off its boundary");
+          if (start + 16 > shared_.size()) fail("an access out of bounds");
+          const size_t at = size_t(start) + size_t(column) * 2;
+          touch(&shared_touched_[at], 2, write, false, block_ * threads_ + w_->first_thread + lane);
+          if (write) memcpy(&shared_[at], &halves[half], 2);
+          else memcpy(&halves[half], &shared_[at], 2);
+        }
+        loaded.push_back(uint32_t(halves[1]) << 16 | halves[0]);
+      }
+    if (write) return;
+    for (size_t lane = 0, n = 0; lane < kLanes; ++lane)  // only now: an address may be among them
+      for (const Operand& o : values) set<uint32_t>(o, int(lane), loaded[n++]);
+  }
+
   // ---- instructions ----
   void step(const Instruction& i, uint32_t mask) {
     const Type type = i.types.empty() ? Type{} : i.types[0];
+    if (type.bits == 16 && (type.kind == 'f' || type.kind == 'h') && i.code <= kMul && i.code != kMov) {
+      return for_each(mask, [&](int lane) {
+        const float a = widened(type, get<uint16_t>(i.in[0], lane)), b = widened(type, get<uint16_t>(i.in[1], lane));
+        set<uint16_t>(i.out[0], lane, narrowed(type, i.code == kAdd ? a + b : i.code == kSub ? a - b : a * b));
+      });
+    }
     switch (i.code) {
       case kMov: return mov(i, mask, type);
       case kAdd: return with_type(type, [&](auto z) { map<decltype(z)>(i, mask, [](auto a, auto b) { return decltype(z)(a + b); }); });
@@ -373,9 +408,19 @@ class Machine {
       case kLd: return access(i, mask, false);
       case kSt: return access(i, mask, true);
       case kShfl: return shfl(i, mask);
+      case kLdmatrix: return matrix(i, mask, false);
+      case kStmatrix: return matrix(i, mask, true);
       case kEx2: return map<float>(i, mask, [](float a) { return std::exp2(a); });
       case kRcp: return with_float(type, [&](auto z) { map<decltype(z)>(i, mask, [](auto a) { return 1 / a; }); });
       case kSqrt: return with_float(type, [&](auto z) { map<decltype(z)>(i, mask, [](auto a) { return std::sqrt(a); }); });
+      case kBfe:
+        if (type.bits != 32) fail("bfe of 64 bits");
+        return for_each(mask, [&](int lane) {
+          const int from = int(get<uint32_t>(i.in[1], lane) & 255), length = int(get<uint32_t>(i.in[2], lane) & 255);
+          if (length < 1 || from + length > 32) fail("bfe of bits that are not there");
+          const uint32_t top = get<uint32_t>(i.in[0], lane) << (32 - from - length);
+          set<uint32_t>(i.out[0], lane, type.kind == 's' ? uint32_t(int32_t(top) >> (32 - length)) : top >> (32 - length));
+        });
       case kBfi:
         return for_each(mask, [&](int lane) {
           const uint32_t from = get<uint32_t>(i.in[2], lane) & 255, length = get<uint32_t>(i.in[3], lane) & 255;
@@ -509,8 +554,9 @@ class Machine {
         return set<uint16_t>(i.out[0], lane, narrowed(to, get<float>(i.in[0], lane)));
       }
       if (from.bits == 16 && (from.kind == 'f' || from.kind == 'h')) {
-        if (to.kind != 'f' || to.bits != 32) fail("cannot convert this");
-        return set<float>(i.out[0], lane, widened(from, get<uint16_t>(i.in[0], lane)));
+        const float value = widened(from, get<uint16_t>(i.in[0], lane));
+        if (to.kind != 'f') fail("cannot convert this");
+        return to.bits == 64 ? set<double>(i.out[0], lane, value) : set<float>(i.out[0], lane, value);
       }
       if (to.bits == 8 || from.bits == 8) fail("cannot convert this");
       with_type(from, [&](auto a) {

@@ -5,6 +5,7 @@
 #include <cctype>
 #include <cstdint>
 #include <cstdlib>
+#include <cstring>
 #include <map>
 #include <set>
 #include <stdexcept>
@@ -54,7 +55,7 @@ struct Kernel {
 
 enum Code {
   kMov, kAdd, kSub, kMul, kMad, kFma, kDiv, kRem, kNeg, kAbs, kMin, kMax, kAnd, kOr, kXor, kNot, kShl, kShr, kSetp,
-  kSelp, kCvt, kCvta, kLd, kSt, kBra, kRet, kBar, kShfl, kEx2, kRcp, kSqrt, kBfi, kPrmt,
+  kSelp, kCvt, kCvta, kLd, kSt, kBra, kRet, kBar, kShfl, kEx2, kRcp, kSqrt, kBfe, kBfi, kPrmt, kLdmatrix, kStmatrix,
 };  // clang-format off
 inline int code_of(const Instruction& i) {
   static const std::map<std::string, int> kCodes = {
@@ -62,8 +63,8 @@ inline int code_of(const Instruction& i) {
       {"rem", kRem}, {"neg", kNeg}, {"abs", kAbs}, {"min", kMin}, {"max", kMax}, {"and", kAnd}, {"or", kOr},
       {"xor", kXor}, {"not", kNot}, {"shl", kShl}, {"shr", kShr}, {"setp", kSetp}, {"selp", kSelp}, {"cvt", kCvt},
       {"cvta", kCvta}, {"ld", kLd}, {"st", kSt}, {"bra", kBra}, {"ret", kRet}, {"exit", kRet}, {"bar", kBar},
-      {"barrier", kBar}, {"shfl", kShfl}, {"ex2", kEx2}, {"rcp", kRcp}, {"sqrt", kSqrt}, {"bfi", kBfi},
-      {"prmt", kPrmt}};
+      {"barrier", kBar}, {"shfl", kShfl}, {"ex2", kEx2}, {"rcp", kRcp}, {"sqrt", kSqrt}, {"bfe", kBfe}, {"bfi", kBfi},
+      {"prmt", kPrmt}, {"ldmatrix", kLdmatrix}, {"stmatrix", kStmatrix}};
   const auto found = kCodes.find(i.op);
   if (found == kCodes.end()) fail("cannot run " + i.text);
   return found->second;
@@ -309,7 +310,7 @@ class Program {
         i.types.push_back(Type{'h', part == "bf16" ? 16 : 32});
       } else if (part == "f16x2") {
         i.types.push_back(Type{'f', -32});
-      } else if (part.size() > 1 && isdigit(part[1]) && part[0] != 'v') {
+      } else if (part.size() > 1 && isdigit(part[1]) && strchr("busf", part[0])) {
         i.types.push_back(Type{part[0], atoi(part.c_str() + 1)});
       } else {
         i.modifiers.push_back(part);
@@ -321,7 +322,7 @@ class Program {
       target = operands.at(0);
       return i;
     }
-    const bool no_result = i.op == "st" || i.op == "bar" || i.op == "barrier";
+    const bool no_result = i.op == "st" || i.op == "stmatrix" || i.op == "bar" || i.op == "barrier";
     for (size_t k = 0; k < operands.size(); ++k) {
       const bool result = k == 0 && !no_result;
       std::vector<Operand>& into = result ? i.out : i.in;

@@ -1,0 +1,35 @@
+"""The Triton kernels as a GPU would get them: compiled and launched by Triton, their PTX run on the CPU by tests/ptx."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from cuda_host import GXX, ROOT
+
+pytestmark = [
+    pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed"),
+    pytest.mark.skipif(GXX is None, reason="g++ is not on PATH, so the machine that runs PTX cannot be built"),
+    pytest.mark.slow,
+]
+
+
+@pytest.mark.parametrize("checks", ["triton_interpreter_checks.py", "triton_bn_interpreter_checks.py"])
+def test_compiled_kernels(checks: str, tmp_path: Path) -> None:
+    """What the kernels' Python source passes in Triton's interpreter, and no two threads of theirs race."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment |= {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}", "TRITON_CACHE_DIR": str(tmp_path)}
+    result = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "triton_ptx", "-p", "no:cacheprovider", f"tests/{checks}"],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert " passed" in result.stdout
+    assert "skipped" not in result.stdout, result.stdout
