@@ -1,4 +1,4 @@
-"""The Triton kernels as a GPU would get them: compiled and launched by Triton, their PTX run on the CPU by tests/ptx."""
+"""The Triton kernels as a GPU would get them: compiled and launched by Triton, their PTX run by tests/ptx."""
 
 from __future__ import annotations
 

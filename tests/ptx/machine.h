@@ -25,11 +25,14 @@ struct Counts {
 
 constexpr int kLanes = 32;
 
-// Who touched a byte last. Two threads may do so where a barrier of their block lies between.
+// A thread, or several (-2) of those below; at what time by the barriers of its block and the shuffles of its warp.
+struct Who {
+  int64_t thread = -1, warp = -1, block = -1;
+  int barriers = 0, shuffles = 0;
+};
+// Who touched a byte last. Two threads may do so where a barrier of their block or a shuffle of their warp lies between.
 struct Touch {
-  int64_t writer = -1, reader = -1;  // -2: several
-  int64_t writer_block = -1, reader_block = -1;
-  int writer_epoch = 0, reader_epoch = 0;
+  Who writer, reader;
 };
 
 class Machine {
@@ -42,8 +45,8 @@ class Machine {
     for (int64_t block = first_block; block < blocks; ++block) run_block(block);
     for (const auto& [_, line] : touched_)
       for (const Touch& t : line->bytes) {
-        counts.distinct_loaded += t.reader != -1;
-        counts.distinct_stored += t.writer != -1;
+        counts.distinct_loaded += t.reader.thread != -1;
+        counts.distinct_stored += t.writer.thread != -1;
       }
   }
 
@@ -55,6 +58,7 @@ class Machine {
     uint32_t live = 0, waiting = 0;   // lanes; waiting for the block's barrier
     int pc[kLanes] = {};
     int64_t first_thread = 0;
+    int shuffles = 0;
   };
   struct Line {
     Touch bytes[32];
@@ -63,7 +67,7 @@ class Machine {
   void run_block(int64_t block) {
     block_ = block;
     threads_ = int(grid_.threads[0] * grid_.threads[1] * grid_.threads[2]);
-    epoch_ = 0;
+    barriers_ = 0;
     shared_.assign(size_t(shared_bytes_), 0xff);  // NaN
     shared_touched_.assign(size_t(shared_bytes_), Touch{});
     std::vector<Warp> warps(size_t(threads_ + kLanes - 1) / kLanes);
@@ -80,7 +84,7 @@ class Machine {
         waiting = waiting || w.live;
       }
       if (!waiting) return;
-      ++epoch_;  // every thread that is still there has reached the barrier
+      ++barriers_;  // every thread that is still there has reached the barrier
       for (Warp& w : warps) w.waiting = 0;
     }
   }
@@ -266,25 +270,31 @@ class Machine {
   }
 
   // ---- memory ----
-  void check(const Touch& t, bool write, int64_t thread) const {
-    const auto ordered = [&](int64_t who, int64_t block, int epoch) {
-      return who == -1 || who == thread || (block == block_ && epoch < epoch_);
-    };
-    if (!ordered(t.writer, t.writer_block, t.writer_epoch)) fail("two threads race, one of them writing");
-    if (write && !ordered(t.reader, t.reader_block, t.reader_epoch)) fail("a thread writes what another reads");
+  Who who(int lane) const {
+    const int64_t thread = block_ * threads_ + w_->first_thread + lane;
+    return Who{thread, (block_ * threads_ + w_->first_thread) / kLanes, block_, barriers_, w_->shuffles};
+  }
+  static bool ordered(const Who& before, const Who& now) {
+    return before.thread == -1 || before.thread == now.thread ||
+           (before.block == now.block && before.barriers < now.barriers) ||
+           (before.warp == now.warp && before.shuffles < now.shuffles);
   }
   // Several threads may write one and the same value.
-  void touch(Touch* first, int bytes, bool write, bool same, int64_t thread) const {
+  void touch(Touch* first, int bytes, bool write, bool same, const Who& now) const {
     for (Touch* t = first; t < first + bytes; ++t) {
-      if (same && t->writer >= 0) continue;
-      check(*t, write, thread);
+      if (same && t->writer.thread >= 0) continue;
+      if (!ordered(t->writer, now)) fail("two threads race, one of them writing");
+      if (write && !ordered(t->reader, now)) fail("a thread writes what another reads");
       if (write) {
-        t->writer = thread, t->writer_block = block_, t->writer_epoch = epoch_;
-      } else {
-        t->reader = t->reader == -1 || t->reader == thread ? thread : -2;
-        t->reader_block = t->reader_block == -1 || t->reader_block == block_ ? block_ : -2;
-        t->reader_epoch = epoch_;
+        t->writer = now;
+        continue;
       }
+      const Who before = t->reader;
+      t->reader = now;
+      if (ordered(before, now)) continue;
+      t->reader.thread = -2;
+      if (before.warp != now.warp) t->reader.warp = -2;
+      if (before.block != now.block) t->reader.block = -2;
     }
   }
 
@@ -301,18 +311,17 @@ class Machine {
       if (address % uint64_t(bytes)) fail("an access off its boundary");
       uint8_t* memory = reinterpret_cast<uint8_t*>(address);
       const auto same = [&](const uint8_t* there) { return write && stores_same(values, lane, each, there); };
-      const int64_t thread = block_ * threads_ + w_->first_thread + lane;
       if (parameter || shared) {
         std::vector<uint8_t>& space = parameter ? parameters_ : shared_;
         if (address + uint64_t(bytes) > space.size()) fail("an access out of bounds");
         memory = space.data() + address;
-        if (shared) touch(&shared_touched_[size_t(address)], bytes, write, same(memory), thread);
+        if (shared) touch(&shared_touched_[size_t(address)], bytes, write, same(memory), who(lane));
       } else {
         if (address < 4096) fail("an access to a null pointer");
         sectors.insert(address / 32);
         std::unique_ptr<Line>& line = touched_[address / 32];
         if (!line) line = std::make_unique<Line>();
-        touch(&line->bytes[address % 32], bytes, write, same(memory), thread);
+        touch(&line->bytes[address % 32], bytes, write, same(memory), who(lane));
       }
       for (size_t k = 0; k < values.size(); ++k) {
         uint8_t* at = memory + k * size_t(each);
@@ -359,7 +368,7 @@ class Machine {
           if (start % 16) fail("an access off its boundary");
           if (start + 16 > shared_.size()) fail("an access out of bounds");
           const size_t at = size_t(start) + size_t(column) * 2;
-          touch(&shared_touched_[at], 2, write, false, block_ * threads_ + w_->first_thread + lane);
+          touch(&shared_touched_[at], 2, write, false, who(lane));
           if (write) memcpy(&shared_[at], &halves[half], 2);
           else memcpy(&halves[half], &shared_[at], 2);
         }
@@ -586,6 +595,7 @@ class Machine {
   }
 
   void shfl(const Instruction& i, uint32_t mask) {
+    ++w_->shuffles;
     uint32_t values[kLanes] = {};
     for_each(mask, [&](int lane) { values[lane] = get<uint32_t>(i.in[0], lane); });
     for_each(mask, [&](int lane) {
@@ -611,7 +621,7 @@ class Machine {
   std::vector<Touch> shared_touched_;
   std::unordered_map<uint64_t, std::unique_ptr<Line>> touched_;
   int64_t block_ = 0;
-  int threads_ = 0, epoch_ = 0;
+  int threads_ = 0, barriers_ = 0;
   Warp* w_ = nullptr;
 };
 
