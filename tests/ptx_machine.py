@@ -33,7 +33,7 @@ def build(folder, *objects):
 def open_machine(path):
     library = ctypes.CDLL(str(path))
     library.ptx_counts.restype = ctypes.POINTER(Counts)
-    library.ptx_launch.restype = ctypes.c_char_p
+    library.ptx_launch.restype = library.ptx_profile.restype = ctypes.c_char_p
     return library
 
 
@@ -44,5 +44,6 @@ def open_compiled(compiled, folder):
     library, machine = open_library(path), open_machine(path)
     for kept in folders:
         assert machine.ptx_load((kept / "cuda.ptx").read_bytes()) >= 0
+    library.profile = lambda: machine.ptx_profile().decode()
     library.counts = lambda: machine.ptx_counts()[0]
     return library

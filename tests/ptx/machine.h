@@ -38,7 +38,9 @@ struct Touch {
 class Machine {
  public:
   Machine(const Kernel& kernel, const Grid& grid, const std::vector<uint8_t>& parameters, int dynamic_shared)
-      : kernel_(kernel), grid_(grid), parameters_(parameters), shared_bytes_(kernel.shared_bytes + dynamic_shared) {}
+      : kernel_(kernel), grid_(grid), parameters_(parameters), shared_bytes_(kernel.shared_bytes + dynamic_shared) {
+    executed.assign(kernel.code.size(), 0);
+  }
 
   void run(int64_t first_block = 0) {
     const int64_t blocks = int64_t(grid_.blocks[0]) * grid_.blocks[1] * grid_.blocks[2];
@@ -51,6 +53,7 @@ class Machine {
   }
 
   Counts counts;
+  std::vector<int64_t> executed;  // by warp, of each instruction of the kernel
 
  private:
   struct Warp {
@@ -116,6 +119,7 @@ class Machine {
           });
         counts.instructions += __builtin_popcount(mask);
         ++counts.slots;
+        ++executed[size_t(pc)];
         if (i.code == kShfl) {
           const uint32_t members = uint32_t(get<uint32_t>(i.in[3], __builtin_ctz(mask | 1u << 31)));
           if (members & ~w.live) fail("a shuffle names lanes that have ended: " + i.text);

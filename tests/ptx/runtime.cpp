@@ -23,16 +23,21 @@ std::map<const void*, std::pair<int, std::string>> launched_as;  // by the host'
 int registering = 0;  // objects register their kernels in the order in which their PTX is loaded
 std::string last_error;
 ptx::Counts counts;
+std::string profile;
 int current_device = 0;
 int64_t first_block = 0;
 constexpr int kDevices = 2;
 
 bool run(int program, const std::string& name, ptx::Grid grid, const std::vector<uint8_t>& parameters, int shared) {
   try {
-    ptx::Machine machine(programs.at(size_t(program))->kernel(name), grid, parameters, shared);
+    const ptx::Kernel& kernel = programs.at(size_t(program))->kernel(name);
+    ptx::Machine machine(kernel, grid, parameters, shared);
     counts = ptx::Counts{};
     machine.run(first_block);
     counts = machine.counts;
+    profile.clear();
+    for (size_t i = 0; i < machine.executed.size(); ++i)
+      if (machine.executed[i]) profile += std::to_string(machine.executed[i]) + "\t" + kernel.code[i].text + "\n";
     return true;
   } catch (const std::exception& error) {
     last_error = std::string(error.what()) + "\n  kernel " + name;
@@ -123,6 +128,8 @@ const char* ptx_launch(int program, const char* name, const uint32_t* blocks, in
   return last_error.c_str();
 }
 const ptx::Counts* ptx_counts() { return &counts; }
+// What the last launch executed: how many warps, and the instruction, a line each.
+const char* ptx_profile() { return profile.c_str(); }
 int shim_device() { return current_device; }
 void shim_first_block(int64_t block) { first_block = block; }
 }
