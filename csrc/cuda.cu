@@ -3,6 +3,7 @@
 //
 // SNNFAST_CUDA_PART splits the build in two that compile side by side: 1 is the forward and everything else, 2 the
 // backward.
+#define SNNFAST_GPU  // of neurons.h
 #include "cuda.h"
 
 #include "cuda_bits.cuh"

@@ -154,20 +154,35 @@ SNNFAST_DEVICE Params<R> with_decay(Params<R> p, const Call& c) {
   if constexpr (Neuron::kLearnable) {
     p.decay = *static_cast<const R*>(c.decay);
     p.kept = R(1) - p.decay;
+    p.tau = p.decay != R(0) ? R(1) / p.decay : R(0);  // a decay of 0 has no gradient through sigmoid
+    p.input_factor = p.decay_input ? p.decay : R(1);
   }
   return p;
 }
 
-// Calls f with the way of dividing known to the compiler, so that it branches once and not per step. kCorrected is
-// kDivide to the last bit and gains nothing here; neither does kMultiply where the code size is not worth it.
-template <bool multiplies, class R, class F>
-SNNFAST_DEVICE void with_known_division(Params<R> p, F f) {
-  if constexpr (multiplies)
-    if (p.division == kMultiply) {
-      p.division = kMultiply;
-      return f(p);
-    }
-  p.division = kDivide;
+// Calls f with the way of dividing and decay_input known to the compiler, so that it branches once and not per step.
+// kCorrected is kDivide to the last bit and gains nothing here; neither does the rest where the code size is not worth it.
+template <class R, class F>
+SNNFAST_DEVICE void with_known_input(Params<R> p, F f) {
+  if (p.decay_input) {
+    p.decay_input = true;
+    return f(p);
+  }
+  p.decay_input = false;
+  f(p);
+}
+template <class Neuron, bool often, class R, class F>
+SNNFAST_DEVICE void with_known_charge(Params<R> p, F f) {
+  if constexpr (Neuron::kDivides) {
+    if constexpr (often)
+      if (p.division == kMultiply) {
+        p.division = kMultiply;
+        return with_known_input(p, f);
+      }
+    p.division = kDivide;
+  } else if constexpr (Neuron::kLearnable && often) {
+    return with_known_input(p, f);
+  }
   f(p);
 }
 
@@ -202,12 +217,12 @@ struct Rows {
 
 // Takes the state through `count` steps (kAhead of them if exact) of Rows, or of what gives its rows another way, and
 // calls after_step(i, spikes, tape, state) for each, with i a constant in the exact case.
-template <class Neuron, bool multiplies, class Source, class R, int W, class F>
+template <class Neuron, bool often, class Source, class R, int W, class F>
 SNNFAST_DEVICE void walk(Source& x, int64_t count, R (&state)[W][Neuron::kStates],
                          const OwnParameters<Neuron, R, W>& own, const Params<R>& params, F after_step) {
   constexpr int kAhead = Source::kAhead;
   constexpr bool kExact = Source::kExact;
-  with_known_division<multiplies && Neuron::kDivides>(params, [&](const Params<R> p) {
+  with_known_charge<Neuron, often>(params, [&](const Params<R> p) {
     for (int64_t base = 0; kExact ? base == 0 : base < count; base += kAhead) {
       SNNFAST_UNROLL
       for (int i = 0; i < kAhead; ++i) {

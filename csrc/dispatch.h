@@ -197,6 +197,12 @@ inline Params<R> params_of(const Call& c) {
   p.kept = R(1) - (c.decay ? p.decay : p.inv_tau);
   p.alpha = R(c.alpha);
   p.gain = R(c.gain);
+  const bool soft = c.flags & kSoftReset;
+  p.quiet = soft ? -(R(0) * p.threshold) : R(0) * p.v_reset;
+  p.fired_factor = R(soft);
+  p.fired_term = soft ? -p.threshold : p.v_reset;
+  p.clear_at = soft ? R(NAN) : p.fire_at;
+  p.input_factor = c.flags & kDecayInput ? p.inv_tau : R(1);
   p.surrogate = c.surrogate;
   p.division = c.division;
   p.decay_input = c.flags & kDecayInput;

@@ -44,6 +44,15 @@ enum Division : int {
   kCorrected = 2,  // multiplications by 1 / tau and what its rounding left; verified for this tau (cpu.cpp)
 };
 
+// On a GPU the flags are known only when a kernel runs. nvcc would compute every case for each neuron and step and then
+// choose (19 instructions for LIF's charge, spike and reset in place of 9), so arithmetic stands there that serves all
+// cases. On the CPU they are constants around the loops over neurons.
+#ifdef SNNFAST_GPU
+constexpr bool kFlagsAtRunTime = true;
+#else
+constexpr bool kFlagsAtRunTime = false;
+#endif
+
 // What is the same for all neurons of a call, in the state's type.
 template <class R>
 struct Params {
@@ -58,6 +67,10 @@ struct Params {
   R kept;          // what a step keeps of the potential: 1 - 1 / tau or 1 - decay, for gradients
   R alpha;         // of the surrogate
   R gain;          // a factor on its derivative
+  // For kFlagsAtRunTime. A neuron's potential is h + quiet, and where it fired that * fired_factor + fired_term.
+  R quiet, fired_factor, fired_term;
+  R clear_at;      // from this h on no gradient passes the reset; NaN where it is soft
+  R input_factor;  // grad_x by grad_h
   int surrogate;
   int division;
   bool decay_input;
@@ -107,6 +120,13 @@ SNNFAST_FN V reset(V h, V s, V threshold, const Params<R>& p) {
   if (p.soft_reset) return h - s * threshold;
   if (p.zero_reset) return (R(1) - s) * h;
   return s * p.v_reset + (R(1) - s) * h;
+}
+
+// The same for all kinds of reset; 0 * Inf is NaN here too.
+template <class V, class R>
+SNNFAST_FN V reset_without_branches(V h, const Params<R>& p) {
+  const V v = h + p.quiet;
+  return select(h >= p.fire_at, v * p.fired_factor + p.fired_term, v);
 }
 
 // What a charge can be built from. Most have the threshold of the call and keep nothing but h.
@@ -163,12 +183,17 @@ struct ChargeFireReset {
     tape[0] = Charge::charge(x, state[0], own, p);
     if constexpr (Charge::kKeepsInput) tape[1] = x;
     const V s = fire(tape[0], own, p);
-    state[0] = settled(reset(tape[0], s, threshold(own, p), p), p);
+    state[0] = after_spike(tape[0], s, own, p);
     return s;
   }
   template <class V, class R>
+  static SNNFAST_FN V after_spike(V h, V s, const V (&own)[kMaxOwn], const Params<R>& p) {
+    if constexpr (kFlagsAtRunTime && kOwn == 0) return reset_without_branches(h, p);
+    return settled(reset(h, s, threshold(own, p), p), p);
+  }
+  template <class V, class R>
   static SNNFAST_FN void after(const V (&tape)[kTape], V (&state)[1], const V (&own)[kMaxOwn], const Params<R>& p) {
-    state[0] = settled(reset(tape[0], fire(tape[0], own, p), threshold(own, p), p), p);
+    state[0] = after_spike(tape[0], fire(tape[0], own, p), own, p);
   }
   template <class V, class R>
   static SNNFAST_FN V step_backward(V grad_s, V (&grad_state)[1], const V (&tape)[kTape], const V (&before)[1],
@@ -188,6 +213,11 @@ struct ChargeFireReset {
   template <class V, class R>
   static SNNFAST_FN V fire_and_reset_backward(V grad_s, V grad_v, V h, V derivative, const V (&own)[kMaxOwn],
                                               const Params<R>& p, ParameterGradients<V>& grads) {
+    if constexpr (kFlagsAtRunTime && kOwn == 0) {
+      const V by_spike = select(p.soft_reset, broadcast<V>(-p.threshold), p.v_reset - h);
+      grad_s = select(p.detach_reset, grad_s, multiply_add(grad_v, by_spike, grad_s));
+      return multiply_add(grad_s, derivative, select(h >= p.clear_at, V{}, grad_v));
+    }
     if (!p.detach_reset) {
       const V by_spike = p.soft_reset ? -threshold(own, p) : broadcast<V>(p.v_reset) - h;
       grad_s = multiply_add(grad_v, by_spike, grad_s);
@@ -217,7 +247,7 @@ struct IFCharge : SimpleCharge {
 
 template <class V, class R>
 SNNFAST_FN V v_minus_rest(V v, const Params<R>& p) {
-  return p.soft_reset || p.zero_reset ? v : v - p.v_reset;
+  return !kFlagsAtRunTime && (p.soft_reset || p.zero_reset) ? v : v - p.v_reset;
 }
 
 // decay_input: h = v + (x - (v - v_reset)) / tau; else h = v - (v - v_reset) / tau + x
@@ -233,6 +263,7 @@ struct LIFCharge : SimpleCharge {
   static SNNFAST_FN V backward(V grad_h, V, V, V, const V (&)[kMaxOwn], const Params<R>& p, V& grad_v,
                                ParameterGradients<V>&) {
     grad_v = grad_h * p.kept;
+    if constexpr (kFlagsAtRunTime) return grad_h * p.input_factor;
     return p.decay_input ? grad_h * p.inv_tau : grad_h;
   }
 };
@@ -250,6 +281,10 @@ struct ParametricLIFCharge : SimpleCharge {
   static SNNFAST_FN V backward(V grad_h, V h, V v, V, const V (&)[kMaxOwn], const Params<R>& p, V& grad_v,
                                ParameterGradients<V>& grads) {
     grad_v = grad_h * p.kept;
+    if constexpr (kFlagsAtRunTime) {
+      grads.decay += grad_h * select(p.decay_input, (h - v) * p.tau, p.v_reset - v);
+      return grad_h * p.input_factor;
+    }
     if (!p.decay_input) {
       grads.decay -= grad_h * (v - p.v_reset);
       return grad_h;

@@ -56,7 +56,9 @@ SNNFAST_FN V exp_nonpositive(V a) {
 #ifdef __CUDA_ARCH__
 template <>
 SNNFAST_FN float exp_nonpositive<float>(float a) {
-  return __expf(a);
+  float power;  // without the code for denormal results, as in quotient()
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(a * 1.44269504088896340736f));
+  return power;
 }
 template <>
 SNNFAST_FN double exp_nonpositive<double>(double a) {
