@@ -132,22 +132,28 @@ def nvcc_output(tmp_path_factory):
     """What nvcc makes of cuda.cu: per pass the folder with what it kept, and what ptxas said."""
     from cuda_host import compile_for_gpu
 
-
     return compile_for_gpu({name: tmp_path_factory.mktemp(f"nvcc_{name}") for name in ("forward", "backward")})
+
+
+@pytest.fixture(scope="session")
+def ptx_kernels(request, tmp_path_factory):
+    """The CUDA kernels as nvcc's PTX, which tests/ptx runs on the CPU."""
+    from cuda_host import GXX, NVCC
+    from ptx_machine import open_compiled
+
+    if NVCC is None or GXX is None:
+        pytest.skip("nvcc or g++ is not on PATH")
+    return open_compiled(request.getfixturevalue("nvcc_output"), tmp_path_factory.mktemp("ptx"))
 
 
 @pytest.fixture(scope="session", params=["source", "ptx"])
 def cuda_host_kernels(request, tmp_path_factory):
     """The CUDA kernels on the CPU, once for all tests that drive them: their source compiled for it, and nvcc's PTX."""
-    from cuda_host import NVCC, build, open_library
-    from ptx_machine import open_compiled
+    from cuda_host import build, open_library
 
-    folder = tmp_path_factory.mktemp("cuda_host")
-    if request.param == "source":
-        return open_library(build(folder))
-    if NVCC is None:
-        pytest.skip("nvcc is not on PATH")
-    return open_compiled(request.getfixturevalue("nvcc_output"), folder)
+    if request.param == "ptx":
+        return request.getfixturevalue("ptx_kernels")
+    return open_library(build(tmp_path_factory.mktemp("cuda_host")))
 
 
 def kernel_backends() -> list:

@@ -9,14 +9,15 @@ FOLDER = ROOT / "tests" / "ptx"
 
 
 class Counts(ctypes.Structure):
-    """Of the last launch, all threads together; sectors are the 32 bytes that a GPU's memory moves at once."""
+    """Of launches, all threads together; sectors are the 32 bytes that a GPU's memory moves at once."""
 
     _fields_ = [
         (name, ctypes.c_int64)
         for name in (
             *("instructions", "slots"),  # by thread, and by warp
             *("loads", "stores", "load_sectors", "store_sectors", "bytes_loaded", "bytes_stored"),
-            *("distinct_loaded", "distinct_stored"),  # each byte once
+            *("distinct_loaded", "distinct_stored"),  # each byte once a launch
+            "launches",
         )
     ]
 
@@ -32,7 +33,6 @@ def build(folder, *objects):
 
 def open_machine(path):
     library = ctypes.CDLL(str(path))
-    library.ptx_counts.restype = ctypes.POINTER(Counts)
     library.ptx_launch.restype = library.ptx_profile.restype = ctypes.c_char_p
     return library
 
@@ -45,5 +45,12 @@ def open_compiled(compiled, folder):
     for kept in folders:
         assert machine.ptx_load((kept / "cuda.ptx").read_bytes()) >= 0
     library.profile = lambda: machine.ptx_profile().decode()
-    library.counts = lambda: machine.ptx_counts()[0]
+    library.counts = lambda: take_counts(machine)
     return library
+
+
+def take_counts(machine):
+    """Of the launches since the last call of this."""
+    counts = Counts()
+    machine.ptx_take_counts(ctypes.byref(counts))
+    return counts

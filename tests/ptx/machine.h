@@ -21,6 +21,7 @@ struct Counts {
   int64_t instructions = 0, slots = 0;  // by thread, and by warp
   int64_t loads = 0, stores = 0, load_sectors = 0, store_sectors = 0, bytes_loaded = 0, bytes_stored = 0;
   int64_t distinct_loaded = 0, distinct_stored = 0;  // bytes, each counted once
+  int64_t launches = 0;
 };
 
 constexpr int kLanes = 32;

@@ -32,9 +32,10 @@ bool run(int program, const std::string& name, ptx::Grid grid, const std::vector
   try {
     const ptx::Kernel& kernel = programs.at(size_t(program))->kernel(name);
     ptx::Machine machine(kernel, grid, parameters, shared);
-    counts = ptx::Counts{};
     machine.run(first_block);
-    counts = machine.counts;
+    machine.counts.launches = 1;
+    const int64_t* of_launch = reinterpret_cast<const int64_t*>(&machine.counts);
+    for (size_t i = 0; i < sizeof(counts) / sizeof(int64_t); ++i) reinterpret_cast<int64_t*>(&counts)[i] += of_launch[i];
     profile.clear();
     for (size_t i = 0; i < machine.executed.size(); ++i)
       if (machine.executed[i]) profile += std::to_string(machine.executed[i]) + "\t" + kernel.code[i].text + "\n";
@@ -127,7 +128,11 @@ const char* ptx_launch(int program, const char* name, const uint32_t* blocks, in
   }
   return last_error.c_str();
 }
-const ptx::Counts* ptx_counts() { return &counts; }
+// The counts since the last call of this.
+void ptx_take_counts(ptx::Counts* to) {
+  *to = counts;
+  counts = ptx::Counts{};
+}
 // What the last launch executed: how many warps, and the instruction, a line each.
 const char* ptx_profile() { return profile.c_str(); }
 int shim_device() { return current_device; }
