@@ -161,7 +161,8 @@ SNNFAST_DEVICE Params<R> with_decay(Params<R> p, const Call& c) {
 }
 
 // Calls f with the way of dividing and decay_input known to the compiler, so that it branches once and not per step.
-// kCorrected is kDivide to the last bit and gains nothing here; neither does the rest where the code size is not worth it.
+// kCorrected is kDivide to the last bit and gains nothing here; neither does the rest where the code size is not worth
+// it.
 template <class R, class F>
 SNNFAST_DEVICE void with_known_input(Params<R> p, F f) {
   if (p.decay_input) {

@@ -1,5 +1,5 @@
-// PTX text into instructions that machine.h can run: the parts of the language that nvcc and Triton made of our kernels.
-// Anything else is an error that quotes it.
+// PTX text into instructions that machine.h can run: the parts of the language that nvcc and Triton made of our
+// kernels. Anything else is an error that quotes it.
 #pragma once
 
 #include <cctype>
@@ -54,8 +54,42 @@ struct Kernel {
 [[noreturn]] inline void fail(const std::string& what) { throw std::runtime_error("PTX: " + what); }
 
 enum Code {
-  kMov, kAdd, kSub, kMul, kMad, kFma, kDiv, kRem, kNeg, kAbs, kMin, kMax, kAnd, kOr, kXor, kNot, kShl, kShr, kSetp,
-  kSelp, kCvt, kCvta, kLd, kSt, kBra, kRet, kBar, kShfl, kEx2, kRcp, kSqrt, kBfe, kBfi, kPrmt, kLdmatrix, kStmatrix,
+  kMov,
+  kAdd,
+  kSub,
+  kMul,
+  kMad,
+  kFma,
+  kDiv,
+  kRem,
+  kNeg,
+  kAbs,
+  kMin,
+  kMax,
+  kAnd,
+  kOr,
+  kXor,
+  kNot,
+  kShl,
+  kShr,
+  kSetp,
+  kSelp,
+  kCvt,
+  kCvta,
+  kLd,
+  kSt,
+  kBra,
+  kRet,
+  kBar,
+  kShfl,
+  kEx2,
+  kRcp,
+  kSqrt,
+  kBfe,
+  kBfi,
+  kPrmt,
+  kLdmatrix,
+  kStmatrix,
 };  // clang-format off
 inline int code_of(const Instruction& i) {
   static const std::map<std::string, int> kCodes = {
@@ -269,18 +303,15 @@ class Program {
   }
 
   Operand operand(const std::string& s) {
-    static const std::map<std::string, Special> kSpecials = {{"%tid", Special::kTid},
-                                                             {"%ntid", Special::kNtid},
-                                                             {"%ctaid", Special::kCtaid},
-                                                             {"%nctaid", Special::kNctaid}};
+    static const std::map<std::string, Special> kSpecials = {
+        {"%tid", Special::kTid}, {"%ntid", Special::kNtid}, {"%ctaid", Special::kCtaid}, {"%nctaid", Special::kNctaid}};
     if (s == "_") return Operand{};
     if (s == "%laneid") return Operand{Operand::kSpecial, uint64_t(Special::kLane) * 4};
     const auto special = kSpecials.find(s.substr(0, s.find('.')));
     if (special != kSpecials.end())
       return Operand{Operand::kSpecial, uint64_t(special->second) * 4 + uint64_t(s.back() - 'x')};
     if (is_register(s)) return Operand{Operand::kRegister, uint64_t(number_of(s))};
-    if (starts(s, "0f") || starts(s, "0d"))
-      return Operand{Operand::kImmediate, strtoull(s.c_str() + 2, nullptr, 16)};
+    if (starts(s, "0f") || starts(s, "0d")) return Operand{Operand::kImmediate, strtoull(s.c_str() + 2, nullptr, 16)};
     if (isdigit(s[0]) || s[0] == '-')
       return Operand{Operand::kImmediate,
                      s[0] == '-' ? uint64_t(strtoll(s.c_str(), nullptr, 0)) : strtoull(s.c_str(), nullptr, 0)};

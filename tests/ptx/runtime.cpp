@@ -35,7 +35,8 @@ bool run(int program, const std::string& name, ptx::Grid grid, const std::vector
     machine.run(first_block);
     machine.counts.launches = 1;
     const int64_t* of_launch = reinterpret_cast<const int64_t*>(&machine.counts);
-    for (size_t i = 0; i < sizeof(counts) / sizeof(int64_t); ++i) reinterpret_cast<int64_t*>(&counts)[i] += of_launch[i];
+    for (size_t i = 0; i < sizeof(counts) / sizeof(int64_t); ++i)
+      reinterpret_cast<int64_t*>(&counts)[i] += of_launch[i];
     profile.clear();
     for (size_t i = 0; i < machine.executed.size(); ++i)
       if (machine.executed[i]) profile += std::to_string(machine.executed[i]) + "\t" + kernel.code[i].text + "\n";
@@ -80,8 +81,7 @@ const char* cudaGetErrorString(cudaError_t) { return last_error.c_str(); }
 cudaError_t cudaFuncGetAttributes(cudaFuncAttributes*, const void* function) {
   return launched_as.count(function) ? cudaSuccess : cudaErrorInvalidDeviceFunction;
 }
-cudaError_t cudaLaunchKernel(const void* function, dim3 grid, dim3 block, void** arguments, size_t shared,
-                             void*) {
+cudaError_t cudaLaunchKernel(const void* function, dim3 grid, dim3 block, void** arguments, size_t shared, void*) {
   const auto found = launched_as.find(function);
   if (found == launched_as.end() || grid.x == 0) {
     last_error = "invalid configuration argument";
@@ -121,7 +121,8 @@ const char* ptx_launch(int program, const char* name, const uint32_t* blocks, in
     if (n > int(kernel.parameter_sizes.size())) ptx::fail("more arguments than parameters");
     std::vector<uint8_t> parameters(size_t(kernel.parameter_bytes), 0);
     for (int k = 0; k < n; ++k)
-      memcpy(parameters.data() + kernel.parameter_offsets[size_t(k)], words + k, size_t(kernel.parameter_sizes[size_t(k)]));
+      memcpy(parameters.data() + kernel.parameter_offsets[size_t(k)], words + k,
+             size_t(kernel.parameter_sizes[size_t(k)]));
     run(program, name, ptx::Grid{{blocks[0], blocks[1], blocks[2]}, {uint32_t(threads), 1, 1}}, parameters, shared);
   } catch (const std::exception& error) {
     last_error = error.what();
