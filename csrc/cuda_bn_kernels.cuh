@@ -412,6 +412,7 @@ template <class T, int kT, int W, bool kSums, bool kSkip>
 struct NormGradients {
   using R = typename StateOf<T>::type;
   static constexpr bool kWantsInput = true;
+  static constexpr bool kPotentials = false;
   static constexpr bool kConnects = kSkip;
   const BatchNormJob& job;
   int64_t channel, n;
@@ -455,7 +456,7 @@ struct NormGradients {
   }
   SNNFAST_DEVICE void put(int64_t t, const R (&grad)[W], const R (&x)[W]) {
     if (kT != kOpen ? t == kT - 1 : job.b.norm.groups > 1) load_step(kT != kOpen ? 0 : t);  // late: registers
-    if (kSums && (job.step < 0 || job.step == t)) {
+    if (kSums && (kT != kOpen || job.step < 0 || job.step == t)) {                          // exact ones have one group
       SNNFAST_UNROLL
       for (int w = 0; w < W; ++w) {
         sums[0][w] += grad[w];

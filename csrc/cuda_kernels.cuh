@@ -297,8 +297,8 @@ __global__ void __launch_bounds__(kThreads, 1)
 }
 
 // ---- backward ----
-// What goes back through time with a thread's neurons.
-template <class Neuron, class T, int W>
+// What goes back through time with a thread's neurons; kPotentials: whether v_seq may have a gradient.
+template <class Neuron, class T, int W, bool kPotentials>
 struct Backward {
   using R = typename StateOf<T>::type;
   const Params<R>& p;
@@ -312,7 +312,7 @@ struct Backward {
   SNNFAST_DEVICE void step(const R (&grad_s)[W], const R (&tape)[W][Neuron::kTape],
                            const R (&before)[W][Neuron::kStates], R (&grad_x)[W]) {
     R derivative[W];
-    if (grad_v_seq) {
+    if (kPotentials && grad_v_seq) {
       R grad_v[W];
       unpack(load<W>(grad_v_seq), grad_v);
       SNNFAST_UNROLL
@@ -336,6 +336,7 @@ struct Backward {
 template <class T, int W>
 struct GradientRows {
   using R = typename StateOf<T>::type;
+  static constexpr bool kPotentials = true;
   static constexpr bool kWantsInput = false;
   static constexpr bool kConnects = false;
   T* next;
@@ -349,18 +350,19 @@ struct GradientRows {
     next -= N;
   }
 };
-template <class Neuron, class T, int W>
-SNNFAST_DEVICE Backward<Neuron, T, W> start_backward(const Call& c, const Params<typename StateOf<T>::type>& p,
-                                                     int64_t n) {
+template <class Neuron, class T, int W, class Sink>
+SNNFAST_DEVICE Backward<Neuron, T, W, Sink::kPotentials> start_backward(const Call& c,
+                                                                        const Params<typename StateOf<T>::type>& p,
+                                                                        int64_t n) {
   using R = typename StateOf<T>::type;
   const int64_t last = (c.T - 1) * c.N + n;
-  Backward<Neuron, T, W> back{p, {c, n}, c.N, static_cast<const R*>(c.grad_v_seq), {}, R(0), {}};
+  Backward<Neuron, T, W, Sink::kPotentials> back{p, {c, n}, c.N, static_cast<const R*>(c.grad_v_seq), {}, R(0), {}};
   if (back.grad_v_seq) back.grad_v_seq += last;
   load_states(c.grad_final_state, n, 0.0, back.grad_state);
   return back;
 }
-template <class Neuron, class T, int W>
-SNNFAST_DEVICE void end_backward(const Call& c, const Backward<Neuron, T, W>& back, int64_t n) {
+template <class Neuron, class T, int W, bool kPotentials>
+SNNFAST_DEVICE void end_backward(const Call& c, const Backward<Neuron, T, W, kPotentials>& back, int64_t n) {
   SNNFAST_UNROLL
   for (int k = 0; k < Neuron::kStates; ++k)
     if (c.grad_state[k]) store_state(static_cast<typename StateOf<T>::type*>(c.grad_state[k]) + n, k, back.grad_state);
@@ -407,12 +409,12 @@ SNNFAST_DEVICE double backward_exact(const Call& c, const Params<R>& p, int64_t 
   constexpr int kStates = Neuron::kStates, kTape = Neuron::kTape;
   R start[W][kStates], state[W][kStates], all[kT][W][kTape];
   load_states(c.state, n, c.v_init, start);
-  Pack<T, W> grad_s[kT];
+  Pack<T, W> grad_s[kT] = {};
   if (c.grad_s) {
     const Rows<T, W, kT, true> rows(static_cast<const T*>(c.grad_s) + n, c.N, kT);
     memcpy(grad_s, rows.ahead, sizeof(grad_s));
   }
-  auto back = start_backward<Neuron, T, W>(c, p, n);
+  auto back = start_backward<Neuron, T, W, Sink>(c, p, n);
   memcpy(state, start, sizeof(state));
   walk<Neuron, true>(x, kT, state, back.own, p,
                      [&](int i, const R(&)[W], const R(&tape)[W][kTape], const R(&)[W][kStates]) {
@@ -422,8 +424,8 @@ SNNFAST_DEVICE double backward_exact(const Call& c, const Params<R>& p, int64_t 
   if constexpr (Sink::kWantsInput && sizeof(T) < sizeof(R)) forget(x.ahead);
   SNNFAST_UNROLL
   for (int t = kT - 1; t >= 0; --t) {
-    R grad_s_now[W] = {}, before[W][kStates] = {};
-    if (c.grad_s) unpack(grad_s[t], grad_s_now);
+    R grad_s_now[W], before[W][kStates] = {};
+    unpack(grad_s[t], grad_s_now);
     if constexpr (Sink::kConnects) {
       R skip[W];
       unpack(x.skip.ahead[t], skip);
@@ -496,7 +498,7 @@ SNNFAST_DEVICE double backward_open(const Call& c, const Params<R>& p, int64_t n
   }
 
   const T* const grad_s_in = c.grad_s ? static_cast<const T*>(c.grad_s) + n : nullptr;
-  auto back = start_backward<Neuron, T, W>(c, p, n);
+  auto back = start_backward<Neuron, T, W, Sink>(c, p, n);
   double grad_decay = 0;
   for (int64_t segment = last; segment >= 0; --segment) {
     const int64_t first = segment * kSegment;

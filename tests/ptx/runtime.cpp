@@ -37,7 +37,7 @@ bool run(int program, const std::string& name, ptx::Grid grid, const std::vector
     const int64_t* of_launch = reinterpret_cast<const int64_t*>(&machine.counts);
     for (size_t i = 0; i < sizeof(counts) / sizeof(int64_t); ++i)
       reinterpret_cast<int64_t*>(&counts)[i] += of_launch[i];
-    profile.clear();
+    profile += "0\t// " + name + "\n";
     for (size_t i = 0; i < machine.executed.size(); ++i)
       if (machine.executed[i]) profile += std::to_string(machine.executed[i]) + "\t" + kernel.code[i].text + "\n";
     return true;
@@ -133,8 +133,9 @@ const char* ptx_launch(int program, const char* name, const uint32_t* blocks, in
 void ptx_take_counts(ptx::Counts* to) {
   *to = counts;
   counts = ptx::Counts{};
+  profile.clear();
 }
-// What the last launch executed: how many warps, and the instruction, a line each.
+// What launches executed since then: how many warps, and the instruction, a line each; a line with 0 begins a kernel.
 const char* ptx_profile() { return profile.c_str(); }
 int shim_device() { return current_device; }
 void shim_first_block(int64_t block) { first_block = block; }
