@@ -14,14 +14,10 @@ from types import SimpleNamespace
 from typing import Any
 
 import ptx_machine
-import triton
-from triton.backends.compiler import GPUTarget
-from triton.backends.nvidia.compiler import CUDABackend
 
 from snnfast.backends import triton as backend
 
-_folder = tempfile.TemporaryDirectory()
-machine = ptx_machine.open_machine(ptx_machine.build(Path(_folder.name)))
+machine: Any = None
 
 
 def word_of(kind: str, value: Any) -> int:
@@ -65,7 +61,9 @@ class Driver:
         get_device_properties=lambda device: {"max_shared_mem": 232448},
     )
 
-    def get_current_target(self) -> GPUTarget:
+    def get_current_target(self) -> Any:
+        from triton.backends.compiler import GPUTarget
+
         return GPUTarget("cuda", 90, 32)
 
     def get_current_device(self) -> int:
@@ -80,7 +78,15 @@ def pytest_collection_modifyitems(items: list[Any]) -> None:
     items[:] = items[:: int(os.environ.get("PTX_EVERY", "1"))]
 
 
-# The PTX stands where the machine code would, which no one needs here.
-CUDABackend.make_cubin = lambda self, source, *rest: source.encode()
-triton.runtime.driver.set_active(Driver())
-backend.missing = lambda device: None
+def pytest_configure() -> None:
+    """As a plugin, not when the module is imported for its docstrings."""
+    import triton
+    from triton.backends.nvidia.compiler import CUDABackend
+
+    global machine
+    with tempfile.TemporaryDirectory() as folder:
+        machine = ptx_machine.open_machine(ptx_machine.build(Path(folder)))
+    # The PTX stands where the machine code would, which no one needs here.
+    CUDABackend.make_cubin = lambda self, source, *rest: source.encode()
+    triton.runtime.driver.set_active(Driver())
+    backend.missing = lambda device: None
