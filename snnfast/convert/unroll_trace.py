@@ -220,11 +220,11 @@ class _Before:
             now: Any = held.get(name)
             if not (_holds_proxy(now) or (isinstance(now, Tensor) and _is_same(now, value))):
                 return m, kind, name
-        for m, held in self.attributes.items():
-            for name, value in held.items():
+        for m, attributes in self.attributes.items():
+            for name, was in attributes.items():
                 now = m.__dict__.get(name)
-                number = isinstance(value, (bool, int, float, str)) and name != "training"
-                if number and not _holds_proxy(now) and not _is_same(now, value):
+                number = isinstance(was, (bool, int, float, str)) and name != "training"
+                if number and not _holds_proxy(now) and not _is_same(now, was):
                     return m, "attribute", name
         return None
 
