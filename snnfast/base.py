@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -53,6 +53,8 @@ class MemoryModule(nn.Module, StepModule):
         0
     """
 
+    _by_class: ClassVar[tuple[str, ...]] = ()  # methods that are looked for in the class alone
+
     def __init__(self) -> None:
         super().__init__()
         self._memory_reset_values: dict[str, Any] = {}
@@ -61,6 +63,8 @@ class MemoryModule(nn.Module, StepModule):
         # State is set on every call: past nn.Module's search for parameters, buffers and modules of that name.
         if name in self.__dict__ and name in self.__dict__.get("_memory_reset_values", ()):
             object.__setattr__(self, name, value)
+        elif name in self._by_class:
+            raise TypeError(f"{name} of one {type(self).__name__} would not be called: override it in a subclass")
         else:
             super().__setattr__(name, value)
 

@@ -75,6 +75,7 @@ class BaseNode(KernelModule):
         known = next(c for c in cls.__mro__ if "dynamics" in c.__dict__)
         if any(getattr(cls, step) is not getattr(known, step) for step in _STEPS):  # a mixin's step too
             cls.dynamics = None  # a step of its own: no kernel knows it
+        cls._by_class = _STEPS[:4] if cls.dynamics is not None else ()
 
     @says_what_it_takes
     def __init__(

@@ -184,6 +184,19 @@ def test_a_subclass_that_overrides_a_step_leaves_the_kernels():
     assert torch.equal(Renamed(step_mode="m")(x), plain(x))
 
 
+def test_a_step_that_the_kernels_would_not_call_is_refused_on_one_object():
+    x = torch.randn(4, 50)
+    node = snnfast.LIFNode(step_mode="m")
+    with pytest.raises(
+        TypeError, match="neuronal_charge of one LIFNode would not be called: override it in a subclass"
+    ):
+        node.neuronal_charge = lambda x: None
+    assert torch.equal(node(x), snnfast.LIFNode(step_mode="m")(x))
+    own = type("Own", (snnfast.LIFNode,), {"neuronal_fire": lambda self: self.v * 0})(step_mode="m")
+    own.neuronal_fire = lambda: own.v * 0 + 2  # this one's are called
+    assert bool((own(x) == 2).all())
+
+
 def test_a_single_step_of_a_users_own_is_taken_in_both_modes():
     class Analog(snnfast.LIFNode):
         """As reinforcement-learning examples for SpikingJelly before 2.0 read out their networks."""

@@ -307,6 +307,17 @@ def overriding():
     return Mine(beta=0.5, reset_mechanism="zero")
 
 
+def test_a_subclass_of_ours_whose_forward_is_its_own_is_refused():
+    class Doubles(snnfast.LIFNode):
+        def forward(self, x):
+            return super().forward(2 * x)
+
+    us, them = (nn.Sequential(nn.Linear(2, 2), n) for n in (Doubles(decay_input=False), leaky()))
+    for carry in (load_peer_weights, give_peer_weights):
+        with pytest.raises(ValueError, match=r"1 \(Doubles\) cannot be carried over: Doubles overrides forward"):
+            carry(us, them)
+
+
 @pytest.mark.parametrize(
     ("theirs", "ours", "message"),
     [

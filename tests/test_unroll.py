@@ -477,6 +477,34 @@ def test_what_forward_reads_of_the_model_may_change_between_calls(monkeypatch):
     assert not torch.equal(snnfast.unroll(model, x), results[-1])  # now dropout drops
 
 
+class InPlace(nn.Module):
+    """Writes to what another name has too, and makes what it needs at its first call."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc, self.lif, self.mask = nn.Linear(6, 6), snnfast.LIFNode(), None
+
+    def forward(self, x):
+        if self.mask is None:
+            self.mask = torch.arange(6) % 2.0
+        x = shortcut = self.fc(x) * 4
+        x += self.mask
+        s = spikes = self.lif(shortcut)
+        s *= 2
+        return spikes + shortcut
+
+
+@pytest.mark.parametrize("constant", [False, True])
+def test_what_forward_writes_in_place_and_makes_once(constant):
+    net = InPlace()
+    want = copy.deepcopy(net)
+    x = torch.randn(3, 6) if constant else torch.randn(5, 3, 6)
+    for _ in range(2):
+        got = snnfast.unroll(net, x, 5 if constant else None)
+        assert torch.equal(got, loop(want, x.expand(5, 3, 6)))
+    assert torch.equal(net.mask, want.mask)
+
+
 class ConvWithNeuron(nn.Conv2d):
     def __init__(self, *args):
         super().__init__(*args)

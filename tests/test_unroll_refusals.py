@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import itertools
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -68,13 +70,14 @@ class NormWithNeuron(nn.BatchNorm1d):
 
 
 class Counts(nn.Module):
-    def __init__(self):
+    def __init__(self, past_autograd):
         super().__init__()
+        self.past_autograd = past_autograd
         self.lif = snnfast.LIFNode()
         self.register_buffer("calls", torch.zeros(()))
 
     def forward(self, x):
-        self.calls.add_(1)
+        (self.calls.data if self.past_autograd else self.calls).add_(1)
         return self.lif(x)
 
 
@@ -115,6 +118,44 @@ def resets(m, x):
 def counts(m, x):
     m.steps += 1
     return m.lif(m.fc(x)) / m.steps
+
+
+COUNTER = itertools.count(1)
+
+
+def counts_elsewhere(m, x):
+    m.config["steps"] += 1
+    return m.lif(m.fc(x)) / m.config["steps"]
+
+
+def counts_in_a_tensor(m, x):
+    m.count += 1
+    return m.lif(m.fc(x) / m.count)
+
+
+def counts_by_an_iterator(m, x):
+    return m.lif(m.fc(x)) / next(COUNTER)
+
+
+def draws_by_numpy(m, x):
+    return m.lif(m.fc(x)) * np.random.random()
+
+
+def writes_a_parameter(m, x):
+    m.fc.weight.data.mul_(0.5)
+    return m.lif(m.fc(x))
+
+
+def writes_a_parameter_by_a_tensor(m, x):
+    y = m.fc(x)
+    m.fc.weight.data += 0.1 * y.T @ x
+    return m.lif(y)
+
+
+def adds_to_the_state_in_place(m, x):
+    spk, mem = m.lif(m.fc(x))
+    mem += 1
+    return spk
 
 
 def records(m, x):
@@ -173,6 +214,13 @@ EMPTY = (torch.zeros(0),)
         (lambda: step(resets, sj.LIFNode), (), r"reads or sets lif\.v, the state"),
         (lambda: step(resets, lambda: leaky(init_hidden=True)), (), r"reads or sets lif\.mem, the state"),
         (lambda: step(counts, steps=0), (), "Step writes its attribute steps"),
+        (lambda: step(counts_elsewhere, config={"steps": 0}), (), "another thing at each call"),
+        (lambda: step(counts_in_a_tensor, count=torch.zeros(())), (), "writes its attribute count"),
+        (lambda: step(counts_by_an_iterator), (), r"another thing at each call \(truediv changes\)"),
+        (lambda: step(draws_by_numpy), (), "another thing at each call"),
+        (lambda: step(writes_a_parameter), (), r"forward writes fc\.weight \(mul_\)"),
+        (lambda: step(writes_a_parameter_by_a_tensor), (), r"forward sets data of fc_weight"),
+        (lambda: step(adds_to_the_state_in_place, leaky), (), "iadd where the loop takes the state that lif"),
         (lambda: step(records, record=[]), (), "Step keeps a result"),
         (lambda: step(draws), (), "draws random numbers"),
         (lambda: step(divides_by_the_largest), (), "takes one number, max_1, of all samples of all steps"),
@@ -190,7 +238,7 @@ def test_what_forward_does_at_every_step_beside_calling_layers_is_refused(make, 
         snnfast.accelerate(model)
     x = torch.randn(5, 3, 6)
     state_before = {k: v.clone() for k, v in model.lif.named_buffers()}, getattr(model.lif, "v", None)
-    before = copy.deepcopy({k: v for k, v in vars(model).items() if k in ("steps", "record")})
+    before = copy.deepcopy({k: v for k, v in vars(model).items() if k in ("steps", "record", "config", "count")})
     with pytest.raises(ValueError, match=message):
         snnfast.unroll(model, x, state=state)
     assert {k: vars(model)[k] for k in before} == before
@@ -211,8 +259,9 @@ def test_hooks_of_modules_that_are_not_called_are_refused():
     snnfast.unroll(model, x)
 
 
-def test_a_buffer_that_forward_writes_is_refused_and_stays():
-    net = Counts()
+@pytest.mark.parametrize("past_autograd", [False, True])
+def test_a_buffer_that_forward_writes_is_refused_and_stays(past_autograd):
+    net = Counts(past_autograd)
     with pytest.raises(ValueError, match="Counts writes its buffer calls in forward"):
         snnfast.unroll(net, torch.randn(5, 3, 6))
     assert net.calls == 0

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import dynamics
+from ..base import MemoryModule
 from ..neuron import BaseNode, ParametricLIFNode
 
 __all__ = ["PEERS", "Inexpressible", "Spiking", "own", "set_own"]
@@ -57,6 +58,8 @@ def own(node: nn.Module) -> Spiking:
     """What a neuron of snnfast computes."""
     if not isinstance(node, BaseNode) or node.dynamics not in (dynamics.IF, dynamics.LIF, dynamics.PARAMETRIC_LIF):
         raise Inexpressible(f"{type(node).__name__} is none of IFNode, LIFNode and ParametricLIFNode")
+    if type(node).forward is not MemoryModule.forward:
+        raise Inexpressible(f"{type(node).__name__} overrides forward")
     rest = 0.0 if node.v_reset is None else node.v_reset
     if node._memory_reset_values["v"] != rest:
         raise Inexpressible(f"its potential starts at {node._memory_reset_values['v']}, not at rest")

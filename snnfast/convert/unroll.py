@@ -62,9 +62,10 @@ def unroll(
 
     Raises:
         TypeError: ``model`` is not a module; ``x`` is not a tensor; ``forward`` needs other states than were given.
-        ValueError: ``forward`` has its own loop over time, is recurrent, changes states, attributes or buffers itself,
-            or holds a neuron that is multi-step already; a module with neurons inside has hooks; a layer cannot take
-            the steps of ``x``, which has no time axis, or has one beside ``timesteps``.
+        ValueError: ``forward`` has its own loop over time, is recurrent, changes states, attributes, buffers or
+            parameters itself, does another thing at each call, or holds a neuron that is multi-step already; a module
+            with neurons inside has hooks; a layer cannot take the steps of ``x``, which has no time axis, or has one
+            beside ``timesteps``.
 
     Example:
         >>> import snnfast

@@ -1,0 +1,263 @@
+"""The trace of a model's step for :func:`snnfast.unroll`: a graph of what ``forward`` does at every step."""
+
+from __future__ import annotations
+
+import collections
+import operator
+import random
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from .stepping import is_stateful, states_of
+
+__all__ = ["IN_PLACE", "MODULES_OWN", "Tracer", "loop_error", "modes", "traced"]
+
+_REWRITE = """{why}. unroll takes a model whose forward is one time step:
+
+    def forward(self, x, {states}):          # [B, ...], not [T, B, ...]
+        cur = self.fc(x)
+        spk, mem = self.lif(cur, mem)        # or a neuron that keeps its own state
+        return spk, mem                      # no loop over time, nothing collected in lists
+
+    spk, mem = snnfast.unroll(model, x, timesteps=T, state=({example},))   # [T, B, ...] each"""
+
+
+def loop_error(why: str) -> ValueError:
+    return ValueError(_REWRITE.format(why=why, states="mem", example="torch.zeros(0)"))
+
+
+_CONTAINERS = (nn.Module, nn.Sequential, nn.ModuleList, nn.ModuleDict)
+
+
+class Proxy(fx.Proxy):
+    """What forward does to tensors in place happens in place; fx's own proxies give another tensor for ``x += y``."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name not in ("tracer", "node"):
+            raise ValueError(
+                f"forward sets {name} of {self.node}, which unroll would do once and the loop does at every step"
+            )
+        super().__setattr__(name, value)
+
+
+def _in_place(target: Any) -> Any:
+    return lambda self, other: self.tracer.create_proxy("call_function", target, (self, other), {})
+
+
+IN_PLACE = (operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.ifloordiv, operator.imod,
+            operator.ipow, operator.iand, operator.ior, operator.ixor)  # fmt: skip
+for _target in IN_PLACE:
+    setattr(Proxy, f"__{_target.__name__}__", _in_place(_target))
+
+
+class Tracer(fx.Tracer):
+    """Torch's layers and every neuron are one node each; everything else is looked into, and so is a layer's subclass
+    with a neuron inside. A node keeps the modes, such as ``torch.no_grad()``, that forward sets for it.
+
+    While it traces, the states of the neurons are nodes, for what forward does with them it does at every step.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.outside = modes()
+        self.states: list[tuple[str, dict[str, Any], str, Any, fx.Proxy]] = []
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        return Proxy(node, self)
+
+    def trace(self, root: Any, concrete_args: dict[str, Any] | None = None) -> fx.Graph:
+        try:
+            return super().trace(root, concrete_args)
+        finally:
+            self.used = self._put_states_back()
+
+    def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
+        node = super().create_node(*args, **kwargs)
+        node.meta["modes"] = [mode for mode in modes() if mode not in self.outside]
+        return node
+
+    def create_args_for_root(self, *args: Any, **kwargs: Any) -> Any:
+        made = super().create_args_for_root(*args, **kwargs)
+        for path, module in self.root.named_modules():
+            for holder, name in states_of(module) if is_stateful(module) else ():
+                proxy = self.create_proxy("get_attr", f"{path}.{name}", (), {})
+                self.states.append((f"{path}.{name}", holder, name, holder[name], proxy))
+                holder[name] = proxy
+        return made
+
+    def _put_states_back(self) -> list[str]:
+        """The states that forward read or set."""
+        used = []
+        for path, holder, name, value, proxy in self.states:
+            if proxy.node.users or holder[name] is not proxy:
+                used.append(path)
+            else:
+                self.graph.erase_node(proxy.node)
+            holder[name] = value
+        return used
+
+    def is_leaf_module(self, m: nn.Module, name: str) -> bool:
+        if is_stateful(m):
+            return True
+        if any(is_stateful(child) for child in m.modules()):
+            return False
+        return any(c.__module__.startswith("torch.nn.") and c not in _CONTAINERS for c in type(m).__mro__)
+
+
+def modes() -> list[Any]:
+    """The modes that count for a node: whether gradients are recorded, and how each kind of device casts."""
+    casts = [(d, torch.get_autocast_dtype(d), torch.is_autocast_enabled(d)) for d in ("cpu", "cuda")]
+    return [torch.is_grad_enabled(), *casts]
+
+
+def traced(model: nn.Module, concrete: dict[str, Any]) -> tuple[fx.Graph, dict[str, Tensor], list[str]]:
+    """The graph, the tensors that forward made for it, and the states of neurons that forward read or set.
+
+    Forward is traced twice: what is another thing the second time, a count or a random number, is another at every
+    step. The model stays as it was, but for what the first call of its forward adds to it.
+    """
+    before = _Before(model)
+    try:
+        steps = []
+        for _ in range(2):
+            graph, constants, states = _trace(model, concrete, before)
+            steps.append(_steps(graph, constants, model))
+        changed = [node.name for node, *pair in zip(graph.nodes, *steps, strict=False) if not _is_same(*pair)]
+        if changed or len(steps[0]) != len(steps[1]):
+            raise ValueError(
+                f"{type(model).__name__}.forward does another thing at each call ({(*changed, 'its length')[0]} "
+                "changes), as one that counts or draws does: unroll would take it once and the loop takes it at every "
+                "step. Make it from the input, or keep the loop"
+            )
+    except BaseException:
+        before.put_back()
+        raise
+    return graph, constants, states
+
+
+def _trace(
+    model: nn.Module, concrete: dict[str, Any], before: _Before
+) -> tuple[fx.Graph, dict[str, Tensor], list[str]]:
+    tracer = Tracer()
+    randomness = random.getstate(), torch.get_rng_state()
+    try:
+        with torch.enable_grad():
+            graph = tracer.trace(model, concrete)
+    except (fx.proxy.TraceError, TypeError) as error:
+        _refuse_norms_with_neurons(model, error)
+        raise loop_error(
+            f"{type(model).__name__}.forward depends on the values or the length of its input ({error}), as a "
+            "forward with its own loop over time does"
+        ) from error
+    written = before.written()
+    if written is not None:
+        m, kind, name = written
+        _refuse_norms_with_neurons(m, None)
+        raise ValueError(
+            f"{type(m).__name__} writes its {kind} {name} in forward, which unroll would do once and the loop does at "
+            "every step"
+        )
+    for m in before.attributes:
+        if any(_holds_proxy(v) for k, v in m.__dict__.items() if k not in MODULES_OWN):
+            raise ValueError(
+                f"{type(m).__name__} keeps a result of its forward as an attribute: unroll cannot tell state from a "
+                "record. Return it instead, or make the module one of the neurons that unroll knows"
+            )
+    if random.getstate() != randomness[0] or not torch.equal(torch.get_rng_state(), randomness[1]):
+        raise ValueError(
+            f"{type(model).__name__}.forward draws random numbers that do not depend on its input, which unroll "
+            "would draw once and the loop draws at every step: make them from the input, as torch.rand_like(x) does"
+        )
+    # What fx keeps of tensors made in forward goes into the program, not into the model.
+    made = [k for k in model.__dict__ if k.startswith("_tensor_constant") and k not in before.attributes[model]]
+    return graph, {name: model.__dict__.pop(name) for name in made}, tracer.used
+
+
+def _steps(graph: fx.Graph, constants: dict[str, Tensor], model: nn.Module) -> list[Any]:
+    """What each node does, as it is now."""
+    place = {node: f"%{k}" for k, node in enumerate(graph.nodes)}
+
+    def step(node: fx.Node) -> Any:
+        if node.op != "get_attr":
+            return node.op, node.target, repr(fx.map_arg((node.args, node.kwargs), place.__getitem__))
+        name = str(node.target)
+        t = constants[name] if name in constants else operator.attrgetter(name)(model)
+        # Parameters are nodes, to which nothing is done in a trace.
+        return t.detach().clone() if isinstance(t, Tensor) and not isinstance(t, nn.Parameter) else t
+
+    return [step(node) for node in graph.nodes]
+
+
+def _is_same(a: Any, b: Any) -> bool:
+    if not isinstance(a, Tensor) or not isinstance(b, Tensor):
+        return a is b or (type(a) is type(b) and a == b)
+    if (a.shape, a.dtype, a.device, a.layout) != (b.shape, b.dtype, b.device, b.layout):
+        return False
+    return a is b or a.layout is not torch.strided or bool(((a == b) | ((a != a) & (b != b))).all())
+
+
+class _Before:
+    """What the modules that are not neurons held before the trace."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.attributes = {m: dict(m.__dict__) for m in model.modules() if not is_stateful(m)}
+        values = [v for held in self.attributes.values() for name, v in held.items() if name not in MODULES_OWN]
+        self.contents = [(v, v.copy()) for v in values if isinstance(v, _COLLECTIONS)]
+        self.tensors = [
+            (m, kind, held, name, t, t.detach().clone())
+            for m in self.attributes
+            for kind, held in (("attribute", m.__dict__), ("buffer", m._buffers))
+            for name, t in held.items()
+            if isinstance(t, Tensor)
+        ]
+
+    def written(self) -> tuple[nn.Module, str, str] | None:
+        """The first tensor, number or flag of a module that is another one now; nobody knows what else means."""
+        for m, kind, held, name, _, value in self.tensors:
+            now: Any = held.get(name)
+            if not (_holds_proxy(now) or (isinstance(now, Tensor) and _is_same(now, value))):
+                return m, kind, name
+        for m, attributes in self.attributes.items():
+            for name, was in attributes.items():
+                now = m.__dict__.get(name)
+                number = isinstance(was, (bool, int, float, str)) and name != "training"
+                if number and not _holds_proxy(now) and not _is_same(now, was):
+                    return m, "attribute", name
+        return None
+
+    def put_back(self) -> None:
+        for m, held in self.attributes.items():
+            m.__dict__.clear()
+            m.__dict__.update(held)
+        for v, items in self.contents:
+            v.clear()
+            (v.update if hasattr(v, "update") else v.extend)(items)
+        for *_, t, value in self.tensors:
+            if not _is_same(t, value):
+                with torch.no_grad():
+                    t.copy_(value)
+
+
+def _refuse_norms_with_neurons(model: nn.Module, error: Exception | None) -> None:
+    for name, m in model.named_modules():
+        if isinstance(m, _BatchNorm) and any(map(is_stateful, m.modules())):
+            raise ValueError(
+                f"{name or 'the model'} ({type(m).__name__}) is a batch norm with a neuron inside, which unroll cannot "
+                "take apart: make the neuron a module of its own after it"
+            ) from error
+
+
+_COLLECTIONS = (list, dict, set, collections.deque)
+
+
+def _holds_proxy(value: Any, depth: int = 3) -> bool:
+    if isinstance(value, fx.Proxy):
+        return True
+    inside = value.values() if isinstance(value, dict) else value
+    return depth > 0 and isinstance(value, (tuple, *_COLLECTIONS)) and any(_holds_proxy(v, depth - 1) for v in inside)
+
+
+MODULES_OWN = frozenset(vars(nn.Module())) - {"training", "_buffers"}
