@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch.utils.checkpoint
@@ -43,8 +43,24 @@ def checkpoint(module: nn.Module, *args: Any) -> Any:
         module,
         *args,
         use_reentrant=False,
-        context_fn=lambda: (contextlib.nullcontext(), _again(module, before)),
+        context_fn=lambda: (contextlib.nullcontext(), _Anew(lambda: _again(module, before))),
     )
+
+
+class _Anew:
+    """A context made anew each time that it is entered: a graph that is kept may be run through several times."""
+
+    def __init__(self, make: Callable[[], contextlib.AbstractContextManager[None]]) -> None:
+        self._make = make
+        self._entered: list[contextlib.AbstractContextManager[None]] = []
+
+    def __enter__(self) -> None:
+        context = self._make()
+        context.__enter__()
+        self._entered.append(context)
+
+    def __exit__(self, *error: Any) -> bool | None:
+        return self._entered.pop().__exit__(*error)
 
 
 _State = list[tuple[nn.Module, str, Any]]

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from . import functional, layer
 from ._arguments import check_steps, says_what_it_takes
 from .base import MemoryModule
-from .checkpoint import _again, _state
+from .checkpoint import _again, _Anew, _state
 from .convert.to_spiking import SpikingNetwork
 from .convert.to_spiking_layers import Dropout as DropoutOfRates
 from .convert.to_spiking_layers import MaxPoolOfRates
@@ -81,7 +81,7 @@ def _one_chunk(run: _Run, part: Any, steps: int) -> Any:
         part,
         steps,
         use_reentrant=False,
-        context_fn=lambda: (contextlib.nullcontext(), run.again(before, masks)),
+        context_fn=lambda: (contextlib.nullcontext(), _Anew(lambda: run.again(before, masks))),
     )
 
 

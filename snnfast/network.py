@@ -242,6 +242,8 @@ def chunk_multi_step_forward(split_size: int, x_seq: Tensor, multi_step_module: 
 
 def fold_time(x_seq: Tensor) -> Tensor:
     """``[T, B, *]`` -> ``[T * B, *]`` without a copy where strides allow, and in any case channels last if it was."""
+    if x_seq.shape[0] == 1:  # flatten gives a batch of 1 a stride with which torch's batch norm has wrong gradients
+        return x_seq.squeeze(0)
     if x_seq.dim() > 3 and x_seq.stride(2) == 1 and x_seq.stride(0) != x_seq.shape[1] * x_seq.stride(1):
         # Such as a constant image expanded over time: flatten would copy it into another memory format.
         return x_seq.movedim(2, -1).flatten(0, 1).movedim(-1, 1)
@@ -251,7 +253,9 @@ def fold_time(x_seq: Tensor) -> Tensor:
 def unfold_time(y: Any, T: int, B: int) -> Any:
     """``[T * B, *]`` -> ``[T, B, *]``, of a tensor or each of a tuple."""
     if isinstance(y, tuple):
-        return tuple(t.unflatten(0, (T, B)) for t in y)
+        return tuple(unfold_time(t, T, B) for t in y)
+    if T == B == 1 and y.shape[:1] == (1,):
+        return y.unsqueeze(0)  # as in fold_time
     return y.view(T, B, *y.shape[1:]) if y.is_contiguous() else y.unflatten(0, (T, B))
 
 

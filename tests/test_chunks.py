@@ -233,6 +233,17 @@ def test_dropout_draws_again_what_it_drew():
     assert torch.equal(net[0].bias.grad, want)
 
 
+def test_a_graph_that_is_kept_can_be_run_through_again():
+    net = sequence_network().eval()
+    x = torch.randn(T, B, 8, requires_grad=True)
+    y = chunked(net, x, 4).sum()
+    (first,) = torch.autograd.grad(y, x, retain_graph=True)
+    after = [m.v.clone() for m in net.modules() if isinstance(m, snnfast.LIFNode)]
+    assert torch.equal(torch.autograd.grad(y, x)[0], first)
+    assert first.abs().sum() > 0
+    assert all(map(torch.equal, after, (m.v for m in net.modules() if isinstance(m, snnfast.LIFNode))))
+
+
 # ---- memory ----
 def test_only_a_chunk_is_in_memory_at_a_time():
     live, most = [0], [0]

@@ -296,3 +296,16 @@ def test_batch_norms_over_time_are_theirs(kind, dimensions, training):
 def test_an_input_that_is_no_tensor_is_refused_by_name():
     with pytest.raises(TypeError, match=r"x must be a torch.Tensor for Conv2d, got list"):
         layer.Conv2d(1, 2, 3, step_mode="m")([1.0, 2.0])
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_one_step_of_one_sample_in_channels_last_has_the_gradients_of_any_layout(training):
+    net = nn.Sequential(layer.Conv2d(3, 16, 3, step_mode="m"), layer.BatchNorm2d(16, step_mode="m")).train(training)
+    x, grad = torch.randn(1, 1, 3, 6, 6), torch.randn(1, 1, 16, 4, 4)
+    found = []
+    for memory_format in (torch.contiguous_format, torch.channels_last):
+        net.to(memory_format=memory_format).zero_grad()
+        net(x).backward(grad)
+        found.append([p.grad.clone() for p in net.parameters()])
+    for a, b in zip(*found, strict=True):
+        assert torch.allclose(a, b, rtol=1e-4, atol=1e-4)

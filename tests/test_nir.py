@@ -212,6 +212,27 @@ def test_a_forward_of_its_own_is_not_taken_for_a_sequence():
     assert torch.equal(spikes(from_nir(to_nir(net, x)), x), spikes(net, x))
 
 
+class Flattening(nn.Identity):
+    def forward(self, x):
+        return x.flatten(1)
+
+
+def test_nor_for_the_layer_that_it_derives_from():
+    net = nn.Sequential(Flattening(), nn.Linear(2 * 9, 4), snnfast.IFNode(timesteps=3))
+    assert [type(node).__name__ for node in to_nir(net, torch.rand(3, 2, 3, 3), DT).nodes.values()][1] == "Flatten"
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm:FutureWarning")
+def test_weights_that_a_hook_computes_are_those_of_the_next_call():
+    net = nn.Sequential(nn.utils.weight_norm(nn.Linear(3, 4)), snnfast.IFNode(step_mode="m"))
+    with torch.no_grad():
+        net[0].weight_g.mul_(3)
+    x = torch.rand(5, 2, 3)
+    graph = to_nir(net, x, DT)
+    net(x)
+    assert np.array_equal(graph.nodes["0"].weight, net[0].weight.detach().numpy())
+
+
 class Branching(nn.Module):
     """A convolution that feeds more than its batch norm, into which nothing may be folded."""
 

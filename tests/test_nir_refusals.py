@@ -51,6 +51,23 @@ class Doubling(snnfast.neuron.BaseNode):
         self.v = self.v + 2 * x
 
 
+class NormAndActivation(nn.BatchNorm2d):
+    """As timm's BatchNormAct2d."""
+
+    def __init__(self, channels):
+        super().__init__(channels)
+        self.act = nn.Tanh()
+
+    def forward(self, x):
+        y = torch.nn.functional.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, False)
+        return self.act(y)
+
+
+class Halved(nn.Conv2d):
+    def _conv_forward(self, x, weight, bias):
+        return super()._conv_forward(x, weight / 2, bias)
+
+
 X = torch.rand(4, 2, 3)
 IMAGE = torch.rand(2, 3, 8, 8)
 EXPORT = {
@@ -71,6 +88,8 @@ EXPORT = {
     "padding": (Padding(), IMAGE, r"pad pads in another way"),
     "uneven pool": (nn.AdaptiveAvgPool2d(3), IMAGE, r"does not divide evenly"),
     "no statistics": (nn.BatchNorm2d(3, track_running_stats=False), IMAGE, r"no running statistics"),
+    "norm with an activation": (nn.Sequential(nn.Conv2d(3, 3, 3), NormAndActivation(3)), IMAGE, r"'batch_norm' at 1\."),
+    "weight of its own": (nn.Sequential(Halved(3, 3, 3)), IMAGE, r"'conv2d' at 0\."),
     "nothing": (nn.Sequential(), X, r"at least one layer"),
 }
 

@@ -7,7 +7,6 @@ metadata. ``docs/nir.md`` has the table of how Norse, snnTorch and SpikingJelly 
 
 from __future__ import annotations
 
-import copy
 import math
 import os
 from typing import TYPE_CHECKING
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 
 from .._version import __version__
 from ..functional import check_number
+from ..network import copy_of
 from ..surrogate import Sigmoid, SurrogateLike
 from . import nir_export, nir_import
 from .nir_conventions import COMPARISONS, IF_R, Conventions, load_nir
@@ -96,7 +96,7 @@ def _unfused(model: nn.Module) -> nn.Module:
     """The model, or a copy with its batch norms and neurons apart, where ``snnfast.fuse`` has made them run as one."""
     from ..fused import unfuse
 
-    apart = copy.deepcopy(model)
+    apart = copy_of(model)
     return apart if unfuse(apart) else model
 
 

@@ -33,6 +33,16 @@ def _join(path: str, name: str) -> str:
     return f"{path}.{name}" if path else name
 
 
+def _computes_as_known(module: nn.Module) -> bool:
+    """Whether no subclass computes otherwise: timm's BatchNormAct2d has an activation, others another weight."""
+    for name in ("forward", "_conv_forward"):
+        owner = next((c for c in type(module).__mro__ if name in vars(c)), nn.Module)
+        theirs = owner.__module__.startswith("spikingjelly.") and hasattr(nn, owner.__name__)
+        if not owner.__module__.startswith(("torch.nn.modules.", "snnfast.")) and not theirs:
+            return False
+    return True
+
+
 class _Walker:
     def __init__(self, builder: Builder) -> None:
         self.build = builder
@@ -135,7 +145,7 @@ class _Walker:
         if isinstance(module, BaseNode) or is_li(module):
             return self.build.neuron(module, path, x)
         for kinds, convert in self.converters():
-            if isinstance(module, kinds):
+            if isinstance(module, kinds) and _computes_as_known(module):
                 return convert(module, path, x)
         if type(module).__module__.startswith("torch.nn") or isinstance(module, (StepModule, MaxPool2d)):
             if type(module).forward is nn.Sequential.forward:

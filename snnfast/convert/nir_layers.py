@@ -148,9 +148,10 @@ class Builder:
 
     def linear(self, module: nn.Linear, path: str, x: Value) -> Value:
         self.expect(module, path, x, 1)
+        out = module(x.tensor)  # first, as hooks may compute its weight
         weight, bias = _array(module.weight), _array(module.bias)
         node = self.nir.Linear(weight) if bias is None else self.nir.Affine(weight, bias)
-        return self.add(path, node, x, module(x.tensor))
+        return self.add(path, node, x, out)
 
     def batch_norm(self, module: Any, path: str, x: Value) -> Value:
         """Batch norm with its running statistics, folded into the layer before it where that feeds nothing else."""
