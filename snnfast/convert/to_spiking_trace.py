@@ -8,6 +8,7 @@ import contextlib
 import inspect
 import operator
 import os
+import random
 import textwrap
 from collections.abc import Iterator
 from typing import Any
@@ -130,14 +131,22 @@ def _wrapped(module: nn.Module, given: dict[str, Any]) -> Any:
 
 @contextlib.contextmanager
 def _as_it_was(module: nn.Module) -> Iterator[None]:
-    """Undo what running a forward does to a module: its mode, its buffers' values, the random numbers drawn."""
-    training, cls = module.training, type(module)
+    """Undo what running a forward does to a module: its attributes, its buffers' values, the random numbers drawn."""
+    attributes, cls = dict(module.__dict__), type(module)
+    contents = [(v, v.copy()) for k, v in attributes.items() if k[:1] != "_" and isinstance(v, (list, dict, set))]
     buffers = [(b, b.detach().clone()) for b in module.buffers()]
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         try:
             yield
         finally:
-            module.training, module.__class__ = training, cls
+            # But for what fx keeps there of tensors that forward made.
+            attributes |= {k: v for k, v in module.__dict__.items() if k.startswith("_tensor_constant")}
+            module.__dict__.clear()
+            module.__dict__.update(attributes)
+            module.__class__ = cls
+            for held, items in contents:
+                held.clear()
+                (held.extend if isinstance(held, list) else held.update)(items)
             for buffer, value in buffers:
                 buffer.copy_(value)
 
@@ -168,7 +177,10 @@ def _both_modes(module: nn.Module, given: dict[str, Any], of_buffers: bool) -> l
                 forward = _wrapped(module, given)
                 module.training = training
                 module.__class__ = type(cls.__name__, (cls,), {"forward": forward})
+                randomness = random.getstate(), torch.get_rng_state()
                 graphs.append(_Tracer(of_buffers).trace(module))
+                if random.getstate() != randomness[0] or not torch.equal(torch.get_rng_state(), randomness[1]):
+                    raise Untraceable("it draws random numbers that do not depend on its input")
             except Untraceable:
                 raise
             except Exception as error:  # a forward run on proxies may raise anything
