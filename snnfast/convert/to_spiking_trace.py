@@ -17,6 +17,8 @@ import torch
 from torch import fx, nn
 from torch.nn import functional as F
 
+from .._before import Before
+
 __all__ = ["Untraceable", "activation_of", "functional_activations", "given_in", "is_shape", "is_torch_leaf", "trace"]
 
 RELU = "ReLU"
@@ -132,23 +134,16 @@ def _wrapped(module: nn.Module, given: dict[str, Any]) -> Any:
 @contextlib.contextmanager
 def _as_it_was(module: nn.Module) -> Iterator[None]:
     """Undo what running a forward does to a module: its attributes, its buffers' values, the random numbers drawn."""
-    attributes, cls = dict(module.__dict__), type(module)
-    contents = [(v, v.copy()) for k, v in attributes.items() if k[:1] != "_" and isinstance(v, (list, dict, set))]
-    buffers = [(b, b.detach().clone()) for b in module.buffers()]
+    before, cls = Before([module]), type(module)
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         try:
             yield
         finally:
-            # But for what fx keeps there of tensors that forward made.
-            attributes |= {k: v for k, v in module.__dict__.items() if k.startswith("_tensor_constant")}
-            module.__dict__.clear()
-            module.__dict__.update(attributes)
+            # What fx keeps there of tensors that forward made is for the generated one.
+            made = {k: v for k, v in module.__dict__.items() if k.startswith("_tensor_constant")}
+            before.put_back()
+            module.__dict__.update(made)
             module.__class__ = cls
-            for held, items in contents:
-                held.clear()
-                (held.extend if isinstance(held, list) else held.update)(items)
-            for buffer, value in buffers:
-                buffer.copy_(value)
 
 
 def trace(module: nn.Module, given: dict[str, Any]) -> list[fx.Graph]:
