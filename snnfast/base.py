@@ -143,6 +143,12 @@ class KernelModule(MemoryModule):
         super().__init__()
         self._left = 0
 
+    def __prepare_scriptable__(self) -> Any:
+        raise TypeError(
+            f"torch.jit.script cannot compile {type(self).__name__}: record the model with torch.export.export(model, "
+            "(x,)) or torch.jit.trace(model, x, check_trace=False)"
+        )
+
     @property
     def backend(self) -> str:
         """The backend's name; see :func:`snnfast.functional.set_backend`."""

@@ -124,7 +124,13 @@ def check_input(name: str, x: Any, least_dimensions: int, folded: bool = False) 
         ValueError: sparse, without the time dimension, or with no time steps.
     """
     if not isinstance(x, Tensor):
-        raise TypeError(f"{name} must be a torch.Tensor, got {getattr(type(x), 'not_a_tensor', type(x).__name__)}")
+        got = getattr(type(x), "not_a_tensor", type(x).__name__)
+        if isinstance(x, torch.fx.Proxy):
+            got += (
+                " of torch.fx, whose tracer looks into modules that are not torch's: give it an is_leaf_module that is "
+                "True for snnfast.base.StepModule as well"
+            )
+        raise TypeError(f"{name} must be a torch.Tensor, got {got}")
     if x.dtype not in _DTYPES:
         raise TypeError(
             f"{name} must be float32, float64, bfloat16 or float16, got {str(x.dtype).removeprefix('torch.')}; "

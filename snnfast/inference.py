@@ -18,7 +18,7 @@ from . import functional, layer, network
 from ._notices import say_once
 from .events import EventConv2d, event_driven
 from .fused.batch_norm import PLAIN_NORMS, STEP_NORMS
-from .fused.fuse import _LEAVES, _shared_parameters, _Tracer, fuse, unfuse, unseen
+from .fused.fuse import _LEAVES, _shared_parameters, _Tracer, fuse, traced, unfuse, unseen
 from .tensors import has_hooks
 
 __all__ = ["Captured", "InferenceReport", "capture", "optimize_for_inference"]
@@ -111,9 +111,8 @@ def _look(module: nn.Module, prefix: str, seen: _Seen) -> None:
     """Look through the largest parts of ``module`` that can be traced."""
     if isinstance(module, _LEAVES) or not any(True for _ in module.children()):
         return
-    try:
-        graph = _AllReads().trace(module)
-    except Exception:  # whatever a user's forward raises on a stand-in for its input
+    graph = traced(_AllReads(), module)
+    if graph is None:
         for name, child in module.named_children():
             _look(child, f"{prefix}{name}.", seen)
         return

@@ -202,8 +202,9 @@ class BaseNode(KernelModule):
         spikes, potentials = [], []
         for x in x_seq.to(dtype):
             spikes.append(self._step(x))
-            potentials.append(self.v)
-        v_seq = torch.stack(potentials) if self._store_v_seq else None
+            if self._store_v_seq:
+                potentials.append(self.v.clone())  # the next charge may write it in place
+        v_seq = torch.stack(potentials) if potentials else None
         s, v, v_seq = ops.guard(torch.stack(spikes).to(x_seq.dtype), self.v, v_seq)
         self._leave(v)
         return s, v_seq
@@ -327,7 +328,7 @@ class BaseNode(KernelModule):
         for x in x_seq:
             outputs.append(self.single_step_forward(x))
             if self._store_v_seq:
-                potentials.append(self.v)
+                potentials.append(self.v.clone())
         return torch.stack(outputs), torch.stack(potentials) if potentials else None
 
     def extra_repr(self) -> str:
@@ -478,8 +479,10 @@ class ParametricLIFNode(BaseNode):
         self.v = dynamics.charge_parametric_lif(x, self.v, p)
 
     def extra_repr(self) -> str:
+        if self.w.is_meta or self.w.dim():
+            return super().extra_repr()
         with torch.no_grad():
-            return f"{super().extra_repr()}, tau={1.0 / self.w.sigmoid().item():g}"
+            return f"{super().extra_repr()}, tau={(1.0 / self.w.sigmoid()).item():g}"
 
 
 if not TYPE_CHECKING:  # to a type checker, what is not there is an error

@@ -238,6 +238,19 @@ class _MultiStep(torch.autograd.Function):
         return outputs, (1, 0, 0 if has_i else None, 1 if args[_GIVEN + 2] & STORE_V_SEQ else None)
 
 
+def _differentiable(*args: Any) -> tuple[Tensor, ...]:
+    """The forward op called by itself, as in a program that torch.export made: with the same backward."""
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in args[:_GIVEN]):
+        return apply(_MultiStep, *args)
+    if is_plain(args[0]):
+        return _multi_step(*args)
+    with torch._C._AutoDispatchBelowAutograd():
+        return _forward_op(*args)
+
+
+_library.impl("multi_step", _differentiable, "Autograd")
+
+
 def _wanted(found: Sequence[Any], given: Sequence[Tensor | None], own_gradients: bool) -> tuple[Any, ...]:
     """Of the backward op's results those that there are."""
     return tuple(
@@ -375,14 +388,13 @@ def multi_step(inputs: Inputs, constants: Constants, backend: int) -> Outputs:
     The arguments are as the kernels need them (:mod:`snnfast.functional` checks a user's); ``backend`` is an index of
     :data:`snnfast.backends.KERNELS`.
     """
-    needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
     v0, i0 = inputs.v0, inputs.i0
     if is_plain(inputs.x) and (v0 is None or not is_wrapped(v0)) and (i0 is None or not is_wrapped(i0)):
-        if needs_grad:
+        if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs):
             return apply_unwatched(_EagerMultiStep, constants, backend, *saveable(inputs))
         return _run_forward(inputs, constants, backend)
     args = *inputs, *constants, backend
-    if needs_grad or torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
         s, v, i, v_seq = apply(_MultiStep, *args)
     else:
         s, v, i, v_seq = _forward_op(*args)

@@ -425,3 +425,36 @@ def test_neurons_of_other_libraries_are_named():
     neuron = pytest.importorskip("spikingjelly.activation_based.neuron", reason="SpikingJelly is not installed")
     net = nn.Sequential(nn.BatchNorm2d(3), neuron.LIFNode())
     assert "not those of other libraries, accelerated or not" in fuse(net).left_alone["0"]
+
+
+class Recording(nn.Module):
+    """Counts its calls, keeps what it computed, and makes what it needs at its first call."""
+
+    def __init__(self):
+        super().__init__()
+        self.pair = nn.Sequential(nn.Conv2d(2, 3, 3), nn.BatchNorm2d(3), snnfast.LIFNode(timesteps=4))
+        self.register_buffer("calls", torch.zeros(()))
+        self.steps, self.mask, self.all = 0, None, []
+
+    def forward(self, x):
+        self.calls.add_(1)
+        self.steps += 1
+        x = self.pair(x)
+        if self.mask is None:
+            self.mask = torch.ones_like(x) / 2
+        self.all.append(x)
+        return x * self.mask
+
+
+@pytest.mark.parametrize("prepare", [snnfast.fuse, snnfast.optimize_for_inference])
+def test_the_trace_leaves_nothing_in_the_network(prepare):
+    torch.manual_seed(0)
+    net = Recording().eval()
+    x = 3 * torch.randn(8, 2, 6, 6)
+    expected, state = copy.deepcopy(net)(x), torch.get_rng_state()
+    found = prepare(net)
+    assert torch.equal(torch.get_rng_state(), state)
+    result = found[0] if isinstance(found, tuple) else net
+    for model in (net, result):
+        assert (model.calls, model.steps, model.mask, model.all) == (0, 0, None, [])
+    torch.testing.assert_close(result(x), expected)

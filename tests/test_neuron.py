@@ -197,6 +197,24 @@ def test_a_step_that_the_kernels_would_not_call_is_refused_on_one_object():
     assert bool((own(x) == 2).all())
 
 
+@pytest.mark.parametrize("own_step", [False, True])
+def test_potentials_of_a_neuron_that_charges_in_place(own_step):
+    class InPlace(neuron.BaseNode):
+        def neuronal_charge(self, x):
+            self.v += x
+
+    class Stepped(InPlace):
+        def single_step_forward(self, x):
+            self.v_float_to_tensor(x)
+            return self._step(x)
+
+    x = torch.rand(6, 50)
+    node = (Stepped if own_step else InPlace)(step_mode="m", store_v_seq=True)
+    plain = snnfast.IFNode(step_mode="m", store_v_seq=True)
+    assert torch.equal(node(x), plain(x))
+    assert torch.equal(node.v_seq, plain.v_seq)
+
+
 def test_a_single_step_of_a_users_own_is_taken_in_both_modes():
     class Analog(snnfast.LIFNode):
         """As reinforcement-learning examples for SpikingJelly before 2.0 read out their networks."""
@@ -313,6 +331,7 @@ def test_old_constructor_forms():
 
 
 def test_repr_tells_the_configuration():
+    assert "tau" not in repr(snnfast.ParametricLIFNode().to("meta"))
     text = repr(snnfast.ParametricLIFNode(init_tau=4.0, timesteps=8))
     for part in ("tau=4", "timesteps=8", "step_mode=m", "backend=auto", "Sigmoid"):
         assert part in text

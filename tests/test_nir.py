@@ -415,3 +415,19 @@ def test_parameters_that_no_neuron_has_become_a_scale_of_the_input():
         got = spikes(net, torch.from_numpy(x)[:, None])[:, 0].numpy().astype(bool)
         assert 0.05 < np.mean(expected) < 0.95
         np.testing.assert_array_equal(got, np.array(expected))
+
+
+def test_the_trace_leaves_nothing_in_the_network():
+    class Recording(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc, self.lif, self.all = nn.Linear(3, 2), snnfast.LIFNode(step_mode="m"), []
+
+        def forward(self, x):
+            self.all.append(self.lif(self.fc(x)))
+            return self.all[-1]
+
+    net = Recording()
+    snnfast.to_nir(net, torch.rand(4, 2, 3))
+    assert net.all == []
+    assert net.training

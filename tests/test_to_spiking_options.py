@@ -485,22 +485,42 @@ def test_another_number_of_activations_in_training():
         snnfast.to_spiking(DifferentInTraining(), T)
 
 
+class Recording(nn.Module):
+    """Counts its calls and keeps what it computed."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("calls", torch.zeros(()))
+        self.steps, self.last, self.all, self.offset = 0, None, [], None
+
+    def forward(self, x):
+        if self.offset is None:
+            self.offset = torch.ones(())
+        self.calls.add_(1)
+        self.steps += 1
+        self.last = F.relu(x) + self.offset
+        self.all.append(self.last)
+        return self.last
+
+
 def test_tracing_changes_nothing():
-    class Counting(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.register_buffer("calls", torch.zeros(()))
-
-        def forward(self, x):
-            self.calls.add_(1)
-            return F.relu(x) + torch.rand(()) * 0
-
-    ann = Counting()
-    state = torch.get_rng_state()
-    net = snnfast.to_spiking(ann.eval(), T)
-    assert torch.equal(torch.get_rng_state(), state)
-    assert net.calls == 0
+    net = snnfast.to_spiking(Recording().eval(), T)
+    assert (net.calls, net.steps, net.last, net.all) == (0, 0, None, [])
     assert not net.training
+    pickle.loads(pickle.dumps(net))  # proxies of the trace would not let it
+    assert (net(torch.rand(2, 3)) >= 1).all()
+
+
+def test_a_forward_whose_random_numbers_would_be_drawn_once_is_refused():
+    class Skipping(nn.Module):
+        def forward(self, x):
+            return x if self.training and torch.rand(()) < 0.5 else F.relu(x)
+
+    state = torch.get_rng_state()
+    for _ in range(3):
+        with pytest.raises(ValueError, match=r"\(it draws random numbers that do not depend on its input\)"):
+            snnfast.to_spiking(Skipping(), T)
+    assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_repeat_keeps_layout_and_gradient():

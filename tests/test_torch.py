@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import io
 import warnings
 
 import pytest
@@ -11,7 +12,7 @@ from conftest import flat, kernel_backends, own_parameters
 from torch import nn
 
 import snnfast
-from snnfast import backends, dynamics, functional, surrogate
+from snnfast import backends, dynamics, functional, layer, surrogate
 from snnfast.dynamics import NEURONS, Inputs
 from snnfast.tensors import is_time_major
 
@@ -357,6 +358,48 @@ def test_export_keeps_the_op():
     assert any("snnfast" in str(node.target) for node in program.graph.nodes)
     x = torch.randn(4, 3) * 2
     assert torch.equal(program.module()(x), functional.lif_multi_step(x, 0.0, 3.0)[0])
+
+
+@needs_native
+@pytest.mark.parametrize("how", ["export", "strict export", "jit.trace"])
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:The tensor attribute", "ignore:.*torch.jit")
+def test_a_program_that_was_recorded_can_be_trained(how):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(3, 8), snnfast.LIFNode(step_mode="m"), snnfast.ParametricLIFNode(step_mode="m"))
+    x = torch.randn(5, 4, 3) * 3
+    net(x).sum().backward()
+    expected = [p.grad.clone() for p in net.parameters()]
+    assert all(g.abs().sum() > 0 for g in expected)
+    functional.reset_net(net)
+    net.zero_grad()
+    if how == "jit.trace":
+        file = io.BytesIO()
+        torch.jit.save(torch.jit.trace(net, (x,), check_trace=False), file)
+        file.seek(0)
+        program = torch.jit.load(file)
+    else:
+        program = torch.export.export(net, (x,), strict=how != "export").module()
+    program(x).sum().backward()
+    found = dict(program.named_parameters())
+    for (name, _), grad in zip(net.named_parameters(), expected, strict=True):
+        assert torch.equal(found[name].grad, grad), name
+
+
+def test_fx_and_scripting_say_what_would_do():
+    class Leaves(torch.fx.Tracer):
+        def is_leaf_module(self, m, name):
+            return isinstance(m, snnfast.base.StepModule) or super().is_leaf_module(m, name)
+
+    net = nn.Sequential(layer.Linear(3, 8, step_mode="m"), snnfast.LIFNode(step_mode="m"))
+    with pytest.raises(TypeError, match=r"got Proxy of torch.fx.*True for snnfast.base.StepModule"):
+        torch.fx.symbolic_trace(net[1:])
+    traced = torch.fx.GraphModule(net, Leaves().trace(net))
+    x = torch.randn(5, 4, 3) * 3
+    spikes = net(x)
+    functional.reset_net(traced)
+    assert torch.equal(traced(x), spikes)
+    with pytest.raises(TypeError, match=r"torch.jit.script cannot compile LIFNode: .*torch.export.export"):
+        torch.jit.script(net)
 
 
 @needs_native

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from .. import layer
+from .._before import Before
 from ..base import StepModule
 from ..neuron import BaseNode
 from ..pooling import MaxPool2d
@@ -205,13 +206,14 @@ def _without_time(model: nn.Module, sample: Tensor) -> tuple[nn.Module, Tensor]:
 def export(model: nn.Module, sample: Tensor, conventions: Conventions) -> Any:
     """The graph, without metadata."""
     model, sample = _without_time(model, sample)
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
+    before = Before(model.modules())
     refusals = []
     try:
         for lead in (2, 1):
             if sample.dim() < lead:
                 continue
+            before.put_back()
+            model.eval()
             builder = Builder(model, conventions)
             try:
                 with torch.no_grad():
@@ -222,8 +224,7 @@ def export(model: nn.Module, sample: Tensor, conventions: Conventions) -> Any:
                 continue
             return _finish(builder, x, out)
     finally:
-        for module, training in modes:
-            module.training = training
+        before.put_back()
     raise ValueError(" / ".join(map(str, dict.fromkeys(map(str, refusals)))) or "sample must have a batch dimension")
 
 

@@ -8,6 +8,7 @@ import contextlib
 import inspect
 import operator
 import os
+import random
 import textwrap
 from collections.abc import Iterator
 from typing import Any
@@ -15,6 +16,8 @@ from typing import Any
 import torch
 from torch import fx, nn
 from torch.nn import functional as F
+
+from .._before import Before
 
 __all__ = ["Untraceable", "activation_of", "functional_activations", "given_in", "is_shape", "is_torch_leaf", "trace"]
 
@@ -130,16 +133,17 @@ def _wrapped(module: nn.Module, given: dict[str, Any]) -> Any:
 
 @contextlib.contextmanager
 def _as_it_was(module: nn.Module) -> Iterator[None]:
-    """Undo what running a forward does to a module: its mode, its buffers' values, the random numbers drawn."""
-    training, cls = module.training, type(module)
-    buffers = [(b, b.detach().clone()) for b in module.buffers()]
+    """Undo what running a forward does to a module: its attributes, its buffers' values, the random numbers drawn."""
+    before, cls = Before([module]), type(module)
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         try:
             yield
         finally:
-            module.training, module.__class__ = training, cls
-            for buffer, value in buffers:
-                buffer.copy_(value)
+            # What fx keeps there of tensors that forward made is for the generated one.
+            made = {k: v for k, v in module.__dict__.items() if k.startswith("_tensor_constant")}
+            before.put_back()
+            module.__dict__.update(made)
+            module.__class__ = cls
 
 
 def trace(module: nn.Module, given: dict[str, Any]) -> list[fx.Graph]:
@@ -168,7 +172,10 @@ def _both_modes(module: nn.Module, given: dict[str, Any], of_buffers: bool) -> l
                 forward = _wrapped(module, given)
                 module.training = training
                 module.__class__ = type(cls.__name__, (cls,), {"forward": forward})
+                randomness = random.getstate(), torch.get_rng_state()
                 graphs.append(_Tracer(of_buffers).trace(module))
+                if random.getstate() != randomness[0] or not torch.equal(torch.get_rng_state(), randomness[1]):
+                    raise Untraceable("it draws random numbers that do not depend on its input")
             except Untraceable:
                 raise
             except Exception as error:  # a forward run on proxies may raise anything

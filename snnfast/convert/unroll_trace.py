@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import collections
 import operator
 import random
 from typing import Any
@@ -11,9 +10,10 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from .._before import COLLECTIONS, MODULES_OWN, Before, is_same
 from .stepping import is_stateful, states_of
 
-__all__ = ["IN_PLACE", "MODULES_OWN", "Tracer", "loop_error", "modes", "traced"]
+__all__ = ["IN_PLACE", "Tracer", "loop_error", "modes", "traced"]
 
 _REWRITE = """{why}. unroll takes a model whose forward is one time step:
 
@@ -119,13 +119,13 @@ def traced(model: nn.Module, concrete: dict[str, Any]) -> tuple[fx.Graph, dict[s
     Forward is traced twice: what is another thing the second time, a count or a random number, is another at every
     step. The model stays as it was, but for what the first call of its forward adds to it.
     """
-    before = _Before(model)
+    before = Before(m for m in model.modules() if not is_stateful(m))
     try:
         steps = []
         for _ in range(2):
             graph, constants, states = _trace(model, concrete, before)
             steps.append(_steps(graph, constants, model))
-        changed = [node.name for node, *pair in zip(graph.nodes, *steps, strict=False) if not _is_same(*pair)]
+        changed = [node.name for node, *pair in zip(graph.nodes, *steps, strict=False) if not is_same(*pair)]
         if changed or len(steps[0]) != len(steps[1]):
             raise ValueError(
                 f"{type(model).__name__}.forward does another thing at each call ({(*changed, 'its length')[0]} "
@@ -138,9 +138,7 @@ def traced(model: nn.Module, concrete: dict[str, Any]) -> tuple[fx.Graph, dict[s
     return graph, constants, states
 
 
-def _trace(
-    model: nn.Module, concrete: dict[str, Any], before: _Before
-) -> tuple[fx.Graph, dict[str, Tensor], list[str]]:
+def _trace(model: nn.Module, concrete: dict[str, Any], before: Before) -> tuple[fx.Graph, dict[str, Tensor], list[str]]:
     tracer = Tracer()
     randomness = random.getstate(), torch.get_rng_state()
     try:
@@ -152,7 +150,7 @@ def _trace(
             f"{type(model).__name__}.forward depends on the values or the length of its input ({error}), as a "
             "forward with its own loop over time does"
         ) from error
-    written = before.written()
+    written = _written(before)
     if written is not None:
         m, kind, name = written
         _refuse_norms_with_neurons(m, None)
@@ -191,54 +189,19 @@ def _steps(graph: fx.Graph, constants: dict[str, Tensor], model: nn.Module) -> l
     return [step(node) for node in graph.nodes]
 
 
-def _is_same(a: Any, b: Any) -> bool:
-    if not isinstance(a, Tensor) or not isinstance(b, Tensor):
-        return a is b or (type(a) is type(b) and a == b)
-    if (a.shape, a.dtype, a.device, a.layout) != (b.shape, b.dtype, b.device, b.layout):
-        return False
-    return a is b or a.layout is not torch.strided or bool(((a == b) | ((a != a) & (b != b))).all())
-
-
-class _Before:
-    """What the modules that are not neurons held before the trace."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self.attributes = {m: dict(m.__dict__) for m in model.modules() if not is_stateful(m)}
-        values = [v for held in self.attributes.values() for name, v in held.items() if name not in MODULES_OWN]
-        self.contents = [(v, v.copy()) for v in values if isinstance(v, _COLLECTIONS)]
-        self.tensors = [
-            (m, kind, held, name, t, t.detach().clone())
-            for m in self.attributes
-            for kind, held in (("attribute", m.__dict__), ("buffer", m._buffers))
-            for name, t in held.items()
-            if isinstance(t, Tensor)
-        ]
-
-    def written(self) -> tuple[nn.Module, str, str] | None:
-        """The first tensor, number or flag of a module that is another one now; nobody knows what else means."""
-        for m, kind, held, name, _, value in self.tensors:
-            now: Any = held.get(name)
-            if not (_holds_proxy(now) or (isinstance(now, Tensor) and _is_same(now, value))):
-                return m, kind, name
-        for m, attributes in self.attributes.items():
-            for name, was in attributes.items():
-                now = m.__dict__.get(name)
-                number = isinstance(was, (bool, int, float, str)) and name != "training"
-                if number and not _holds_proxy(now) and not _is_same(now, was):
-                    return m, "attribute", name
-        return None
-
-    def put_back(self) -> None:
-        for m, held in self.attributes.items():
-            m.__dict__.clear()
-            m.__dict__.update(held)
-        for v, items in self.contents:
-            v.clear()
-            (v.update if hasattr(v, "update") else v.extend)(items)
-        for *_, t, value in self.tensors:
-            if not _is_same(t, value):
-                with torch.no_grad():
-                    t.copy_(value)
+def _written(before: Before) -> tuple[nn.Module, str, str] | None:
+    """The first tensor, number or flag of a module that is another one now; nobody knows what else means."""
+    for m, kind, held, name, _, value in before.tensors:
+        now: Any = held.get(name)
+        if not (_holds_proxy(now) or (isinstance(now, Tensor) and is_same(now, value))):
+            return m, kind, name
+    for m, attributes in before.attributes.items():
+        for name, was in attributes.items():
+            now = m.__dict__.get(name)
+            number = isinstance(was, (bool, int, float, str)) and name != "training"
+            if number and not _holds_proxy(now) and not is_same(now, was):
+                return m, "attribute", name
+    return None
 
 
 def _refuse_norms_with_neurons(model: nn.Module, error: Exception | None) -> None:
@@ -250,14 +213,8 @@ def _refuse_norms_with_neurons(model: nn.Module, error: Exception | None) -> Non
             ) from error
 
 
-_COLLECTIONS = (list, dict, set, collections.deque)
-
-
 def _holds_proxy(value: Any, depth: int = 3) -> bool:
     if isinstance(value, fx.Proxy):
         return True
     inside = value.values() if isinstance(value, dict) else value
-    return depth > 0 and isinstance(value, (tuple, *_COLLECTIONS)) and any(_holds_proxy(v, depth - 1) for v in inside)
-
-
-MODULES_OWN = frozenset(vars(nn.Module())) - {"training", "_buffers"}
+    return depth > 0 and isinstance(value, (tuple, *COLLECTIONS)) and any(_holds_proxy(v, depth - 1) for v in inside)

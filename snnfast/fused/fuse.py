@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from .._before import Before
 from ..base import StepModule
 from ..convert.to_spiking_layers import Dropout as DropoutOfRates
 from ..convert.to_spiking_layers import MaxPoolOfRates, Repeat, _repeat_input, _start_afresh
@@ -79,14 +80,23 @@ class _Found:
         self.reasons.setdefault(norm, reason)
 
 
+def traced(tracer: fx.Tracer, module: nn.Module) -> fx.Graph | None:
+    """The module's calls, or ``None``; what its forward does to modules and random numbers on the way is undone."""
+    before = Before(module.modules())
+    try:
+        with torch.random.fork_rng(devices=[]):
+            return tracer.trace(module)
+    except Exception:  # whatever a user's forward raises on a stand-in for its input
+        return None
+    finally:
+        before.put_back()
+
+
 def _graph(module: nn.Module) -> fx.Graph | None:
     """The module's calls, or ``None`` where they depend on values that a trace does not have."""
     if isinstance(module, _LEAVES) or not any(True for _ in module.children()):
         return None
-    try:
-        return _Tracer().trace(module)
-    except Exception:  # whatever a user's forward raises on a stand-in for its input
-        return None
+    return traced(_Tracer(), module)
 
 
 def _search(module: nn.Module, found: _Found) -> None:
