@@ -7,8 +7,9 @@
 // block leaves a partial sum for each of its channels, and one block per channel adds them up in order, so results
 // depend on nothing but the shape.
 //
-// The backward reads twice, once for the sums and once for grad_x, and computes the neuron's backward both times: 5
-// passes over [T, N] where keeping the gradient of the normalised input would be 6.
+// The backward reads twice, once for the sums and once for grad_x. What it needs of the first reading in the second is
+// the gradient of the normalised input. It is kept in grad_x where the neuron's arithmetic takes longer than the memory
+// that this costs, or would be done for each step's statistics anew: 6 passes over [T, N]. Else it is computed again: 5.
 #pragma once
 
 #include <type_traits>
@@ -45,8 +46,8 @@ struct BatchNormJob {
   // In the workspace: per group and channel, in the state's type, and the partial sums.
   void *scale, *shift, *centre, *slope, *offset;
   double* partial;
-  int step;           // the sums are those of this step alone; -1: of all
-  bool writes_input;  // backward: grad_x, else the sums
+  int64_t decay_partials;
+  bool keeps_gradient;  // backward: of the normalised input, in grad_x
 };
 
 template <int W>
@@ -254,7 +255,7 @@ __device__ inline void finish_backward(const BatchNormJob& job) {
   const int64_t channel = blockIdx.x;
   if (channel == b.norm.channels) {
     double mine = 0;
-    for (int64_t i = threadIdx.x; i < job.grid.blocks(); i += kThreads)
+    for (int64_t i = threadIdx.x; i < job.decay_partials; i += kThreads)
       mine += static_cast<const double*>(b.norm.call.grad_decay_partial)[i];
     const double sum = block_sum(mine);
     if (threadIdx.x == 0) *static_cast<R*>(b.grad_decay) = R(sum);
@@ -265,7 +266,7 @@ __device__ inline void finish_backward(const BatchNormJob& job) {
     double sums[2];
     add_partials(job, group, channel, sums);
     const int64_t i = group * b.norm.channels + channel;
-    const double count = double(b.norm.call.T / b.norm.groups) * double(job.grid.rows) * double(b.norm.inner);
+    const double count = double(b.norm.call.T / b.norm.groups) * double(b.norm.call.N / b.norm.channels);
     const ChannelGradients<R> found =
         channel_gradients<R>(b.mean[i], b.var[i], b.eps, static_cast<const R*>(job.scale)[i],
                              static_cast<const R*>(job.centre)[i], sums[0], sums[1], count);
@@ -288,49 +289,95 @@ __global__ void __launch_bounds__(kThreads, 1) channel_kernel(const BatchNormJob
   if constexpr (work == kFinishBackward) finish_backward<R>(job);
 }
 
-// ---- statistics ----
-// Time is more rows here: x is [groups, rows, period].
-template <class T, int W>
-__global__ void __launch_bounds__(kThreads, 1)
-    statistics_kernel(const BatchNormJob job, const Params<typename StateOf<T>::type>) {
+// ---- statistics, and what needs no neuron of the backward ----
+struct NoRows {
+  template <class... Arguments>
+  SNNFAST_DEVICE explicit NoRows(Arguments...) {}
+};
+
+// Time is more rows here: x and the gradient of its normalised values, which grad_x holds, are [groups, rows, period].
+// Calls f(offset, x, gradient) for each of a thread's rows.
+template <class T, int W, bool kGradient, class F>
+SNNFAST_DEVICE void for_each_row(const BatchNormJob& job, const Place<W>& at, F f) {
   using R = typename StateOf<T>::type;
   constexpr int kAhead = 8;
   const BatchNormGrid& g = job.grid;
-  const Place<W> at(g);
-  double sums[2][W] = {};
-  if (at.active && at.row < at.end) {
-    const T* x = static_cast<const T*>(job.b.norm.call.x) + at.group * g.rows * g.period;
-    double first[W];
+  if (!at.active || at.row >= at.end) return;
+  const int64_t count = (at.end - at.row + g.lines - 1) / g.lines, stride = g.lines * g.period;
+  int64_t offset = (at.group * g.rows + at.row) * g.period + at.column;
+  Rows<T, W, kAhead, false> x(static_cast<const T*>(job.b.norm.call.x) + offset, stride, count);
+  std::conditional_t<kGradient, Rows<T, W, kAhead, false>, NoRows> gradient(
+      static_cast<const T*>(job.b.norm.call.grad_x) + offset, stride, count);
+  for (int64_t base = 0; base < count; base += kAhead) {
     SNNFAST_UNROLL
-    for (int w = 0; w < W; ++w) first[w] = first_of(job, at.group, (at.column + w) / job.b.norm.inner);
-    const int64_t count = (at.end - at.row + g.lines - 1) / g.lines;
-    Rows<T, W, kAhead, false> rows(x + at.row * g.period + at.column, g.lines * g.period, count);
-    for (int64_t base = 0; base < count; base += kAhead) {
-      SNNFAST_UNROLL
-      for (int i = 0; i < kAhead; ++i) {
-        if (base + i >= count) break;
-        R row[W];
-        rows.take(i, row);
-        SNNFAST_UNROLL
-        for (int w = 0; w < W; ++w) {
-          const double away = double(row[w]) - first[w];
-          sums[0][w] += away;
-          sums[1][w] += away * away;
-        }
-      }
+    for (int i = 0; i < kAhead; ++i) {
+      if (base + i >= count) break;
+      R x_now[W], gradient_now[W];
+      x.take(i, x_now);
+      if constexpr (kGradient) gradient.take(i, gradient_now);
+      f(offset, x_now, gradient_now);
+      offset += stride;
     }
   }
+}
+
+// The sums of x - first and of its square, or of the gradient and of its product with x - centre.
+template <class T, int W, bool kGradient>
+__global__ void __launch_bounds__(kThreads, 1)
+    sums_kernel(const BatchNormJob job, const Params<typename StateOf<T>::type>) {
+  using R = typename StateOf<T>::type;
+  const Place<W> at(job.grid);
+  double sums[2][W] = {}, from[W] = {};
+  SNNFAST_UNROLL
+  for (int w = 0; w < W && at.active; ++w) {
+    const int64_t channel = (at.column + w) / job.b.norm.inner;
+    from[w] = kGradient ? double(static_cast<const R*>(job.centre)[at.group * job.b.norm.channels + channel])
+                        : first_of(job, at.group, channel);
+  }
+  for_each_row<T, W, kGradient>(job, at, [&](int64_t, const R(&x)[W], const R(&gradient)[W]) {
+    SNNFAST_UNROLL
+    for (int w = 0; w < W; ++w) {
+      const double away = double(x[w]) - from[w], value = kGradient ? double(gradient[w]) : away;
+      sums[0][w] += value;
+      sums[1][w] += value * away;
+    }
+  });
   __shared__ BlockSums<W> block;
   block.clear();
   block.add(sums);
   block.fold(job, at, at.group);
 }
 
+template <class T, int W, class R>
+SNNFAST_DEVICE void store_input_gradient(T* to, const R (&gradient)[W], const R (&x)[W], const R (&by)[W],
+                                         const R (&minus)[W], const R (&slope)[W], const R (&offset)[W]) {
+  R out[W];
+  SNNFAST_UNROLL
+  for (int w = 0; w < W; ++w)
+    out[w] = multiply_add(gradient[w], by[w], multiply_add(x[w] - minus[w], slope[w], offset[w]));
+  store(to, out);
+}
+
+// grad_x from the gradient of the normalised input, in place.
+template <class T, int W>
+__global__ void __launch_bounds__(kThreads, 1)
+    input_gradient_kernel(const BatchNormJob job, const Params<typename StateOf<T>::type>) {
+  using R = typename StateOf<T>::type;
+  const Place<W> at(job.grid);
+  if (!at.active) return;
+  R by[W], minus[W], slope[W], offset[W];
+  const int64_t inner = job.b.norm.inner, first = at.group * job.b.norm.channels + at.column / inner;
+  load_constants(job.scale, first, inner, by);
+  load_constants(job.centre, first, inner, minus);
+  load_constants(job.slope, first, inner, slope);
+  load_constants(job.offset, first, inner, offset);
+  T* const grad_x = static_cast<T*>(job.b.norm.call.grad_x);
+  for_each_row<T, W, true>(job, at, [&](int64_t i, const R(&x)[W], const R(&gradient)[W]) {
+    store_input_gradient(grad_x + i, gradient, x, by, minus, slope, offset);
+  });
+}
+
 // ---- rows of x as the neuron gets them ----
-struct NoRows {
-  template <class... Arguments>
-  SNNFAST_DEVICE explicit NoRows(Arguments...) {}
-};
 
 // Normalised, and with what a residual connection adds to the charge. kSkip kernels know residual connections; of the
 // exact ones, those that know them always have one.
@@ -407,7 +454,8 @@ __global__ void __launch_bounds__(kThreads, 1)
 }
 
 // ---- backward ----
-// Takes the gradients of the normalised rows: into the sums of a thread's neurons, into grad_x, or both.
+// Takes the gradients of the normalised rows: into the sums of a thread's neurons, into grad_x, or both. Where every
+// step has statistics of its own it has sums of its own too, which are made of the rows that are kept.
 template <class T, int kT, int W, bool kSums, bool kSkip>
 struct NormGradients {
   using R = typename StateOf<T>::type;
@@ -421,18 +469,18 @@ struct NormGradients {
 
   SNNFAST_DEVICE NormGradients(const BatchNormJob& job_, int64_t channel_, int64_t n_)
       : job(job_), channel(channel_), n(n_), sums{} {
-    if (kT == kOpen) load_step(0);
+    if (kT == kOpen) load_channels();
   }
-  SNNFAST_DEVICE void load_step(int64_t t) {
-    const int64_t constants = t * job.b.norm.channels + channel, inner = job.b.norm.inner;
-    load_constants(job.centre, constants, inner, minus);
-    if (writes()) load_constants(job.scale, constants, inner, by);
+  SNNFAST_DEVICE void load_channels() {
+    const int64_t inner = job.b.norm.inner;
+    load_constants(job.centre, channel, inner, minus);
+    if (writes()) load_constants(job.scale, channel, inner, by);
     if constexpr (!kSums) {
-      load_constants(job.slope, constants, inner, slope);
-      load_constants(job.offset, constants, inner, offset);
+      load_constants(job.slope, channel, inner, slope);
+      load_constants(job.offset, channel, inner, offset);
     }
   }
-  SNNFAST_DEVICE bool writes() const { return !kSums || job.writes_input; }
+  SNNFAST_DEVICE bool writes() const { return !kSums || job.keeps_gradient || !job.b.norm.batch_statistics; }
   SNNFAST_DEVICE void write(void* to, int64_t t, const R (&row)[W]) const {
     store(static_cast<T*>(to) + t * job.b.norm.call.N + n, row);
   }
@@ -455,8 +503,8 @@ struct NormGradients {
     if (writes()) write(job.b.norm.grad_skip, t, grad_skip);
   }
   SNNFAST_DEVICE void put(int64_t t, const R (&grad)[W], const R (&x)[W]) {
-    if (kT != kOpen ? t == kT - 1 : job.b.norm.groups > 1) load_step(kT != kOpen ? 0 : t);  // late: registers
-    if (kSums && (kT != kOpen || job.step < 0 || job.step == t)) {                          // exact ones have one group
+    if (kT != kOpen && t == kT - 1) load_channels();  // late: registers
+    if constexpr (kSums) {
       SNNFAST_UNROLL
       for (int w = 0; w < W; ++w) {
         sums[0][w] += grad[w];
@@ -465,12 +513,15 @@ struct NormGradients {
     }
     if (!writes()) return;
     if (kSkip && job.b.norm.connect == kCharge) write(job.b.norm.grad_skip, t, grad);
-    R out[W];
-    SNNFAST_UNROLL
-    for (int w = 0; w < W; ++w)
-      out[w] =
-          kSums ? grad[w] * by[w] : multiply_add(grad[w], by[w], multiply_add(x[w] - minus[w], slope[w], offset[w]));
-    write(job.b.norm.call.grad_x, t, out);
+    if constexpr (kSums) {
+      R out[W];
+      SNNFAST_UNROLL
+      for (int w = 0; w < W; ++w) out[w] = job.keeps_gradient ? grad[w] : grad[w] * by[w];
+      write(job.b.norm.call.grad_x, t, out);
+    } else {
+      store_input_gradient(static_cast<T*>(job.b.norm.call.grad_x) + t * job.b.norm.call.N + n, grad, x, by, minus,
+                           slope, offset);
+    }
   }
 };
 
@@ -511,7 +562,7 @@ __global__ void __launch_bounds__(kThreads, (kBackwardBlocks<Neuron, T, kT, kSum
     }
   }
   if constexpr (kSums) {
-    block.fold(job, at, job.step < 0 ? 0 : job.step);
+    if (job.b.norm.groups == 1) block.fold(job, at, 0);
     if constexpr (Neuron::kLearnable) {
       const double sum = block_sum(grad_decay);
       if (threadIdx.x == 0) static_cast<double*>(c.grad_decay_partial)[blockIdx.x] = sum;

@@ -32,7 +32,8 @@ BatchNormGrid grid_of(const BatchNormCall& b, int W, int64_t rows, int groups, i
 BatchNormGrid grid_of_neurons(const BatchNormCall& b, int W, bool sums) {
   return grid_of(b, W, b.call.N / (b.channels * b.inner), 1, sums ? 8 : 1);
 }
-BatchNormGrid grid_of_statistics(const BatchNormCall& b, int W) {
+// Of x as [groups, rows, period].
+BatchNormGrid grid_of_rows(const BatchNormCall& b, int W) {
   return grid_of(b, W, b.call.T / b.groups * (b.call.N / (b.channels * b.inner)), int(b.groups), 32);
 }
 
@@ -47,6 +48,20 @@ bool takes(const BatchNormCall& b, int W) {
          wide_accesses<T>(c, W) && wide_accesses<T>(gradient, W);
 }
 
+// f(W) for the kernels that know no neuron.
+template <class T, class F>
+auto with_width(const BatchNormCall& b, F f) {
+  if constexpr (sizeof(T) < 8)
+    if (takes<T>(b, 4)) return f(std::integral_constant<int, 4>());
+  return f(std::integral_constant<int, 1>());
+}
+
+// Six passes over 16-bit rows take less time than a second time the neuron's backward, not so over 32-bit ones.
+template <class T>
+bool keeps_gradient(const BatchNormCall& b) {
+  return b.groups > 1 || (b.batch_statistics && sizeof(T) == 2);
+}
+
 // The workspace, in this order, each part on a whole access: what make_constants makes, the backward's slope and
 // offset, partial sums, the decay's, and the states of the open backward.
 struct Workspace {
@@ -58,8 +73,9 @@ struct Workspace {
   }
 };
 // Sets the job's pointers, relative to a null workspace too, and returns its size.
-template <class R>
+template <class T>
 int64_t lay_out(BatchNormJob& job, BatchNormPass pass, bool learnable) {
+  using R = typename StateOf<T>::type;
   Workspace space;
   char* const base = static_cast<char*>(job.b.workspace);
   Call& c = job.b.norm.call;
@@ -71,10 +87,11 @@ int64_t lay_out(BatchNormJob& job, BatchNormPass pass, bool learnable) {
   if (pass == kBackward)
     for (void** to : {&job.slope, &job.offset}) *to = part(constants, sizeof(R));
   BatchNormGrid sums = job.grid;
-  sums.groups = int(job.b.norm.groups);
+  if (job.b.norm.groups > 1) sums = with_width<T>(job.b.norm, [&](auto W) { return grid_of_rows(job.b.norm, W); });
   job.partial = reinterpret_cast<double*>(part(sums.partials(job.b.norm.inner), sizeof(double)));
   if (pass == kStatistics) return space.bytes;
-  c.grad_decay_partial = part(learnable ? job.grid.blocks() : 0, sizeof(double));
+  job.decay_partials = job.grid.blocks();
+  c.grad_decay_partial = part(learnable ? job.decay_partials : 0, sizeof(double));
   const int64_t segments = (c.T + kSegment - 1) / kSegment;
   c.workspace = part(segments > 1 ? (segments - 1) * c.N : 0, sizeof(R));  // these neurons have one state
   return space.bytes;
@@ -137,14 +154,29 @@ cudaError_t launch_constants(const BatchNormJob& job, void* stream) {
                                             stream);
 }
 
-// f(T(), W) for the statistics, which know no neuron.
 template <class F>
 auto with_statistics_shape(const BatchNormCall& b, F f) {
   return with_dtype<IF>(b.call, [&](auto kind) {
-    using T = typename decltype(kind)::T;
-    if constexpr (sizeof(T) < 8)
-      if (takes<T>(b, 4)) return f(kind, std::integral_constant<int, 4>());
-    return f(kind, std::integral_constant<int, 1>());
+    return with_width<typename decltype(kind)::T>(b, [&](auto W) { return f(kind, W); });
+  });
+}
+
+// What is left of a backward whose grad_x is the gradient of the normalised input.
+template <class T, class R>
+cudaError_t finish_from_kept(BatchNormJob job, bool learnable, void* stream) {
+  const BatchNormCall& b = job.b.norm;
+  return with_width<T>(b, [&](auto width) {
+    constexpr int W = decltype(width)::value;
+    cudaError_t error = cudaSuccess;
+    const BatchNormGrid rows = grid_of_rows(b, W);
+    if (b.groups > 1) {
+      job.grid = rows;
+      error = launch(sums_kernel<T, W, true>, job, rows.blocks(), stream);
+    }
+    if (error == cudaSuccess) error = launch_channels<kFinishBackward, R>(job, b.channels + learnable, stream);
+    job.grid = rows;
+    if (error == cudaSuccess) error = launch(input_gradient_kernel<T, W>, job, rows.blocks(), stream);
+    return error;
   });
 }
 
@@ -156,9 +188,9 @@ std::string cuda_batch_norm_statistics(const BatchNorm& b, int device, void* str
     return with_statistics_shape(b.norm, [&](auto kind, auto W) {
       using T = typename decltype(kind)::T;
       using R = typename StateOf<T>::type;
-      BatchNormJob job{b, grid_of_statistics(b.norm, W)};
-      lay_out<R>(job, kStatistics, false);
-      const cudaError_t error = launch(statistics_kernel<T, decltype(W)::value>, job, job.grid.blocks(), stream);
+      BatchNormJob job{b, grid_of_rows(b.norm, W)};
+      lay_out<T>(job, kStatistics, false);
+      const cudaError_t error = launch(sums_kernel<T, decltype(W)::value, false>, job, job.grid.blocks(), stream);
       if (error != cudaSuccess) return error;
       return launch_channels<kFinishStatistics, R>(job, b.norm.channels, stream);
     });
@@ -174,7 +206,7 @@ std::string cuda_batch_norm_forward(const BatchNorm& b, int device, void* stream
       return with_norm_shape<T, false>(b.norm, [&](auto shape) {
         using Shape = decltype(shape);
         BatchNormJob job{b, grid_of_neurons(b.norm, Shape::W, false)};
-        lay_out<R>(job, kForward, false);
+        lay_out<T>(job, kForward, false);
         const cudaError_t error = launch_constants<R>(job, stream);
         if (error != cudaSuccess) return error;
         return launch(batch_norm_forward_kernel<Neuron, T, Shape::kT, Shape::kAhead, Shape::W, Shape::kSkip>, job,
@@ -196,20 +228,22 @@ std::string cuda_batch_norm_backward(const BatchNorm& b, int device, void* strea
         using Shape = decltype(shape);
         constexpr auto sums =
             batch_norm_backward_kernel<Neuron, T, Shape::kT, Shape::kAhead, Shape::W, true, Shape::kSkip>;
-        constexpr auto input =
-            batch_norm_backward_kernel<Neuron, T, Shape::kT, Shape::kAhead, Shape::W, false, Shape::kSkip>;
         BatchNormJob job{b, grid_of_neurons(b.norm, Shape::W, true)};
-        lay_out<R>(job, kBackward, Neuron::kLearnable);
+        lay_out<T>(job, kBackward, Neuron::kLearnable);
+        job.keeps_gradient = keeps_gradient<T>(b.norm);
         cudaError_t error = launch_constants<R>(job, stream);
-        job.writes_input = !b.norm.batch_statistics;
-        for (job.step = b.norm.groups > 1 ? 0 : -1; job.step < (b.norm.groups > 1 ? int(b.norm.groups) : 0); ++job.step)
-          if (error == cudaSuccess) error = launch(sums, job, job.grid.blocks(), stream);
+        if (error == cudaSuccess) error = launch(sums, job, job.grid.blocks(), stream);
+        if (error == cudaSuccess && job.keeps_gradient) return finish_from_kept<T, R>(job, Neuron::kLearnable, stream);
         if (error == cudaSuccess)
           error = launch_channels<kFinishBackward, R>(job, b.norm.channels + Neuron::kLearnable, stream);
-        if (error != cudaSuccess || !b.norm.batch_statistics) return error;
-        job.grid = grid_of_neurons(b.norm, Shape::W, false);
-        job.b.norm.call.grad_state[0] = nullptr;  // has been written
-        return launch(input, job, job.grid.blocks(), stream);
+        if constexpr (sizeof(T) > 2)
+          if (error == cudaSuccess && b.norm.batch_statistics) {
+            job.grid = grid_of_neurons(b.norm, Shape::W, false);
+            job.b.norm.call.grad_state[0] = nullptr;  // has been written
+            error = launch(batch_norm_backward_kernel<Neuron, T, Shape::kT, Shape::kAhead, Shape::W, false, Shape::kSkip>,
+                           job, job.grid.blocks(), stream);
+          }
+        return error;
       });
     });
   });
@@ -220,14 +254,14 @@ int64_t cuda_batch_norm_workspace(const BatchNorm& b, BatchNormPass pass) {
   nowhere.workspace = nullptr;
   if (pass == kStatistics)
     return with_statistics_shape(b.norm, [&](auto kind, auto W) {
-      BatchNormJob job{nowhere, grid_of_statistics(b.norm, W)};
-      return lay_out<typename StateOf<typename decltype(kind)::T>::type>(job, pass, false);
+      BatchNormJob job{nowhere, grid_of_rows(b.norm, W)};
+      return lay_out<typename decltype(kind)::T>(job, pass, false);
     });
   return with_simple_kind(b.norm.call, [&](auto kind) {
     using T = typename decltype(kind)::T;
     return with_norm_shape<T, true>(b.norm, [&](auto shape) {
       BatchNormJob job{nowhere, grid_of_neurons(b.norm, decltype(shape)::W, true)};
-      return lay_out<typename StateOf<T>::type>(job, pass, decltype(kind)::Neuron::kLearnable);
+      return lay_out<T>(job, pass, decltype(kind)::Neuron::kLearnable);
     });
   });
 }

@@ -83,8 +83,8 @@ def test_instructions_stay_below_what_memory_takes(ptx_kernels, dtype):
 
 @pytest.mark.parametrize("layout", ["first", "last"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_batch_norm_and_neuron_have_three_and_five_passes(ptx_kernels, dtype, layout):
-    """Statistics R; forward R, W. Backward R, R for the sums, and R, R, W."""
+def test_passes_of_batch_norm_and_neuron(ptx_kernels, dtype, layout):
+    """Statistics R; forward R, W. Backward R, R for the sums, with W in bfloat16, and R, R, W."""
     x = torch.randn(4, 16, 32, 16, 16)
     x = (x if layout == "first" else x.movedim(2, -1).contiguous().movedim(-1, 2)).to(dtype)
     T, rows = 4, x.numel() * dtype.itemsize
@@ -109,7 +109,7 @@ def test_batch_norm_and_neuron_have_three_and_five_passes(ptx_kernels, dtype, la
     for name, got, loads, stores in (
         ("statistics", statistics, rows, 0),
         ("forward", forward, rows, rows + state),
-        ("backward", backward, 4 * rows, rows),
+        ("backward", backward, 4 * rows, (2 if dtype == torch.bfloat16 else 1) * rows),
     ):
         assert loads <= got.distinct_loaded <= loads + slack * rows, f"{name}: {got.distinct_loaded / rows}"
         assert stores <= got.bytes_stored <= stores + slack * rows, f"{name}: {got.bytes_stored / rows}"
