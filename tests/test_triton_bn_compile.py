@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from pathlib import Path
 from typing import Any
@@ -38,12 +39,14 @@ def compile_kernel(
     x = torch.empty((T, *(CHANNELS_LAST if last else CHANNELS_FIRST)[1:]), dtype=dtype, device="meta")
     if last:
         x = x.to(memory_format=torch.preserve_format).movedim(2, -1).contiguous().movedim(-1, 2)
-    kernel = getattr(backend.kernels(), f"{name}_kernel")
+    sums = name in ("statistics", "gradient_sums")  # of one kernel
+    kernel = getattr(backend.kernels(), "sums_kernel" if sums else f"{name}_kernel")
     state = TYPES[dynamics.state_dtype(dtype)]
-    plain = name in ("statistics", "backward_input")
+    plain = sums or name == "backward_input"
     shape = backend._shape(x, 1024 if plain else backend._block_size(T, dtype))
     options = dict(backend.backend._OPTIONS)
     constexprs: dict[str, Any] = {"BR": shape.BR, "BC": shape.BC, "FOLD": shape.FOLD, "GROUPS": groups > 1}
+    constexprs |= {"grad_ptr": None} if name == "statistics" else {}
     if not plain:
         _, forward, backward, chunks = backend._plan(c, x, shape, groups, connect)
         constexprs |= {k: v for k, v in (forward if name == "forward" else backward).items() if k not in options}
@@ -60,11 +63,11 @@ def compile_kernel(
     def kind(arg: str) -> str:
         if arg in constexprs:
             return "constexpr"
-        if arg in ("x_ptr", "s_ptr", "grad_s_ptr", "grad_x_ptr", "skip_ptr", "grad_skip_ptr"):
+        if arg in ("x_ptr", "s_ptr", "grad_s_ptr", "grad_x_ptr", "skip_ptr", "grad_skip_ptr", "grad_ptr"):
             return f"*{TYPES[dtype]}"
         if arg.endswith("_ptr"):
-            return "*fp64" if "partial" in arg or arg == "first_ptr" else f"*{state}"
-        if arg in (*sizes, "chunks", "only", "steps_down"):
+            return "*fp64" if "partial" in arg or (arg == "from_ptr" and name == "statistics") else f"*{state}"
+        if arg in (*sizes, "chunks", "steps_down"):
             return "i32"
         return "i64" if state == "fp64" else "fp32"
 
@@ -103,7 +106,7 @@ def test_registers_do_not_spill(
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_what_knows_no_neuron(dtype: torch.dtype, tmp_path: Path) -> None:
-    for name, last in (("statistics", True), ("statistics", False), ("backward_input", True)):
+    for name, last in itertools.product(("statistics", "gradient_sums", "backward_input"), (True, False)):
         compiled = compile_kernel(name, constants(dynamics.IF), dtype, last=last)
         assert spilled_bytes(compiled, tmp_path) == 0
         assert any(key in accesses(compiled.asm["ptx"]) for key in ("ld8", "ld16")), accesses(compiled.asm["ptx"])
@@ -152,7 +155,7 @@ def test_wide_accesses() -> None:
 
 
 def test_constants_of_each_step_compile() -> None:
-    for name in ("statistics", "forward", "backward", "backward_input"):
+    for name in ("statistics", "forward", "backward", "gradient_sums", "backward_input"):
         compile_kernel(name, constants(dynamics.LIF), torch.float32, groups=4)
 
 

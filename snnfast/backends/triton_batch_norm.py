@@ -156,8 +156,9 @@ def backward(
     scale, shift = _scale_and_shift(call)
     scales, shifts, centres = (t.to(dtype) for t in (scale, shift, mean))
     sums = torch.empty((*mean.shape, 2), dtype=torch.float64, device=x.device)
+    whole = batch_statistics or len(mean) > 1  # grad_x takes more than a factor, or each step a factor of its own
     found = batch_norm_backward(
-        call.constants, grad_s, grad_v, x, call.v0, call.decay, scales, shifts, centres, batch_statistics, call.skip,
+        call.constants, grad_s, grad_v, x, call.v0, call.decay, scales, shifts, centres, not whole, call.skip,
         call.connect, grad_x, grad_v0, sums, grad_skip,
     )  # fmt: skip
     if grad_decay is not None:
@@ -168,8 +169,8 @@ def backward(
     sum_gx = sum_gx - offcentre * sum_g
     grad_weight.copy_((sum_gx * rstd).sum(0))
     grad_bias.copy_(sum_g.sum(0))
-    if batch_statistics:
-        count = x.numel() // max(mean.numel(), 1)
+    if whole:
+        count = x.numel() // max(mean.numel(), 1) if batch_statistics else math.inf
         slope = scale * rstd * rstd * sum_gx / -count
         offset = scale * sum_g / -count - slope * offcentre
         batch_norm_backward_input(x, scales, centres, slope.to(dtype), offset.to(dtype), grad_x)
@@ -178,14 +179,19 @@ def backward(
 # ---- passes ----
 def batch_norm_statistics(x: Tensor, first: Tensor, sums: Tensor) -> None:
     """``sums`` ``[G, C, 2]`` of ``x - first`` and its square over each channel, ``G`` being 1 or ``T``."""
-    shape, groups = _shape(x, 1024), first.shape[0]
+    _sums(x, first, None, sums)
+
+
+def _sums(x: Tensor, minus: Tensor, grad: Tensor | None, sums: Tensor) -> None:
+    """``sums`` ``[G, C, 2]`` of ``x - minus`` and its square, or of ``grad`` and ``grad * (x - minus)``."""
+    shape, groups = _shape(x, 1024), minus.shape[0]
     rows = shape.T // groups * shape.rows
     each = shape.each(rows, groups)
     chunks = -(-rows // each)
     partial = torch.empty((groups, chunks, shape.pieces, 2), dtype=torch.float64, device=x.device)
     with backend._on(x.device):
-        kernels().statistics_kernel[(groups * chunks * shape.tiles,)](
-            *(x, first, partial, rows, shape.period, shape.inner, shape.channels, shape.tiles, chunks, each),
+        kernels().sums_kernel[(groups * chunks * shape.tiles,)](
+            *(x, minus, grad, partial, rows, shape.period, shape.inner, shape.channels, shape.tiles, chunks, each),
             FOLD=shape.FOLD,
             BR=shape.BR,
             BC=shape.BC,
@@ -241,7 +247,7 @@ def batch_norm_backward(
     scale: Tensor,
     shift: Tensor,
     centre: Tensor,
-    batch_statistics: bool,
+    scaled: bool,
     skip: Tensor | None,
     connect: int,
     # outputs
@@ -252,7 +258,8 @@ def batch_norm_backward(
 ) -> Tensor | float:
     """The gradient ``g`` of the normalised input and its ``sums`` ``[G, C, 2]``, of ``g`` and of ``g * (x - centre)``.
 
-    ``grad_x`` becomes ``g`` for :func:`batch_norm_backward_input`, or without batch statistics the gradient of ``x``.
+    ``grad_x`` becomes ``g`` for :func:`batch_norm_backward_input`, or ``scaled`` (with one group only) the gradient of
+    ``x``.
     Returns the gradient of ``decay``.
     """
     groups = scale.shape[0]
@@ -260,22 +267,26 @@ def batch_norm_backward(
     numbers, _, compile_time, chunks = _plan(constants, x, shape, groups, connect)
     each = shape.each(shape.rows)
     down = -(-shape.rows // each)
-    partial = torch.empty((groups, down, shape.pieces, 2), dtype=torch.float64, device=x.device)
+    partial = None
+    if groups == 1:
+        partial = torch.empty((1, down, shape.pieces, 2), dtype=torch.float64, device=x.device)
     decays = None if decay is None else torch.empty(down * shape.tiles, dtype=torch.float64, device=x.device)
     state = state_dtype(x.dtype)
     states = torch.empty((chunks, shape.rows * shape.period), dtype=state, device=x.device) if chunks else None
     with backend._on(x.device):
-        for group in range(groups):  # a launch takes the sums of one step where each has its own
-            kernels().backward_kernel[(down * shape.tiles,)](
-                *(grad_s, grad_v, x, scale, shift, centre, v0, decay, skip),
-                *(grad_x, grad_v0, grad_skip, partial[group], decays, states),
-                *(shape.rows, shape.period, shape.inner, shape.channels, shape.tiles, each, group, chunks),
-                *numbers,
-                SCALED=not batch_statistics,
-                FOLD=shape.FOLD,
-                **compile_time,
-            )
-    sums.copy_(shape.add_up(partial))
+        kernels().backward_kernel[(down * shape.tiles,)](
+            *(grad_s, grad_v, x, scale, shift, centre, v0, decay, skip),
+            *(grad_x, grad_v0, grad_skip, partial, decays, states),
+            *(shape.rows, shape.period, shape.inner, shape.channels, shape.tiles, each, chunks),
+            *numbers,
+            SCALED=scaled,
+            FOLD=shape.FOLD,
+            **compile_time,
+        )
+    if partial is None:  # each step has sums of its own
+        _sums(x, centre, grad_x, sums)
+    else:
+        sums.copy_(shape.add_up(partial))
     return 0.0 if decays is None else decays.sum()
 
 

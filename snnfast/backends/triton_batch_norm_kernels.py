@@ -84,9 +84,10 @@ def store_partial(pointer, chunk, tile, tiles, column, column_mask, period, firs
 
 # ---- statistics ----
 @triton.jit
-def statistics_kernel(
+def sums_kernel(
     x_ptr,
-    first_ptr,
+    from_ptr,
+    grad_ptr,
     # outputs
     partial_ptr,
     # sizes
@@ -101,18 +102,22 @@ def statistics_kernel(
     BR: tl.constexpr,
     BC: tl.constexpr,
 ):
-    """Sums of ``x - first`` and of its square for each chunk of ``x`` ``[groups, rows, period]``."""
+    """Two sums for each chunk of ``x`` ``[groups, rows, period]``: of ``x - from`` and of its square, or of a gradient
+    and of its product with ``x - from``."""
     tile, down = tl.program_id(0) % tiles, tl.program_id(0) // tiles
     chunk, group = down % chunks, down // chunks
     column, column_mask, channel = columns_of(tile, period, inner, BC)
-    minus = tl.load(first_ptr + group * channels + channel, mask=column_mask, other=0.0)[None, :]
-    x_ptr += group.to(tl.int64) * rows * period
+    minus = tl.load(from_ptr + group * channels + channel, mask=column_mask, other=0.0)[None, :]
+    start = group.to(tl.int64) * rows * period
     first, second = tl.zeros((BC,), tl.float64), tl.zeros((BC,), tl.float64)
     for row in range(chunk * rows_each, min(chunk * rows_each + rows_each, rows), BR):
         at, mask = block_of(row, rows, column, column_mask, period, BR)
-        away = tl.where(mask, load_block(x_ptr, at, mask).to(tl.float64) - minus, 0.0)
-        first += tl.sum(away, axis=0)
-        second += tl.sum(away * away, axis=0)
+        away = tl.where(mask, load_block(x_ptr, start + at, mask).to(tl.float64) - minus, 0.0)
+        value = away
+        if grad_ptr is not None:
+            value = load_block(grad_ptr, start + at, mask).to(tl.float64)
+        first += tl.sum(value, axis=0)
+        second += tl.sum(value * away, axis=0)
     store_partial(partial_ptr, down, tile, tiles, column, column_mask, period, first, second, FOLD)
 
 
@@ -272,7 +277,6 @@ def backward_chunk(
     total,
     sums,
     t0,
-    only,
     at,
     mask,
     N,
@@ -338,25 +342,20 @@ def backward_chunk(
         )
         if CONNECT == CHARGE:
             store_block(grad_skip_ptr + (t0 + t) * N, at, mask, g)
-        if GROUPS:
-            scale = constant(scale_ptr, t0 + t, channels, channel, column_mask, GROUPS)
-            centre = constant(centre_ptr, t0 + t, channels, channel, column_mask, GROUPS)
         store_block(grad_x_ptr + (t0 + t) * N, at, mask, g * scale if SCALED else g)
-        counted = mask
-        if GROUPS:
-            counted = mask & (t0 + t == only)
-        g = tl.where(counted, g, 0.0)
-        x = xs[t]
-        if STEPS > AHEAD:  # near by still; registers are for the tape
-            x = load_block(x_ptr + (t0 + t) * N, at, mask)
-        product = tl.where(counted, g * (x.to(g.dtype) - centre), 0.0)
-        sums = (sums[0] + g, sums[1] + product)
+        if not GROUPS:
+            g = tl.where(mask, g, 0.0)
+            x = xs[t]
+            if STEPS > AHEAD:  # near by still; registers are for the tape
+                x = load_block(x_ptr + (t0 + t) * N, at, mask)
+            product = tl.where(mask, g * (x.to(g.dtype) - centre), 0.0)
+            sums = (sums[0] + g, sums[1] + product)
     return grad_state, total, sums
 
 
 @triton.jit(
     do_not_specialize=[
-        "only", "chunks", "threshold", "v_reset", "v_leak", "tau", "rate", "v_init", "alpha", "half_width", "gain",
+        "chunks", "threshold", "v_reset", "v_leak", "tau", "rate", "v_init", "alpha", "half_width", "gain",
     ]
 )  # fmt: skip
 def backward_kernel(
@@ -383,7 +382,6 @@ def backward_kernel(
     channels,
     tiles,
     rows_each,
-    only,
     chunks,
     threshold,
     v_reset,
@@ -408,7 +406,7 @@ def backward_kernel(
     BC: tl.constexpr,
 ):
     """The gradient ``g`` of the normalised input in ``grad_x`` (times ``scale`` if SCALED), and for each chunk of rows
-    the sums of ``g`` and of ``g * (x - centre)``: with GROUPS those of the step ``only``."""
+    the sums of ``g`` and of ``g * (x - centre)``; with GROUPS, which is never SCALED, none."""
     DTYPE: tl.constexpr = tl.float64 if x_ptr.dtype.element_ty == tl.float64 else tl.float32
     N = tl.cast(rows, tl.int64) * period
     tile, down = tl.program_id(0) % tiles, tl.program_id(0) // tiles
@@ -438,8 +436,8 @@ def backward_kernel(
         sums = (zero, zero)
         grad_state = (load_or(grad_v_ptr, 0.0, at, mask, BR, BC, DTYPE),)
         grad_state, total, sums = backward_chunk(
-            grad_s_ptr, x_ptr, skip_ptr, grad_x_ptr, grad_skip_ptr, state, grad_state, total, sums, t, only, at, mask,
-            N, scale_ptr, shift_ptr, centre_ptr, channels, channel, column_mask, own, numbers, shape, NEURON,
+            grad_s_ptr, x_ptr, skip_ptr, grad_x_ptr, grad_skip_ptr, state, grad_state, total, sums, t, at, mask, N,
+            scale_ptr, shift_ptr, centre_ptr, channels, channel, column_mask, own, numbers, shape, NEURON,
             SURROGATE, FLAGS, MULTIPLY, CONNECT, GROUPS, SCALED, REST,
         )  # fmt: skip
         if CHUNK:
@@ -447,8 +445,8 @@ def backward_kernel(
                 t -= CHUNK
                 state = (load_block(states_ptr + (chunks - 1 - c) * N, at, mask),)
                 grad_state, total, sums = backward_chunk(
-                    grad_s_ptr, x_ptr, skip_ptr, grad_x_ptr, grad_skip_ptr, state, grad_state, total, sums, t, only,
-                    at, mask, N, scale_ptr, shift_ptr, centre_ptr, channels, channel, column_mask, own, numbers,
+                    grad_s_ptr, x_ptr, skip_ptr, grad_x_ptr, grad_skip_ptr, state, grad_state, total, sums, t, at,
+                    mask, N, scale_ptr, shift_ptr, centre_ptr, channels, channel, column_mask, own, numbers,
                     shape, NEURON, SURROGATE, FLAGS, MULTIPLY, CONNECT, GROUPS, SCALED, CHUNK,
                 )  # fmt: skip
         if grad_v0_ptr is not None:
@@ -457,7 +455,8 @@ def backward_kernel(
         second += tl.sum(sums[1].to(tl.float64), axis=0)
         if decay_partial_ptr is not None:  # only ParametricLIF has one
             sum_decay += tl.sum(tl.sum(tl.where(mask, total[0], 0.0).to(tl.float64), axis=0), axis=0)
-    store_partial(partial_ptr, down, tile, tiles, column, column_mask, period, first, second, FOLD)
+    if not GROUPS:
+        store_partial(partial_ptr, down, tile, tiles, column, column_mask, period, first, second, FOLD)
     if decay_partial_ptr is not None:
         tl.store(decay_partial_ptr + tl.program_id(0), finish_grad_decay(sum_decay, rate.to(tl.float64), FLAGS))
 
