@@ -207,7 +207,7 @@ inline Params<R> params_of(const Call& c) {
   p.division = c.division;
   p.decay_input = c.flags & kDecayInput;
   p.soft_reset = c.flags & kSoftReset;
-  p.zero_reset = !p.soft_reset && p.v_reset == R(0);
+  p.zero_reset = !p.soft_reset && p.v_reset == R(0) && !(c.flags & kMultiSpike);
   p.detach_reset = c.flags & kDetachReset;
   p.strict = c.flags & kStrict;
   p.multi_spike = c.flags & kMultiSpike;

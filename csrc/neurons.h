@@ -75,7 +75,7 @@ struct Params {
   int division;
   bool decay_input;
   bool soft_reset;
-  bool zero_reset;  // a hard reset to 0: a term less. It shows in the sign of a zero and nowhere else
+  bool zero_reset;  // a hard reset to 0 by single spikes: a term less, which shows in a zero's sign and nowhere else
   bool detach_reset;
   bool strict;
   bool multi_spike;
