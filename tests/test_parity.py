@@ -147,8 +147,9 @@ def test_gradients_match_the_loop_in_float64(backend, device, dtype, detach_rese
 def test_extreme_inputs_pass_through_as_in_the_loop(backend, device):
     special = [0.0, -0.0, float("inf"), float("-inf"), float("nan"), 3e38, -3e38, 1e-30, 1e-37, 1.0]
     x = torch.tensor(list(itertools.product(special, repeat=3)), dtype=torch.float32).T.contiguous()
-    for neuron, reset, tau, decay_input in itertools.product(NEURONS, RESETS.values(), (2.0, 3.0), (True, False)):
-        kwargs = {"tau": tau, "decay_input": decay_input, "v_threshold": 1.0, "v_reset": reset}
+    kinds = [(neuron, {}) for neuron in NEURONS] + [(dynamics.EXPONENTIAL_LIF, {"multi_spike": True})]
+    for (neuron, kind), reset, tau, decay_input in itertools.product(kinds, RESETS.values(), (2.0, 3.0), (True, False)):
+        kwargs = {"tau": tau, "decay_input": decay_input, "v_threshold": 1.0, "v_reset": reset} | kind
         own = own_parameters(neuron, x.shape[1:], x.dtype)
         state = 0.0 if len(neuron.states) == 1 else (0.0, 0.0)
         want = loop(neuron, x, state, learnable(neuron, "cpu", x.dtype), own, strict=bool(neuron.own), **kwargs)
