@@ -95,7 +95,8 @@ def test_matches_the_cpu_kernels(backend, neuron, dtype, training):
         for k, (g, a, w) in enumerate(zip(first, again, want, strict=True)):
             assert torch.equal(g, a), "the same call gave other bits"
             assert g.shape == w.shape
-            assert close(g, w, rounded if k in (0, 5) else exact), (k, shape, connect)
+            is_rounded = k in (0, 5) or (per_step and k in (1, 2))  # sums of each step are made from rounded gradients
+            assert close(g, w, max(rounded, exact) if is_rounded else exact), (k, shape, connect)
 
 
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
