@@ -20,8 +20,12 @@ class Before:
 
     def __init__(self, modules: Iterable[nn.Module]) -> None:
         self.attributes = {m: dict(m.__dict__) for m in modules}
-        values = [v for held in self.attributes.values() for name, v in held.items() if name not in MODULES_OWN]
-        self.contents = [(v, v.copy()) for v in values if isinstance(v, COLLECTIONS)]
+        self.contents: list[tuple[nn.Module, str, Any, Any]] = [
+            (m, name, v, v.copy())
+            for m, held in self.attributes.items()
+            for name, v in held.items()
+            if name not in MODULES_OWN and isinstance(v, COLLECTIONS)
+        ]
         self.tensors = [
             (m, kind, held, name, t, t.detach().clone())
             for m in self.attributes
@@ -30,13 +34,35 @@ class Before:
             if isinstance(t, Tensor)
         ]
 
+    def written(self) -> tuple[nn.Module, str, str] | None:
+        """The first number, flag or tensor of a module that is another one now: module, kind and name.
+
+        Nobody knows what other attributes mean.
+        """
+        attributes = [
+            (m, name, v, m.__dict__.get(name)) for m, held in self.attributes.items() for name, v in held.items()
+        ]
+        inside = [
+            (m, name, v, held.get(k))
+            for m, name, held, items in self.contents
+            if isinstance(items, dict)
+            for k, v in items.items()
+        ]
+        for m, name, was, now in (*attributes, *inside):
+            if isinstance(was, (bool, int, float, str)) and name != "training" and not is_same(now, was):
+                return m, "attribute", name
+        for m, kind, held, name, _, value in self.tensors:
+            if not is_same(held.get(name), value):
+                return m, kind, name
+        return None
+
     def put_back(self) -> None:
         """Undo what happened to them since."""
         for m, attributes in self.attributes.items():
             if _is_changed(m.__dict__, attributes):
                 m.__dict__.clear()
                 m.__dict__.update(attributes)
-        for held, items in self.contents:
+        for *_, held, items in self.contents:
             if _is_changed(held, items):
                 held.clear()
                 (held.update if hasattr(held, "update") else held.extend)(items)

@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from . import backends
 from ._arguments import check_steps
@@ -105,6 +106,20 @@ class MemoryModule(nn.Module, StepModule):
             for name, value in self.__dict__.items()
             if name != "_left"
         }
+
+    @property
+    def __deepcopy__(self) -> Any:
+        """``None``, as copies are made from ``__getstate__``; parametrized modules, which have none, are copied here.
+
+        Were there no such attribute, :mod:`torch.nn.utils.parametrize` would add a method that copies the history too.
+        """
+        return self._copy_parametrized if parametrize.is_parametrized(self) else None
+
+    def _copy_parametrized(self, memo: dict[int, Any]) -> MemoryModule:
+        copied = type(self).__new__(type(self))
+        memo[id(self)] = copied
+        copied.__dict__.update(copy.deepcopy(MemoryModule.__getstate__(self), memo))
+        return copied
 
     def _apply(self, fn: Any, recurse: bool = True) -> MemoryModule:
         for name in self._memory_reset_values:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -70,7 +70,9 @@ def poisson(x: Tensor, timesteps: int, generator: torch.Generator | None = None)
     _check(x, timesteps)
     # Drawn in float32 at least: bfloat16 has 256 values below 1.
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-    draw = torch.rand((timesteps, *x.shape), generator=generator, device=x.device, dtype=dtype)
+    # With the argument generator, even None, torch.rand takes no symbolic sizes.
+    source: Any = {} if generator is None else {"generator": generator}
+    draw = torch.rand((timesteps, *x.shape), device=x.device, dtype=dtype, **source)
     return (draw < x).to(x.dtype)
 
 

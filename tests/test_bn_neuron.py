@@ -285,15 +285,51 @@ def test_the_ops_and_a_compiled_node():
         torch.ops.snnfast.bn_statistics.default, (x_seq, False), test_utils=("test_schema", "test_faketensor")
     )
     mean, var = torch.ops.snnfast.bn_statistics(x_seq, True)
+    x_seq = x_seq.clone().requires_grad_()
     call = (x_seq, mean, var, node.norm.weight.detach(), None, None, None, None, 0, 1e-5, *node.neuron._constants(0.0))
     checks = ("test_schema", "test_faketensor")
-    torch.library.opcheck(torch.ops.snnfast.bn_multi_step.default, call, test_utils=checks)
+    torch.library.opcheck(torch.ops.snnfast.bn_multi_step.default, (*call, True))
     grads = (torch.randn_like(x_seq), None)
     torch.library.opcheck(torch.ops.snnfast.bn_multi_step_backward.default, (*grads, *call, True), test_utils=checks)
     compiled = torch.compile(copy.deepcopy(node), backend="aot_eager")
     got, want = run_compiled(compiled, x), run(node, x)
     assert torch.equal(got[0], want[0])
     assert close(got[1], want[1], 1e-6)
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("connect", [None, "IAND", "per step", "fuse"])
+def test_an_exported_program_can_be_trained(connect, training):
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.norm, self.neuron = nn.Conv2d(3, 3, 3, bias=False), nn.BatchNorm2d(3), neuron()
+            if connect != "fuse":
+                skip = None if connect == "per step" else connect
+                self.node = BatchNormNode(nn.BatchNorm2d(3), neuron(), connect=skip, per_step=connect == "per step")
+
+        def forward(self, x):
+            y = self.conv(x)
+            return self.neuron(self.norm(y)) if connect == "fuse" else self.node(y, *[y * 2] * bool(self.node.connect))
+
+    def neuron():
+        return snnfast.ParametricLIFNode(timesteps=T)
+
+    net = Net().train(training)
+    if connect == "fuse":
+        assert snnfast.fuse(net).fused
+    x = random_input(T * 3, 3, 6, 6)
+    program = torch.export.export(copy.deepcopy(net), (x,)).module()
+    got, want = run_compiled(program, x), run_compiled(net, x)
+    assert want[0].std() > 0
+    assert torch.equal(got[0], want[0])
+    assert close(got[1], want[1], 1e-6)
+    found = dict(program.named_parameters()) | dict(program.named_buffers())
+    for name, p in net.named_parameters():
+        grad = found[name].grad
+        assert grad is None if p.grad is None else close(grad, p.grad, 1e-6), name
+    for name, b in net.named_buffers():
+        assert torch.allclose(found[name], b, rtol=1e-6, atol=1e-7), name
 
 
 def run_compiled(model, x):

@@ -42,6 +42,16 @@ def test_poisson_is_seeded_independent_and_of_the_right_rate():
     assert torch.equal(default, encoding.poisson(x, 2))
 
 
+def test_poisson_is_exported_for_any_batch_size():
+    class Encoder(torch.nn.Module):
+        def forward(self, x):
+            return encoding.poisson(x, 3)
+
+    x = torch.rand(4, 5)
+    program = torch.export.export(Encoder(), (x,), dynamic_shapes=({0: torch.export.Dim("B")},)).module()
+    assert torch.equal(program(torch.ones(7, 5)), torch.ones(3, 7, 5))
+
+
 def test_poisson_of_zero_never_spikes_even_at_a_draw_of_zero(monkeypatch):
     monkeypatch.setattr(torch, "rand", lambda shape, **kwargs: torch.zeros(shape))
     assert encoding.poisson(torch.tensor([0.0, 1e-6]), 2).tolist() == [[0.0, 1.0], [0.0, 1.0]]

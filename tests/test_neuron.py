@@ -90,6 +90,21 @@ def test_copies_and_pickles_carry_the_state_without_history(make):
     assert torch.equal(torch.load(buffer, weights_only=False).v, node.v)
 
 
+def test_a_parametrized_neuron_is_copied_without_history():
+    node = snnfast.ParametricLIFNode(step_mode="m")
+    nn.utils.parametrize.register_parametrization(node, "w", nn.Tanh())
+    x = torch.randn(3, 4) * 3
+    node(x)
+    assert node.v.grad_fn is not None
+    twin = copy.deepcopy(nn.Sequential(node))[0]
+    assert twin.v.grad_fn is None
+    assert torch.equal(twin.v, node.v)
+    assert torch.equal(twin(x), node(x))
+    (twin.v.sum() + twin.w).backward()
+    assert twin.parametrizations.w.original.grad is not None
+    assert node.parametrizations.w.original.grad is None
+
+
 def test_losses_on_the_state_and_on_v_seq_reach_the_input():
     for loss in (lambda n, s: n.v.sum(), lambda n, s: n.v_seq.square().sum(), lambda n, s: s.sum()):
         x = torch.randn(4, 5, requires_grad=True)

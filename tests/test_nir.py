@@ -264,6 +264,37 @@ class Widening(nn.Module):
         return self.sn(self.conv(x) + torch.nn.functional.pad(x, (0, 0, 0, 0, 0, 3)))
 
 
+class Pairs(nn.Module):
+    def __init__(self, connect, T):
+        super().__init__()
+        self.conv, self.sn0 = nn.Conv2d(2, 2, 3, padding=1), snnfast.LIFNode(timesteps=T)
+        self.pair = snnfast.fused.BatchNormNode(nn.BatchNorm2d(2), snnfast.LIFNode(timesteps=T), connect=connect)
+
+    def forward(self, x):
+        x = self.sn0(x)
+        return self.pair(self.conv(x), *[x] * bool(self.pair.connect))
+
+
+@pytest.mark.parametrize("connect", [None, "CHARGE", "ADD"])
+def test_batch_norm_and_neuron_as_one_module(connect):
+    T, B = 4, 3
+    net = randomised(Pairs(connect, T)).double()
+    x = torch.rand(T, B, 2, 5, 5, dtype=torch.float64) * 4
+    expected = spikes(net, x.flatten(0, 1)).unflatten(0, (T, B))
+    assert expected.std() > 0.05
+    graph = to_nir(net, x.flatten(0, 1))
+    assert [type(n).__name__ for n in graph.nodes.values()].count("Conv2d") == 1  # the norm is folded
+    assert torch.equal(spikes(from_nir(graph, dtype=torch.float64), x), expected)
+
+
+def test_what_batch_norm_and_neuron_as_one_module_must_be():
+    net = Pairs("AND", 4)
+    with pytest.raises(ValueError, match=r"pair multiplies spikes by a residual connection \(connect='AND'\)"):
+        to_nir(net, torch.rand(4, 2, 5, 5))
+    with pytest.raises(ValueError, match=r"model must call it with two tensors, as it has connect='AND'"):
+        to_nir(net.pair, torch.rand(4, 2, 5, 5))
+
+
 @pytest.mark.parametrize("first", [nn.Flatten(), nn.BatchNorm2d(2)], ids=repr)
 def test_a_folded_sample_whose_first_layer_takes_any_shape(first):
     """A sample ``[T * B, C, H, W]`` is not taken for one of a ``[T, B, *]`` of two dimensions less."""

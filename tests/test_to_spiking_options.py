@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 import pickle
 
 import pytest
@@ -415,6 +416,22 @@ that begins to the left of the code"""
         return torch.clip(nn.ReLU()(x), 0) + self.fc(x).clamp(0.0, 6.0)
 
 
+ALIAS = torch.relu
+
+
+def helper(x):
+    return F.relu(x)
+
+
+class UntraceableHidden(Untraceable):
+    """ReLUs by other names than theirs."""
+
+    half = functools.partial(F.relu, inplace=False)
+
+    def forward(self, x):
+        return helper(ALIAS(x)) if x.sum() > 0 else self.half(self.fc(x))
+
+
 @pytest.mark.parametrize("before", [(), (nn.Linear(6, 6),), (nn.Linear(6, 6), nn.ReLU())], ids=len)
 def test_a_module_that_cannot_be_traced(before):
     ann = nn.Sequential(*before, Untraceable(), nn.Linear(6, 5)).eval()
@@ -445,6 +462,8 @@ def test_an_activation_that_cannot_be_found_is_refused():
         snnfast.to_spiking(ann, T)
     with pytest.raises(ValueError, match=r"calls relu, its act; clip, line \d+; clamp, line \d+; ReLU, line \d+ of"):
         snnfast.to_spiking(nn.Sequential(UntraceableClamps()), T)
+    with pytest.raises(ValueError, match=r"model calls relu, its half; relu, line \d+; relu, line \d+ of"):
+        snnfast.to_spiking(nn.Sequential(UntraceableHidden()), T)
 
 
 def test_other_refusals():
@@ -486,18 +505,17 @@ def test_another_number_of_activations_in_training():
 
 
 class Recording(nn.Module):
-    """Counts its calls and keeps what it computed."""
+    """Counts its calls in a buffer and keeps what it computed."""
 
     def __init__(self):
         super().__init__()
         self.register_buffer("calls", torch.zeros(()))
-        self.steps, self.last, self.all, self.offset = 0, None, [], None
+        self.last, self.all, self.offset = None, [], None
 
     def forward(self, x):
         if self.offset is None:
             self.offset = torch.ones(())
         self.calls.add_(1)
-        self.steps += 1
         self.last = F.relu(x) + self.offset
         self.all.append(self.last)
         return self.last
@@ -505,10 +523,75 @@ class Recording(nn.Module):
 
 def test_tracing_changes_nothing():
     net = snnfast.to_spiking(Recording().eval(), T)
-    assert (net.calls, net.steps, net.last, net.all) == (0, 0, None, [])
+    assert (net.calls, net.last, net.all) == (0, None, [])
     assert not net.training
     pickle.loads(pickle.dumps(net))  # proxies of the trace would not let it
     assert (net(torch.rand(2, 3)) >= 1).all()
+    assert net.calls == 1
+
+
+class WarmingUp(nn.Module):
+    """Another factor at each call, by what forward counts in ``place``."""
+
+    def __init__(self, place, activation):
+        super().__init__()
+        self.activation = activation
+        self.place = place
+        self.part = nn.Identity()
+        self.part.steps, self.steps, self.config, self.count = 0, 0, {"steps": 0}, torch.zeros(())
+
+    def forward(self, x):
+        if self.place == "number":
+            self.steps += 1
+        elif self.place == "number of a part":
+            self.part.steps += 1
+        elif self.place == "dictionary":
+            self.config["steps"] += 1
+        else:
+            self.count += 1
+        return self.activation(x * (self.steps + self.part.steps + self.config["steps"] + self.count))
+
+
+@pytest.mark.parametrize("place", ["number", "number of a part", "dictionary", "tensor"])
+def test_a_forward_that_counts_stays_as_it_is(place):
+    """A generated one would have the count of its trace for good."""
+    net = snnfast.to_spiking(nn.Sequential(WarmingUp(place, nn.ReLU())), T, neuron=snnfast.IFNode)
+    x = torch.full((1, 1), 0.3)
+    assert [net(x).sum().item() for _ in range(4)] == [1, 2, 2, 4]  # of currents 0.3, 0.6, 0.9, 1.2
+    message = r"model calls relu, its activation of '0' \(WarmingUp\), .* \(it writes the attribute \w+\), .*nn.ReLU"
+    with pytest.raises(ValueError, match=message):
+        snnfast.to_spiking(nn.Sequential(WarmingUp(place, F.relu)), T)
+
+
+class NormAndActivation(nn.BatchNorm2d):
+    """Its forward calls torch's own, which looks at the number of dimensions and counts batches."""
+
+    act = staticmethod(torch.relu)
+
+    def forward(self, x):
+        return self.act(super().forward(x))
+
+
+@pytest.mark.parametrize("before", [(), (nn.ReLU(),)], ids=["static", "dynamic"])
+@pytest.mark.parametrize("options", [{}, {"affine": False}, {"track_running_stats": False}], ids=str)
+def test_a_batch_norm_with_an_activation(before, options):
+    ann = nn.Sequential(nn.Conv2d(2, 3, 3), *before, NormAndActivation(3, **options))
+    apart = nn.Sequential(ann[0], *before, nn.BatchNorm2d(3, **options), nn.ReLU())
+    net, expected = (snnfast.to_spiking(a, T, v_threshold=0.2) for a in (ann, apart))
+    x = torch.randn(B, 2, 6, 6) * 3
+    for training in (True, True, False):
+        spikes = net.train(training)(x)
+        assert torch.equal(spikes, expected.train(training)(x))
+        assert spikes.std() > 0
+    own, theirs = dict(net[-1].named_buffers()), dict(expected[-2].named_buffers())
+    assert own.keys() == theirs.keys()
+    assert all(torch.equal(own[name], theirs[name]) for name in own)
+
+
+def test_a_batch_norm_with_an_activation_that_cannot_be_followed():
+    message = r"model calls relu, its act of '0' \(NormAndActivation\), .* \(it writes the buffer num_batches_tracked\)"
+    with pytest.raises(ValueError, match=message):
+        snnfast.to_spiking(nn.Sequential(NormAndActivation(3, momentum=None)), T)
 
 
 def test_a_forward_whose_random_numbers_would_be_drawn_once_is_refused():

@@ -385,6 +385,30 @@ def test_a_program_that_was_recorded_can_be_trained(how):
         assert torch.equal(found[name].grad, grad), name
 
 
+@pytest.mark.parametrize("kind", [snnfast.IFNode, snnfast.LIFNode, snnfast.ParametricLIFNode])
+@pytest.mark.filterwarnings("ignore")
+def test_onnx_has_the_same_spikes_by_the_reference_path(kind, tmp_path):
+    for package in ("onnx", "onnxscript"):
+        pytest.importorskip(package, reason="ONNX export needs it, and it is not installed here")
+    onnxruntime = pytest.importorskip("onnxruntime", reason="onnxruntime is not installed here")
+    torch.manual_seed(0)
+    ann = nn.Sequential(nn.Linear(6, 32), nn.ReLU(), nn.Linear(32, 32), nn.BatchNorm1d(32), nn.ReLU())
+    net = snnfast.to_spiking(ann, 5, kind, v_threshold=0.3).eval().double()  # rounding does not reach a spike
+    assert snnfast.fuse(net).fused
+    x = torch.randn(3, 6, dtype=torch.float64) * 3
+    functional.set_backend(net, "reference")
+    batch = torch.export.Dim("batch")
+    file = tmp_path / "net.onnx"
+    torch.onnx.export(net, (x,), file, dynamo=True, verbose=False, dynamic_shapes=({0: batch},))
+    session = onnxruntime.InferenceSession(file)
+    functional.set_backend(net, "auto")
+    for images in (x, torch.randn(7, 6, dtype=torch.float64) * 3):
+        (spikes,) = session.run(None, {session.get_inputs()[0].name: images.numpy()})
+        expected = net(images)
+        assert 0.02 < expected.mean() < 0.98
+        assert torch.equal(torch.from_numpy(spikes), expected)
+
+
 def test_fx_and_scripting_say_what_would_do():
     class Leaves(torch.fx.Tracer):
         def is_leaf_module(self, m, name):

@@ -214,7 +214,7 @@ EMPTY = (torch.zeros(0),)
         (lambda: step(resets, sj.LIFNode), (), r"reads or sets lif\.v, the state"),
         (lambda: step(resets, lambda: leaky(init_hidden=True)), (), r"reads or sets lif\.mem, the state"),
         (lambda: step(counts, steps=0), (), "Step writes its attribute steps"),
-        (lambda: step(counts_elsewhere, config={"steps": 0}), (), "another thing at each call"),
+        (lambda: step(counts_elsewhere, config={"steps": 0}), (), "Step writes its attribute config"),
         (lambda: step(counts_in_a_tensor, count=torch.zeros(())), (), "writes its attribute count"),
         (lambda: step(counts_by_an_iterator), (), r"another thing at each call \(truediv changes\)"),
         (lambda: step(draws_by_numpy), (), "another thing at each call"),

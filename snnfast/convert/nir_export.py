@@ -25,13 +25,18 @@ _CONTAINERS = ("SeqToANNContainer", "MultiStepContainer", "StepModeContainer")  
 
 class _Tracer(fx.Tracer):
     def is_leaf_module(self, m: nn.Module, qualified_name: str) -> bool:
-        if type(m).__name__ in _CONTAINERS or isinstance(m, (StepModule, Elementwise)):
+        if type(m).__name__ in _CONTAINERS or _is_pair(m) or isinstance(m, (StepModule, Elementwise)):
             return True
         return super().is_leaf_module(m, qualified_name)
 
 
 def _join(path: str, name: str) -> str:
     return f"{path}.{name}" if path else name
+
+
+def _is_pair(module: nn.Module) -> bool:
+    """Whether this is a :class:`snnfast.fused.BatchNormNode`, whose package is above this one."""
+    return type(module).__name__ == "BatchNormNode" and type(module).__module__.startswith("snnfast.")
 
 
 def _computes_as_known(module: nn.Module) -> bool:
@@ -79,9 +84,12 @@ class _Walker:
                 owner, _, attribute = node.target.rpartition(".")
                 result = getattr(module.get_submodule(owner), attribute)
             elif node.op == "call_module":
-                if len(args) + len(kwargs) != 1 or not isinstance(given := [*args, *kwargs.values()][0], Value):
-                    raise ValueError(f"model must call {place} with one tensor, got {args} {kwargs}")
-                result = self.call(module.get_submodule(node.target), place, given)
+                called, given = module.get_submodule(str(node.target)), [*args, *kwargs.values()]
+                wanted = 2 if _is_pair(called) and called.connect else 1
+                if len(given) != wanted or not all(isinstance(v, Value) for v in given):
+                    tensors = "one tensor" if wanted == 1 else "two tensors"
+                    raise ValueError(f"model must call {place} with {tensors}, got {args} {kwargs}")
+                result = self.call(called, place, *given)
             elif node.op == "output":
                 if not isinstance(args[0], Value):
                     raise ValueError(
@@ -110,12 +118,9 @@ class _Walker:
             return plain()
         x = values[0]
         if name in ("add", "add_", "iadd", "__add__", "__radd__", "__iadd__") and len(values) == 2:
-            a, b = values
-            if kwargs.get("alpha", 1) != 1 or a.tensor.shape != b.tensor.shape or a.lead != b.lead:
-                raise ValueError(
-                    f"model cannot be written as NIR: {path} adds tensors of other shapes or with a factor"
-                )
-            return Value(a.tensor + b.tensor, a.sources + b.sources, a.lead, a.shared or b.shared)
+            if kwargs.get("alpha", 1) != 1:
+                raise ValueError(f"model cannot be written as NIR: {path} adds with a factor")
+            return self.sum(path, *values)
         if name in ("avg_pool2d", "adaptive_avg_pool2d"):
             kind = nn.AvgPool2d if name == "avg_pool2d" else nn.AdaptiveAvgPool2d
             return self.call(kind(*args[1:], **{k: v for k, v in kwargs.items() if v is not x}), path, x)
@@ -133,7 +138,31 @@ class _Walker:
             "reader of the graph, and export the part of the network before it"
         )
 
-    def call(self, module: nn.Module, path: str, x: Value) -> Value:
+    @staticmethod
+    def sum(path: str, a: Value, b: Value) -> Value:
+        if a.tensor.shape != b.tensor.shape or a.lead != b.lead:
+            raise ValueError(f"model cannot be written as NIR: {path} adds tensors of other shapes")
+        return Value(a.tensor + b.tensor, a.sources + b.sources, a.lead, a.shared or b.shared)
+
+    def pair(self, module: Any, path: str, x: Value, skip: Value | None) -> Value:
+        """A batch norm and its neuron, and where a residual connection joins."""
+        connect = module.connect.name
+        if connect != "NONE" and skip is None:
+            raise ValueError(f"model must call {path or 'it'} with two tensors, as it has connect={connect!r}")
+        if connect in ("AND", "IAND"):
+            raise ValueError(
+                f"model cannot be written as NIR: {path} multiplies spikes by a residual connection "
+                f"(connect={connect!r}), and NIR has no node for that"
+            )
+        y = self.call(module.norm, _join(path, "norm"), x)
+        if skip is not None and connect == "CHARGE":
+            y = self.sum(path, y, skip)
+        s = self.call(module.neuron, _join(path, "neuron"), y)
+        return self.sum(path, s, skip) if skip is not None and connect == "ADD" else s
+
+    def call(self, module: nn.Module, path: str, x: Value, skip: Value | None = None) -> Value:
+        if _is_pair(module):
+            return self.pair(module, path, x, skip)
         if type(module).__name__ in _CONTAINERS:
             inner = x
             if x.lead == 2:

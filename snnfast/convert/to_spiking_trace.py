@@ -5,7 +5,9 @@ from __future__ import annotations
 import ast
 import builtins
 import contextlib
+import functools
 import inspect
+import itertools
 import operator
 import os
 import random
@@ -132,12 +134,12 @@ def _wrapped(module: nn.Module, given: dict[str, Any]) -> Any:
 
 
 @contextlib.contextmanager
-def _as_it_was(module: nn.Module) -> Iterator[None]:
+def _as_it_was(module: nn.Module) -> Iterator[Before]:
     """Undo what running a forward does to a module: its attributes, its buffers' values, the random numbers drawn."""
-    before, cls = Before([module]), type(module)
+    before, cls = Before(module.modules()), type(module)
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         try:
-            yield
+            yield before
         finally:
             # What fx keeps there of tensors that forward made is for the generated one.
             made = {k: v for k, v in module.__dict__.items() if k.startswith("_tensor_constant")}
@@ -166,16 +168,20 @@ def _both_modes(module: nn.Module, given: dict[str, Any], of_buffers: bool) -> l
     constant, which knows nothing of values loaded later or of another device."""
     graphs = []
     for training in (True, False):
-        with _as_it_was(module):
+        with _as_it_was(module) as before:
             cls = type(module)
             try:
                 forward = _wrapped(module, given)
                 module.training = training
-                module.__class__ = type(cls.__name__, (cls,), {"forward": forward})
+                # A batch norm's check looks at a number of dimensions, which a proxy does not have.
+                body = {"forward": forward, "_check_input_dim": lambda self, x: None}
+                module.__class__ = type(cls.__name__, (cls,), body)
                 randomness = random.getstate(), torch.get_rng_state()
                 graphs.append(_Tracer(of_buffers).trace(module))
                 if random.getstate() != randomness[0] or not torch.equal(torch.get_rng_state(), randomness[1]):
                     raise Untraceable("it draws random numbers that do not depend on its input")
+                if (written := before.written()) is not None:
+                    raise Untraceable(f"it writes the {written[1]} {written[2]}")
             except Untraceable:
                 raise
             except Exception as error:  # a forward run on proxies may raise anything
@@ -253,22 +259,36 @@ def is_torch_leaf(module: nn.Module) -> bool:
 def functional_activations(module: nn.Module) -> list[str]:
     """Activations that the source of an untraceable module calls, no submodules of it, as ``name, line n``."""
     known = dict.fromkeys(_RELU_FUNCTIONS, "relu") | _OTHER_FUNCTIONS
-    kept = {name: f for name, f in vars(module).items() if inspect.isroutine(f)}
-    found = [f"{known[f]}, its {name}" for name, f in kept.items() if f in known]
-    for cls in type(module).__mro__:
-        if cls.__module__.startswith("torch.") or cls is object:
+    classes = [c for c in type(module).__mro__ if not c.__module__.startswith("torch.") and c is not object]
+    found, functions = [], []
+    for name, value in itertools.chain(*(vars(owner).items() for owner in (module, *classes))):
+        function = _unwrapped(value)
+        if inspect.isroutine(function) and function in known:
+            found.append(f"{known[function]}, its {name}")
+        elif inspect.isfunction(function):
+            functions.append(function)
+    for function in functions:  # which grows by those that are called by a name of their file
+        try:
+            lines, start = inspect.getsourcelines(function)
+            source = ast.parse(textwrap.dedent("".join(lines)))
+        except (OSError, TypeError, SyntaxError):
             continue
-        for function in vars(cls).values():
-            if not inspect.isfunction(function):
-                continue
-            try:
-                lines, start = inspect.getsourcelines(function)
-                source = ast.parse(textwrap.dedent("".join(lines)))
-            except (OSError, TypeError, SyntaxError):
-                continue
-            calls = [node for node in ast.walk(source) if isinstance(node, ast.Call)]
-            found += [f"{name}, line {start + call.lineno - 1}" for call in calls if (name := _activation_called(call))]
+        for call in (node for node in ast.walk(source) if isinstance(node, ast.Call)):
+            of_file = function.__globals__.get(call.func.id) if isinstance(call.func, ast.Name) else None
+            called = _unwrapped(of_file)
+            activation = known.get(called) if inspect.isroutine(called) else None
+            if activation := activation or _activation_called(call):
+                found.append(f"{activation}, line {start + call.lineno - 1}")
+            elif inspect.isfunction(called) and not called.__module__.startswith("torch.") and called not in functions:
+                functions.append(called)
     return found
+
+
+def _unwrapped(value: Any) -> Any:
+    """The function of a static method or of a partial."""
+    while isinstance(value, (staticmethod, functools.partial)):
+        value = value.__func__ if isinstance(value, staticmethod) else value.func
+    return value
 
 
 def _activation_called(call: ast.Call) -> str | None:

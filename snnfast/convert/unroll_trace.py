@@ -150,7 +150,13 @@ def _trace(model: nn.Module, concrete: dict[str, Any], before: Before) -> tuple[
             f"{type(model).__name__}.forward depends on the values or the length of its input ({error}), as a "
             "forward with its own loop over time does"
         ) from error
-    written = _written(before)
+    for m in before.attributes:
+        if any(_holds_proxy(v) for k, v in m.__dict__.items() if k not in MODULES_OWN):
+            raise ValueError(
+                f"{type(m).__name__} keeps a result of its forward as an attribute: unroll cannot tell state from a "
+                "record. Return it instead, or make the module one of the neurons that unroll knows"
+            )
+    written = before.written()
     if written is not None:
         m, kind, name = written
         _refuse_norms_with_neurons(m, None)
@@ -158,12 +164,6 @@ def _trace(model: nn.Module, concrete: dict[str, Any], before: Before) -> tuple[
             f"{type(m).__name__} writes its {kind} {name} in forward, which unroll would do once and the loop does at "
             "every step"
         )
-    for m in before.attributes:
-        if any(_holds_proxy(v) for k, v in m.__dict__.items() if k not in MODULES_OWN):
-            raise ValueError(
-                f"{type(m).__name__} keeps a result of its forward as an attribute: unroll cannot tell state from a "
-                "record. Return it instead, or make the module one of the neurons that unroll knows"
-            )
     if random.getstate() != randomness[0] or not torch.equal(torch.get_rng_state(), randomness[1]):
         raise ValueError(
             f"{type(model).__name__}.forward draws random numbers that do not depend on its input, which unroll "
@@ -187,21 +187,6 @@ def _steps(graph: fx.Graph, constants: dict[str, Tensor], model: nn.Module) -> l
         return t.detach().clone() if isinstance(t, Tensor) and not isinstance(t, nn.Parameter) else t
 
     return [step(node) for node in graph.nodes]
-
-
-def _written(before: Before) -> tuple[nn.Module, str, str] | None:
-    """The first tensor, number or flag of a module that is another one now; nobody knows what else means."""
-    for m, kind, held, name, _, value in before.tensors:
-        now: Any = held.get(name)
-        if not (_holds_proxy(now) or (isinstance(now, Tensor) and is_same(now, value))):
-            return m, kind, name
-    for m, attributes in before.attributes.items():
-        for name, was in attributes.items():
-            now = m.__dict__.get(name)
-            number = isinstance(was, (bool, int, float, str)) and name != "training"
-            if number and not _holds_proxy(now) and not is_same(now, was):
-                return m, "attribute", name
-    return None
 
 
 def _refuse_norms_with_neurons(model: nn.Module, error: Exception | None) -> None:

@@ -1,7 +1,8 @@
 """The torch ops under batch norm and neuron in one.
 
 ``torch.ops.snnfast.bn_statistics``, ``bn_multi_step`` and ``bn_multi_step_backward`` take tensors and numbers only, so
-``torch.compile`` sees them as nodes of its graph; ``x`` is ``[T, B, C, *]``, statistics are ``[G, C]`` in float64.
+``torch.compile`` sees them as nodes of its graph; ``x`` is ``[T, B, C, *]``, statistics are ``[G, C]`` in float64,
+and ``batch_statistics`` tells whether they are those of ``x``, so that its gradient goes through them too.
 :func:`statistics`, :func:`multi_step` and :func:`multi_step_backward` are what the package calls: eager calls go past
 the dispatcher.
 """
@@ -28,6 +29,7 @@ _INPUTS = (
     "int connect, float eps, int neuron, int surrogate, int flags, float v_threshold, float v_reset, float tau, "
     "float alpha, float gain, float v_leak, float v_init"
 )
+GIVEN = _INPUTS.count(",") + 1
 
 
 class Connect(enum.IntEnum):
@@ -42,7 +44,7 @@ class Connect(enum.IntEnum):
 
 _library = torch.library.Library("snnfast", "FRAGMENT")
 _library.define("bn_statistics(Tensor x, bool per_step) -> (Tensor mean, Tensor var)")
-_library.define(f"bn_multi_step({_INPUTS}) -> (Tensor s, Tensor v)")
+_library.define(f"bn_multi_step({_INPUTS}, bool batch_statistics=False) -> (Tensor s, Tensor v)")
 _library.define(
     f"bn_multi_step_backward(Tensor? grad_s, Tensor? grad_v, {_INPUTS}, bool batch_statistics) -> "
     "(Tensor grad_x, Tensor grad_weight, Tensor grad_bias, Tensor grad_v0, Tensor grad_decay, Tensor grad_skip)"
@@ -120,7 +122,7 @@ def _call(args: Any) -> NormCall:
 
 
 def _multi_step(*args: Any) -> tuple[Tensor, Tensor]:
-    call = _call(args)
+    call = _call(args[:GIVEN])
     s, v = torch.empty_like(call.x), empty_state(call.x)
     _kernels(call.x).forward(call, s, v)
     return s, v

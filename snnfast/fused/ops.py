@@ -70,6 +70,15 @@ def connected(s: Tensor, skip: Any, connect: Connect) -> Tensor:
 
 
 # ---- autograd ----
+def _statistics(
+    x: Tensor, mean: Tensor | None, var: Tensor | None, per_step: bool, running: Running | None = None
+) -> tuple[Tensor, Tensor]:
+    """Those given, or those of ``x``, as ``[G, C]``."""
+    if mean is None or var is None:
+        return kernels.statistics(x, per_step, running)
+    return mean.double().reshape(-1, x.shape[2]), var.double().reshape(-1, x.shape[2])
+
+
 class _BatchNormMultiStep(torch.autograd.Function):
     """Saves the norm's input and vectors per channel."""
 
@@ -89,12 +98,10 @@ class _BatchNormMultiStep(torch.autograd.Function):
         per_step: bool,
         running: Running | None,
         constants: Constants,
+        batch_statistics: bool,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        ctx.call = connect, eps, per_step, mean is None, constants
-        if mean is None or var is None:
-            mean, var = kernels.statistics(x, per_step, running)
-        else:
-            mean, var = mean.double().reshape(1, -1), var.double().reshape(1, -1)
+        ctx.call = connect, eps, batch_statistics, constants
+        mean, var = _statistics(x, mean, var, per_step, running)
         s, v = kernels.multi_step(x, mean, var, weight, bias, v0, decay, skip, connect, eps, *constants)
         kept = None if connect == Connect.ADD else skip
         ctx.save_for_backward(x, mean, var, weight, bias, v0, decay, kept)
@@ -106,15 +113,16 @@ class _BatchNormMultiStep(torch.autograd.Function):
     def backward(ctx: Any, grad_s: Tensor | None, grad_v: Tensor | None, *_: Any) -> tuple[Any, ...]:
         saved = ops._saved(ctx)
         x, mean, var, weight, bias, v0, decay, skip = saved
-        connect, eps, per_step, batch_statistics, constants = ctx.call
+        connect, eps, batch_statistics, constants = ctx.call
         if grad_s is None and grad_v is None:
-            return (None,) * 13
+            return (None,) * 14
         if torch.is_grad_enabled():  # create_graph: the backward must itself be differentiable
             # By aliases: where x or v0 itself comes from the weight, its own graph is walked by whoever called.
             given = tuple(None if t is None else t.view_as(t) for t in (x, weight, bias, v0, decay, skip))
             x, weight, bias, v0, decay, skip = given
             added, connect = connect == Connect.ADD, Connect.NONE if connect == Connect.ADD else connect
             used: tuple[Tensor | None, Tensor | None] = (None, None) if batch_statistics else (mean, var)
+            per_step = mean.shape[0] > 1
             s, v = reference(x, used[0], used[1], weight, bias, v0, decay, skip, connect, eps, constants, per_step)
             outputs = [(y, g.to(y.dtype)) for y, g in ((s, grad_s), (v, grad_v)) if g is not None]
             wanted = [t for t in given if t is not None and t.requires_grad]
@@ -124,7 +132,7 @@ class _BatchNormMultiStep(torch.autograd.Function):
             by_input = dict(zip(map(id, wanted), found, strict=True))
             grads = [by_input.get(id(t)) for t in given]
             grad_skip = grad_s if added else grads[5]
-            return grads[0], None, None, *grads[1:5], grad_skip, *(None,) * 5
+            return grads[0], None, None, *grads[1:5], grad_skip, *(None,) * 6
         grad_x, grad_weight, grad_bias, grad_v0, grad_decay, grad_skip = kernels.multi_step_backward(
             grad_s, grad_v, *saved, connect, eps, *constants, batch_statistics
         )
@@ -139,8 +147,28 @@ class _BatchNormMultiStep(torch.autograd.Function):
             None if v0 is None else grad_v0,
             None if decay is None else grad_decay,
             grad_skip,
-            *(None,) * 5,
+            *(None,) * 6,
         )
+
+
+def _differentiable(*args: Any) -> tuple[Tensor, ...]:
+    """``bn_multi_step`` called by itself, as in a program that torch.export made: with the same backward."""
+    if torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in args):
+        *tensors_and_numbers, batch_statistics = (*args, False)[: kernels.GIVEN + 1]
+        given, constants = tensors_and_numbers[:10], Constants._make(tensors_and_numbers[10:])
+        return _BatchNormMultiStep.apply(*given, False, None, constants, batch_statistics)[:2]
+    with torch._C._AutoDispatchBelowAutograd():
+        return torch.ops.snnfast.bn_multi_step.default(*args)
+
+
+def _without_gradient(*args: Any) -> tuple[Tensor, Tensor]:
+    with torch._C._AutoDispatchBelowAutograd():
+        return torch.ops.snnfast.bn_statistics.default(*args)
+
+
+_library = torch.library.Library("snnfast", "FRAGMENT")
+_library.impl("bn_multi_step", _differentiable, "Autograd")
+_library.impl("bn_statistics", _without_gradient, "Autograd")
 
 
 def batch_norm_multi_step(
@@ -166,7 +194,12 @@ def batch_norm_multi_step(
     ``mean`` and ``var`` ``[C]`` are those to normalise by, ``None`` for those of ``x`` itself; the ones used come back
     as ``[G, C]`` in float64, without a gradient, the variance biased. Eager calls move ``running`` towards them.
     """
-    given: Any = (time_major(x), mean, var, weight, bias, v0, decay, skip)
-    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+    x, batch_statistics = time_major(x), mean is None or var is None
+    if torch.compiler.is_compiling():  # the op's own autograd is what an exported program keeps
+        mean, var = _statistics(x, mean, var, per_step)
+        rest = weight, bias, v0, decay, skip, int(connect), eps, *constants, batch_statistics
+        return *kernels.multi_step(x, mean, var, *rest), mean, var
+    given: Any = (x, mean, var, weight, bias, v0, decay, skip)
+    if torch.is_grad_enabled():
         given = saveable(given)
-    return _BatchNormMultiStep.apply(*given, connect, eps, per_step, running, constants)
+    return _BatchNormMultiStep.apply(*given, connect, eps, per_step, running, constants, batch_statistics)
