@@ -1,7 +1,7 @@
 """For benchmarks.gpu: batch norm and neuron in one against torch's (cuDNN's) norm and our own neuron after it.
 
-Passes over [T, N], a read or a write each: 3 + 6 where the norm and the neuron are one, 3 + 5 where what is between them
-is computed twice, 5 + 8 where they are two.
+Passes over [T, N], a read or a write each: 3 + 6 where the norm and the neuron are one, 3 + 5 where the
+gradient between them is computed twice, 5 + 8 where they are two.
 """
 
 from __future__ import annotations
