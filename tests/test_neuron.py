@@ -503,3 +503,16 @@ def test_checkpoints_that_start_from_the_right_state_run():
         run(net).sum().backward()
         for p, q in zip(net.parameters(), want.parameters(), strict=True):
             assert torch.equal(p.grad, q.grad)
+
+
+def test_a_checkpoint_beside_another_call_of_its_batch_norms():
+    gradients = []
+    for call in (lambda net, x: net(x), checkpoint):
+        torch.manual_seed(0)
+        net, x = _spiking(nn.BatchNorm1d(6)), torch.rand(8, 5)
+        first = net(x)
+        functional.reset_net(net)
+        (first.sum() + call(net, x + 1).sum()).backward()
+        gradients.append([p.grad for p in net.parameters()] + list(net.buffers()))
+    for got, want in zip(*gradients, strict=True):
+        assert torch.equal(got, want)
