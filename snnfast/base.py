@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from . import backends
+from . import backends, dynamics
 from ._arguments import check_steps
 
 __all__ = ["KernelModule", "MemoryModule", "StepModule"]
@@ -152,6 +152,7 @@ class KernelModule(MemoryModule):
     """What a neuron and the readout share: the potential ``v``, the backend, and the folded layout."""
 
     v: Any  # a number or a tensor
+    v_reset: float | None
     _left: int = 0  # the id of the potential that the last call left
 
     def __init__(self) -> None:
@@ -203,6 +204,18 @@ class KernelModule(MemoryModule):
         self.v = v
         if not torch.compiler.is_compiling():
             object.__setattr__(self, "_left", id(v))
+
+    def _state_for(self, x_seq: Tensor) -> float | Tensor:
+        """``self.v`` as it fits ``x_seq``: kept, moved to its dtype and device, or started afresh."""
+        v = self.v
+        if not isinstance(v, Tensor):
+            return float(v)
+        self._refuse_to_go_on_in_backward()
+        if v.shape != x_seq.shape[1:]:
+            start = self._memory_reset_values["v"]
+            return start if not isinstance(start, Tensor) else 0.0 if self.v_reset is None else self.v_reset
+        dtype = dynamics.state_dtype(x_seq.dtype)
+        return v if v.dtype == dtype and v.device == x_seq.device else v.to(device=x_seq.device, dtype=dtype)
 
     def _refuse_to_go_on_in_backward(self) -> None:
         """Raise where a checkpoint that knows nothing of states runs this again: from the potential of its own end."""

@@ -97,6 +97,6 @@ def _again(module: nn.Module, before: _State) -> Iterator[None]:
         _restore(after)
         with torch.no_grad():
             for buffer, value in statistics:
-                buffer.copy_(value)
+                buffer.data.copy_(value)  # past the version counter, as batch norm itself writes it
         for m in stateful:
             m.restored = False  # type: ignore[assignment]

@@ -168,18 +168,6 @@ class BaseNode(KernelModule):
         return (s,), tuple(v for _, v in self.named_memories())
 
     # ---- calls ----
-    def _state_for(self, x_seq: Tensor) -> float | Tensor:
-        """``self.v`` as it fits ``x_seq``: kept, moved to its dtype and device, or started afresh."""
-        v = self.v
-        if not isinstance(v, Tensor):
-            return float(v)
-        self._refuse_to_go_on_in_backward()
-        if v.shape != x_seq.shape[1:]:
-            start = self._memory_reset_values["v"]
-            return start if not isinstance(start, Tensor) else 0.0 if self.v_reset is None else self.v_reset
-        dtype = dynamics.state_dtype(x_seq.dtype)
-        return v if v.dtype == dtype and v.device == x_seq.device else v.to(device=x_seq.device, dtype=dtype)
-
     def _step(self, x: Tensor) -> Tensor:
         """One step of the reference path; ``self.v`` is a tensor."""
         if type(self).single_step_functional_forward is not BaseNode.single_step_functional_forward:
@@ -294,8 +282,11 @@ class BaseNode(KernelModule):
         functional.check_input("x", x, 0)
         s, v_seq = self._run(x.unsqueeze(0))
         if v_seq is not None:
-            fits = self.v_seq is not None and self.v_seq.shape[1:] == v_seq.shape[1:]
-            self.v_seq = torch.cat((self.v_seq, v_seq)) if fits else v_seq  # type: ignore[arg-type]
+            before = self.v_seq
+            goes_on = before is not None and (before.shape[1:], before.dtype, before.device) == (
+                v_seq.shape[1:], v_seq.dtype, v_seq.device
+            )  # fmt: skip
+            self.v_seq = torch.cat((before, v_seq)) if goes_on else v_seq  # type: ignore[arg-type]
         return s.squeeze(0)
 
     def multi_step_forward(self, x_seq: Tensor) -> Tensor:

@@ -64,7 +64,11 @@ def _prepared(inputs: Inputs) -> Inputs:
     if _fits(v0, stride, dtype) and own[0] is None:
         return inputs  # what nearly every call looks like, so it shall cost nothing
     step = x[0]
-    own = [t if t is None or t.numel() == 1 else laid_out_as(t.expand_as(step), step, dtype) for t in own]
+    # In a backward pass the module that has them may be of another dtype than it was in the forward.
+    own = [
+        t if t is None or (t.numel() == 1 and t.dtype is dtype) else laid_out_as(t.expand_as(step), step, dtype)
+        for t in own
+    ]
     return Inputs(x, laid_out_as(v0, step, dtype), laid_out_as(i0, step, dtype), decay, *own)
 
 

@@ -68,17 +68,10 @@ class LI(KernelModule):
 
     def _integrate(self, x_seq: Tensor) -> Tensor:
         """``[T, *]`` -> potentials ``[T, *]``; updates ``self.v``."""
-        v = self.v
-        if isinstance(v, Tensor):
-            self._refuse_to_go_on_in_backward()
-            if v.shape != x_seq.shape[1:]:
-                v = self.v_reset
-            else:
-                v = v.to(device=x_seq.device, dtype=dynamics.state_dtype(x_seq.dtype))
         _, v, v_seq = functional.multi_step(
             dynamics.LIF,
             x_seq,
-            v,
+            self._state_for(x_seq),
             tau=self.tau,
             decay_input=self.decay_input,
             v_threshold=math.inf,

@@ -332,3 +332,21 @@ def test_the_repr_tells_a_converted_neuron():
         assert "accelerated by snnfast" in repr(net.to("meta"))
         snnfast.restore(net)
         assert "accelerated" not in repr(net)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("steps", ["one", "all"])
+def test_a_module_converted_between_forward_and_backward(steps, dtype):
+    snntorch = pytest.importorskip("snntorch", reason="snntorch is not installed")
+    gradients = []
+    for fused in (False, True):
+        neuron = snntorch.Leaky(beta=0.75, threshold=0.5, learn_threshold=True, init_hidden=True)
+        if fused:
+            snnfast.accelerate(neuron)
+        x = torch.linspace(-0.5, 1.5, 24).view(4, 6).requires_grad_()
+        s = snnfast.unroll(neuron, x) if fused and steps == "all" else torch.stack([neuron(step) for step in x])
+        neuron.to(dtype)
+        (s * torch.linspace(-1, 1, 24).view(4, 6)).sum().backward()
+        gradients.append(x.grad)
+    assert gradients[0].any()
+    torch.testing.assert_close(*gradients, rtol=2e-2, atol=1e-4)  # the libraries' own goes on in bfloat16

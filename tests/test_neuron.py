@@ -412,6 +412,17 @@ def test_another_batch_size_starts_from_the_reset_value():
     assert torch.equal(node.v, torch.full((2,), 0.5))
 
 
+@pytest.mark.parametrize("other", [{"dtype": torch.float64}, {"device": "meta"}], ids=["dtype", "device"])
+def test_potentials_of_single_steps_go_on_in_one_dtype_on_one_device(other):
+    node = snnfast.IFNode(store_v_seq=True)
+    for _ in range(2):
+        node(torch.zeros(3))
+    assert node.v_seq.shape == (2, 3)
+    node(torch.zeros(3, **other))
+    assert node.v_seq.shape == (1, 3), "as SpikingJelly's"
+    assert (node.v_seq.dtype, node.v_seq.device) == (node.v.dtype, node.v.device)
+
+
 def test_reset_net_calls_whatever_needs_no_argument():
     def forwarding(method):
         return lambda *args, **kwargs: method(*args, **kwargs)
@@ -507,3 +518,16 @@ def test_checkpoints_that_start_from_the_right_state_run():
         run(net).sum().backward()
         for p, q in zip(net.parameters(), want.parameters(), strict=True):
             assert torch.equal(p.grad, q.grad)
+
+
+def test_a_checkpoint_beside_another_call_of_its_batch_norms():
+    gradients = []
+    for call in (lambda net, x: net(x), checkpoint):
+        torch.manual_seed(0)
+        net, x = _spiking(nn.BatchNorm1d(6)), torch.rand(8, 5)
+        first = net(x)
+        functional.reset_net(net)
+        (first.sum() + call(net, x + 1).sum()).backward()
+        gradients.append([p.grad for p in net.parameters()] + list(net.buffers()))
+    for got, want in zip(*gradients, strict=True):
+        assert torch.equal(got, want)

@@ -115,6 +115,9 @@ def test_state_follows_the_network():
     functional.reset_net(net)
     assert torch.equal(net(x), first)
     assert net(x[:, :4]).shape == (5, 4, 2)  # another batch starts afresh
+    net[3].set_reset_value("v", 0.5)
+    net[3](torch.zeros(1, 3, 2))
+    assert torch.equal(net[3].v, torch.full((3, 2), 0.25))  # from the reset value, as every neuron
     assert not list(net[3].state_dict())
     assert "tau=2.0" in repr(net)
 

@@ -285,6 +285,46 @@ def test_modes_that_forward_sets(mode, outer, constant):
     assert (model.a.weight.grad is None) == (other.a.weight.grad is None) == (mode is torch.no_grad)
 
 
+def test_a_first_call_without_gradients():
+    model = exact(Frozen(torch.no_grad))
+    x = sixteenths(torch.randn(5, 3, 6))
+    with torch.no_grad():
+        assert not snnfast.unroll(model, x)[0].requires_grad
+    assert not model.lif.v.requires_grad
+    model.lif.reset()
+    s, y = snnfast.unroll(model, x)
+    assert s.requires_grad
+    assert not y.requires_grad, "forward's own no_grad"
+
+
+@pytest.mark.parametrize("functional", [False, True])
+def test_batch_norm_of_single_samples_in_channels_last(functional):
+    # torch's batch norm has wrong gradients where a batch of 1 has another stride than channels last gives it.
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm, self.neuron, self.fc = nn.BatchNorm2d(4), snnfast.LIFNode(), nn.Linear(64, 3)
+
+        def forward(self, x):
+            n = self.norm
+            if functional:
+                y = F.batch_norm(x.relu(), n.running_mean, n.running_var, n.weight, n.bias, n.training)
+            else:
+                y = n(x.relu())
+            return self.fc(self.neuron(y.contiguous()).flatten(1))
+
+    gradients = []
+    for run in (lambda net, x: torch.stack([net(step) for step in x]), snnfast.unroll):
+        torch.manual_seed(0)
+        net = Net().double()
+        x = torch.randn(3, 4, 4, 4).double().to(memory_format=torch.channels_last).requires_grad_()
+        run(net, x.unflatten(0, (3, 1))).pow(2).sum().backward()
+        gradients.append((x.grad, net.norm.weight.grad))
+    for loop_grad, grad in zip(*gradients, strict=True):
+        assert loop_grad.any()
+        torch.testing.assert_close(grad, loop_grad)
+
+
 def test_a_folded_neuron_is_refused_with_what_to_call():
     with pytest.raises(ValueError, match="With timesteps=2 the model runs all of them in one call: call it itself"):
         snnfast.unroll(nn.Sequential(snnfast.IFNode(timesteps=2)), torch.rand(4, 3, 6))

@@ -253,8 +253,7 @@ class _Pass:
         kwargs: Any = fx.map_arg(node.kwargs, value)
         if node.op == "call_function":
             if target in (F.batch_norm, torch.batch_norm) and timed and self.bn == "per_step":
-                steps = args[0].unflatten(0, (self.T, self.batch))
-                return torch.cat([target(step, *args[1:], **kwargs) for step in steps])
+                return torch.cat([target(step, *args[1:], **kwargs) for step in self._steps(args[0])])
             return (max_pool2d if target in PYTORCHS else target)(*args, **kwargs)
         if node.op == "call_method":
             return getattr(args[0], target)(*args[1:], **kwargs)
@@ -269,10 +268,14 @@ class _Pass:
             return self._batch_norm(module, args[0], timed)
         return module(*args, **kwargs)
 
+    def _steps(self, x: Tensor) -> tuple[Tensor, ...]:
+        # Not unflatten: it gives a batch of 1 a stride with which torch's batch norm has wrong gradients.
+        return x.split([self.batch] * self.T)
+
     def _batch_norm(self, module: Any, x: Tensor, timed: bool) -> Tensor:
         """Normalised step by step; for a constant once, and the running statistics as often as the loop would."""
         if timed:
-            return torch.cat([module(step) for step in x.unflatten(0, (self.T, self.batch))])
+            return torch.cat([module(step) for step in self._steps(x)])
         y = module(x)
         if module.track_running_stats and self.T > 1:
             with torch.no_grad():

@@ -139,10 +139,10 @@ def traced(model: nn.Module, concrete: dict[str, Any]) -> tuple[fx.Graph, dict[s
 
 
 def _trace(model: nn.Module, concrete: dict[str, Any], before: Before) -> tuple[fx.Graph, dict[str, Tensor], list[str]]:
-    tracer = Tracer()
     randomness = random.getstate(), torch.get_rng_state()
     try:
-        with torch.enable_grad():
+        with torch.enable_grad():  # whichever way it is called: the program serves both
+            tracer = Tracer()
             graph = tracer.trace(model, concrete)
     except (fx.proxy.TraceError, TypeError) as error:
         _refuse_norms_with_neurons(model, error)

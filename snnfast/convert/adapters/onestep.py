@@ -51,13 +51,15 @@ class _Step(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_s: Any, grad_v: Any, grad_i: Any = None) -> tuple[Tensor | None, ...]:
-        saved = ops._saved(ctx)
+        saved: Any = ops._saved(ctx)
         if grad_s is None and grad_v is None and grad_i is None:
             return (None,) * 9
         call, own_gradients = ctx.call
         if torch.is_grad_enabled():  # create_graph: a backward that can be differentiated again
             return None, None, *_differentiable_backward(call, saved, (grad_s, grad_v, grad_i), own_gradients)
-        x, v, i, decay = saved[:4]
+        x, v, i, decay, threshold = saved[:5]
+        if threshold is not None and threshold.dtype is not x.dtype:  # the module was converted since
+            saved = (*saved[:4], *_prepared(tuple(t for t in saved[4:] if t is not None), x))
         if grad_s is not None and not grad_s.is_contiguous():
             grad_s = grad_s.contiguous()
         if grad_v is not None and not grad_v.is_contiguous():
