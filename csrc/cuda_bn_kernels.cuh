@@ -9,7 +9,8 @@
 //
 // The backward reads twice, once for the sums and once for grad_x. What it needs of the first reading in the second is
 // the gradient of the normalised input. It is kept in grad_x where the neuron's arithmetic takes longer than the memory
-// that this costs, or would be done for each step's statistics anew: 6 passes over [T, N]. Else it is computed again: 5.
+// that this costs, or would be done for each step's statistics anew: 6 passes over [T, N]. Else it is computed
+// again: 5.
 #pragma once
 
 #include <type_traits>

@@ -156,9 +156,8 @@ cudaError_t launch_constants(const BatchNormJob& job, void* stream) {
 
 template <class F>
 auto with_statistics_shape(const BatchNormCall& b, F f) {
-  return with_dtype<IF>(b.call, [&](auto kind) {
-    return with_width<typename decltype(kind)::T>(b, [&](auto W) { return f(kind, W); });
-  });
+  return with_dtype<IF>(
+      b.call, [&](auto kind) { return with_width<typename decltype(kind)::T>(b, [&](auto W) { return f(kind, W); }); });
 }
 
 // What is left of a backward whose grad_x is the gradient of the normalised input.
@@ -240,8 +239,9 @@ std::string cuda_batch_norm_backward(const BatchNorm& b, int device, void* strea
           if (error == cudaSuccess && b.norm.batch_statistics) {
             job.grid = grid_of_neurons(b.norm, Shape::W, false);
             job.b.norm.call.grad_state[0] = nullptr;  // has been written
-            error = launch(batch_norm_backward_kernel<Neuron, T, Shape::kT, Shape::kAhead, Shape::W, false, Shape::kSkip>,
-                           job, job.grid.blocks(), stream);
+            error =
+                launch(batch_norm_backward_kernel<Neuron, T, Shape::kT, Shape::kAhead, Shape::W, false, Shape::kSkip>,
+                       job, job.grid.blocks(), stream);
           }
         return error;
       });
