@@ -14,8 +14,7 @@ from ._arguments import check_steps, says_what_it_takes
 from .base import MemoryModule
 from .checkpoint import _again, _Anew, _state
 from .convert.to_spiking import SpikingNetwork
-from .convert.to_spiking_layers import Dropout as DropoutOfRates
-from .convert.to_spiking_layers import MaxPoolOfRates
+from .convert.to_spiking_layers import DrawnOnce, MaxPoolOfRates
 from .fused import BatchNormNode
 from .network import holds_single_steps, reset_of
 
@@ -114,7 +113,7 @@ class _Run:
         self.folded = [
             m for m in self.modules if getattr(m, "timesteps", None) is not None and not isinstance(m, SpikingNetwork)
         ]
-        self.dropouts = [m for m in self.modules if isinstance(m, DropoutOfRates)]
+        self.dropouts = [m for m in self.modules if isinstance(m, DrawnOnce)]
         self.tells = False  # whether a chunk tells an output with time, folded, from a mean over time
 
     def split(self, x: Tensor, chunk: int) -> list[tuple[int, Any]]:
@@ -144,7 +143,7 @@ class _Run:
         return y
 
     def masks(self) -> list[Tensor | None]:
-        """Those of dropouts that draw one for all time steps."""
+        """Those of dropouts, and of stochastic depth, that draw one for all time steps."""
         return [m.mask for m in self.dropouts]
 
     def set_masks(self, masks: list[Tensor | None]) -> None:

@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from zoo_models import DropPath
 
 import snnfast
 from snnfast import chunked, functional
@@ -220,6 +221,27 @@ def test_batch_statistics_must_be_accepted():
     node = snnfast.fused.BatchNormNode(nn.BatchNorm2d(2), snnfast.IFNode(timesteps=T), per_step=True)
     want = copy.deepcopy(node)(x)
     assert torch.equal(chunked(node, x, 4), want)
+
+
+def test_stochastic_depth_drops_a_sample_at_all_steps():
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc, self.norm, self.drop, self.relu = nn.Linear(6, 6), nn.BatchNorm1d(6), DropPath(0.5), nn.ReLU()
+
+        def forward(self, x):
+            return x + self.drop(self.relu(self.norm(self.fc(x))))
+
+    net = snnfast.to_spiking(nn.Sequential(nn.Linear(6, 6), nn.ReLU(), Block(), nn.Linear(6, 3)), 6)
+    assert snnfast.fuse(net).fused == [("2.norm", "2.relu")]  # a draw hides nothing from the trace
+    x = torch.rand(16, 6) * 3
+    with torch.no_grad():
+        net(x)
+    net[2].norm.eval()
+    torch.manual_seed(0)
+    want = net(x)
+    torch.manual_seed(0)
+    assert torch.equal(chunked(net, x, 2), want)
 
 
 def test_dropout_draws_again_what_it_drew():

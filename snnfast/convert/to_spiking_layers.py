@@ -12,7 +12,17 @@ from torch.nn import functional as F
 
 from ..neuron import BaseNode
 
-__all__ = ["DropPath", "Dropout", "MaxPoolOfRates", "Repeat", "ScaledNeuron", "prepare_neuron", "repeat", "stand_in"]
+__all__ = [
+    "DrawnOnce",
+    "DropPath",
+    "Dropout",
+    "MaxPoolOfRates",
+    "Repeat",
+    "ScaledNeuron",
+    "prepare_neuron",
+    "repeat",
+    "stand_in",
+]
 
 
 def repeat(x: Any, T: int) -> Any:
@@ -156,7 +166,31 @@ POOL_FUNCTIONS = {
 STOCHASTIC_DEPTHS = ("DropPath", "StochasticDepth")  # classes of timm's and torchvision's, by name: neither is needed
 
 
-class Dropout(nn.Module):
+class DrawnOnce(nn.Module):
+    """A layer that draws a random mask once for all time steps."""
+
+    def __init__(self, timesteps: int) -> None:
+        super().__init__()
+        self.timesteps = timesteps
+        self.keeps_mask = False  # for snnfast.chunked, whose calls are parts of one
+        self.mask: Tensor | None = None
+
+    def draw(self, x: Tensor) -> Tensor:
+        """A mask that broadcasts to one time step ``x`` ``[B, *]``."""
+        raise NotImplementedError
+
+    def masked(self, x: Tensor) -> Tensor:
+        """``[T * B, *]`` times the mask."""
+        x = x.unflatten(0, (self.timesteps, -1))
+        mask = self.mask if self.keeps_mask else None
+        if mask is None:
+            mask = self.draw(x[0])
+        if self.keeps_mask:
+            self.mask = mask
+        return (x * mask).flatten(0, 1)
+
+
+class Dropout(DrawnOnce):
     """Dropout with one mask per sample for all its time steps.
 
     A mask that changes at each step would average out over time; this is what SpikingJelly does too.
@@ -167,40 +201,32 @@ class Dropout(nn.Module):
     """
 
     def __init__(self, p: float, kind: str, timesteps: int, always: bool = False) -> None:
-        super().__init__()
-        self.p, self.kind, self.timesteps, self.always = p, kind, timesteps, always
-        self.keeps_mask = False  # for snnfast.chunked, whose calls are parts of one
-        self.mask: Tensor | None = None
+        super().__init__(timesteps)
+        self.p, self.kind, self.always = p, kind, always
+
+    def draw(self, x: Tensor) -> Tensor:
+        return getattr(torch, self.kind)(torch.ones_like(x), self.p, True)
 
     def forward(self, x: Tensor) -> Tensor:
-        if not (self.training or self.always) or self.p == 0:
-            return x
-        x = x.unflatten(0, (self.timesteps, -1))
-        mask = self.mask if self.keeps_mask else None
-        if mask is None:
-            mask = getattr(torch, self.kind)(torch.ones_like(x[0]), self.p, True)
-        if self.keeps_mask:
-            self.mask = mask
-        return (x * mask).flatten(0, 1)
+        return self.masked(x) if (self.training or self.always) and self.p else x
 
     def extra_repr(self) -> str:
         return f"p={self.p}, timesteps={self.timesteps}"
 
 
-class DropPath(nn.Module):
+class DropPath(DrawnOnce):
     """Stochastic depth, timm's ``DropPath`` or torchvision's ``StochasticDepth``, with one draw per sample for all its
     time steps."""
 
     def __init__(self, module: nn.Module, timesteps: int) -> None:
-        super().__init__()
-        self.module, self.timesteps = module, timesteps
+        super().__init__(timesteps)
+        self.module = module
+
+    def draw(self, x: Tensor) -> Tensor:
+        return self.module(x.new_ones(len(x), *(1,) * (x.dim() - 1)))  # it multiplies each sample by one number
 
     def forward(self, x: Tensor) -> Tensor:
-        if not self.training:
-            return x
-        x = x.unflatten(0, (self.timesteps, -1))
-        factors = self.module(x.new_ones(x.shape[1], *(1,) * (x.dim() - 2)))  # it multiplies each sample by one number
-        return (x * factors).flatten(0, 1)
+        return self.masked(x) if self.training else x
 
     def extra_repr(self) -> str:
         return f"timesteps={self.timesteps}"

@@ -13,8 +13,7 @@ from torch import fx, nn
 
 from .._before import Before
 from ..base import StepModule
-from ..convert.to_spiking_layers import Dropout as DropoutOfRates
-from ..convert.to_spiking_layers import MaxPoolOfRates, Repeat, _repeat_input, _start_afresh
+from ..convert.to_spiking_layers import DrawnOnce, MaxPoolOfRates, Repeat, _repeat_input, _start_afresh
 from ..network import holds_single_steps
 from ..neuron import BaseNode
 from ..tensors import has_hooks
@@ -25,7 +24,7 @@ from .pair import Defer, NormAndNeuron, is_fused
 __all__ = ["FuseReport", "fuse", "unfuse"]
 
 _NORM = nn.modules.batchnorm._BatchNorm
-_LEAVES = (StepModule, Repeat, MaxPoolOfRates, DropoutOfRates)
+_LEAVES = (StepModule, Repeat, MaxPoolOfRates, DrawnOnce)
 
 
 @dataclass
