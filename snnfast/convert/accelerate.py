@@ -226,10 +226,6 @@ class _Run(NamedTuple):
     gradients: dict[str, Tensor | None]
 
 
-def _detached(value: Any) -> Any:
-    return tree_map(lambda t: t.detach().clone() if isinstance(t, Tensor) else t, value)
-
-
 def _run(model: nn.Module, x: Any, run: Callable[[nn.Module, Any], Any], watched: Iterable[str], seed: int) -> _Run:
     torch.manual_seed(seed)
     spikes: dict[str, list[Tensor]] = {name: [] for name in watched}
@@ -313,14 +309,13 @@ def verify(
         def run(model: nn.Module, x: Any) -> Any:
             return model(x)
 
-    generators = torch.get_rng_state()
     plain = network.copy_of(model)
     restore(plain)
     fast = copy.deepcopy(plain)
     report = accelerate(fast)
     names = [n.name for n in report.replaced]
     seconds: tuple[list[float], list[float]] = [], []
-    try:
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
         found = [_run(copy.deepcopy(m), x, run, names, seed) for m in (plain, fast)]
         for _ in range(repeats):
             for times, which in zip(seconds, (plain, fast), strict=True):
@@ -330,8 +325,6 @@ def verify(
                 if torch.cuda.is_available():
                     torch.cuda.synchronize()
                 times.append(time.perf_counter() - start)
-    finally:
-        torch.set_rng_state(generators)
     a, b = found
     if len(a.outputs) != len(b.outputs):
         raise RuntimeError(f"run returned {len(a.outputs)} tensors, and {len(b.outputs)} from the accelerated model")
