@@ -28,11 +28,13 @@ $(VENV)/snnfast.stamp: $(VENV)/torch.stamp $(SOURCES)
 	touch $@
 
 # The peers' own requirements would replace torch by another build: they come without them, then what they import.
+# SpikingJelly wants Python 3.11.
 $(VENV)/test.stamp: $(VENV)/snnfast.stamp
 	$(PIP) pytest pytest-benchmark hypothesis setuptools pybind11 ninja
 	$(PIP) --no-deps lightning-fabric lightning-utilities
 	$(PIP) safetensors tensorboard pooch pyyaml fsspec packaging typing_extensions
-	-$(PIP) --no-deps spikingjelly snntorch norse sinabs nir nirtorch neurobench
+	-$(PIP) --no-deps snntorch norse sinabs nir nirtorch neurobench
+	-$(PIP) --no-deps spikingjelly
 	-$(PIP) loguru h5py scipy tqdm requests SciencePlots pandas scikit-learn pbr
 	-$(PIP) --no-deps tonic importRosbag expelliarmus librosa lazy_loader
 	touch $@
