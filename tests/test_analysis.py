@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import sys
 import warnings
@@ -12,7 +13,8 @@ from analysis_networks import DATA, classifier, predict
 from torch import nn
 
 import snnfast
-from snnfast import analysis, functional
+from snnfast import analysis, chunked, functional
+from snnfast.checkpoint import checkpoint
 from snnfast.surrogate import ATan
 
 T, B = 3, 2
@@ -50,6 +52,40 @@ def test_firing_rate_monitor():
     assert not any(m._forward_hooks for m in net.modules())
     with pytest.raises(ValueError, match=r"spiking neurons.*types="):
         analysis.FiringRateMonitor(nn.Linear(1, 1))
+
+
+@pytest.mark.parametrize("run", [lambda net, x: net(x), checkpoint, lambda net, x: chunked(net, x, 2)])
+def test_what_a_backward_runs_again_is_counted_once(run):
+    net, losses, sums = spiking_net(), [], []
+    with analysis.FiringRateRegulariser(net, 0.1) as regulariser, analysis.FiringRateMonitor(net) as monitor:
+        for i in range(2):
+            functional.reset_net(net)
+            monitor.clear()
+            y = run(net, torch.full((T, B, 6), 1.0 + i))
+            before, loss = monitor.mean(), regulariser.loss()
+            (y.sum() + loss).backward()
+            losses.append(loss.item())
+            sums.append((before, monitor.mean(), monitor._elements["1"]))
+    rates = [[r for r, _, _ in sums], [r for _, r, _ in sums]]
+    assert rates[0] == rates[1]
+    assert [n for _, _, n in sums] == [T * B * 16] * 2
+    net, expected = spiking_net(), []
+    for i in range(2):
+        functional.reset_net(net)
+        h = net[1](net[0](torch.full((T, B, 6), 1.0 + i)))
+        expected.append((((h.mean() - 0.1) ** 2 + (net[3](net[2](h)).mean() - 0.1) ** 2) / 2).item())
+    assert losses == pytest.approx(expected)
+
+
+def test_copies_of_a_watched_network_are_not_watched():
+    net = spiking_net()
+    with analysis.FiringRateMonitor(net) as monitor, analysis.FiringRateRegulariser(net, 0.1) as regulariser:
+        teacher = copy.deepcopy(net)
+        net(torch.rand(T, B, 6))
+        rates = monitor.rates()
+        teacher(torch.rand(T, B, 6) * 9)
+        assert monitor.rates() == rates
+        assert all(len(calls) == 1 for calls in regulariser._calls.values())
 
 
 def test_peers_neurons_are_found():

@@ -14,6 +14,7 @@ from torch import nn
 
 import snnfast
 from snnfast import analysis, functional
+from snnfast.layer import ElementWiseRecurrentContainer, MultiStepContainer, SeqToANNContainer, StepModeContainer
 
 T, B = 3, 2
 
@@ -185,6 +186,25 @@ def test_multi_step_networks_and_loaders():
     parts = analysis.count_synops(net, [(x[:, :3], None), (x[:, 3:], None)])
     assert whole.to_dict() == {**parts.to_dict(), "samples": 4}
     assert (parts.samples, parts.timesteps) == (4, T)
+
+
+@pytest.mark.parametrize(
+    "contain",
+    [
+        lambda lin, node, last: MultiStepContainer(lin, node, last),
+        lambda lin, node, last: StepModeContainer(True, "m", lin, node, last),
+        lambda lin, node, last: StepModeContainer(True, "s", lin, node, last),
+        lambda lin, node, last: nn.Sequential(
+            SeqToANNContainer(lin), ElementWiseRecurrentContainer(node, lambda y, x: x, "m"), last
+        ),
+    ],
+    ids=["multi-step", "step mode m", "step mode s", "recurrent"],
+)
+def test_containers_of_single_step_modules_take_all_steps_as_their_own_mode_says(contain):
+    lin, last, x = nn.Linear(5, 6), nn.Linear(6, 2), torch.rand(T, 4, 5) * 3
+    plain = analysis.count_synops(nn.Sequential(lin, snnfast.LIFNode(step_mode="m"), last), x)
+    report = analysis.count_synops(contain(lin, snnfast.LIFNode(), last), x)
+    assert (report.samples, report.timesteps, report.macs, report.acs) == (4, T, plain.macs, plain.acs)
 
 
 def test_spikingjelly_models():

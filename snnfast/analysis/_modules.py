@@ -6,7 +6,10 @@ import contextlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+
+from ..network import holds_single_steps
 
 # Base classes of other libraries' spiking neurons, by name, so that none of them is imported.
 _PEER_NEURONS = {
@@ -46,9 +49,26 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def is_single_step(model: nn.Module) -> bool:
-    """Whether ``model`` takes one time step a call: all its spiking neurons are in single-step mode."""
-    modes = {getattr(module, "step_mode", None) for module in model.modules() if is_spiking(module)}
+    """Whether ``model`` takes one time step a call: all its spiking neurons are in single-step mode.
+
+    What is in a container that calls its children step by step is in the mode of the container.
+    """
+    modes = set()
+    modules = [model]
+    while modules:
+        module = modules.pop()
+        if holds_single_steps(module):
+            modes.add(getattr(module, "step_mode", "m"))
+            continue
+        if is_spiking(module):
+            modes.add(getattr(module, "step_mode", None))
+        modules.extend(module.children())
     return modes == {"s"}
+
+
+def runs_again() -> bool:
+    """Whether a backward runs a part of the network again, as checkpoints do, what was seen the first time."""
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
 def run_steps(model: nn.Module, x: Tensor, forward: Callable[[nn.Module, Tensor], Any] | None) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ._modules import spiking_modules
+from ._modules import runs_again, spiking_modules
 
 __all__ = ["FiringRateMonitor", "FiringRateRegulariser"]
 
@@ -36,7 +36,8 @@ class FiringRateMonitor:
     """The firing rate of every spiking neuron layer: spikes per neuron and time step, over all calls since the start.
 
     A context manager; outside one, call :meth:`close` when done. It costs one reduction a layer and keeps no graph, so
-    it can stay on while training. Sums stay on the model's device; only :meth:`rates` waits for them.
+    it can stay on while training. Sums stay on the model's device; only :meth:`rates` waits for them. Watch a
+    network of ``torch.compile`` from before its first call: compiled code does not look for hooks that come later.
 
     Args:
         model: the network; neurons of snnfast, SpikingJelly, snnTorch, Norse and sinabs are found by themselves.
@@ -62,6 +63,8 @@ class FiringRateMonitor:
 
     def _hook(self, name: str) -> Any:
         def add(module: nn.Module, args: Any, output: Any) -> None:
+            if module is not self._modules[name] or runs_again():  # a deep copy of the model has its hooks
+                return
             s = _spikes(output).detach()
             spikes = s.sum(dtype=torch.float32 if s.device.type == "mps" else torch.float64)
             self._sums[name] = spikes + self._sums[name] if name in self._sums else spikes
@@ -134,10 +137,13 @@ class FiringRateRegulariser:
             raise ValueError(f"weight must be at least 0, got {weight!r}")
         self.target, self.weight = float(target), float(weight)
         self._calls: dict[str, list[tuple[Tensor, int]]] = {}
-        self._hooks = [m.register_forward_hook(self._hook(name)) for name, m in _find(model, tuple(types)).items()]
+        self._modules = _find(model, tuple(types))
+        self._hooks = [m.register_forward_hook(self._hook(name)) for name, m in self._modules.items()]
 
     def _hook(self, name: str) -> Any:
         def keep(module: nn.Module, args: Any, output: Any) -> None:
+            if module is not self._modules[name] or runs_again():  # as in FiringRateMonitor
+                return
             s = _spikes(output)
             if torch.is_grad_enabled() and s.requires_grad:  # an evaluation has no loss to add to, and must not pile up
                 dtype = torch.promote_types(s.dtype, torch.float32)
