@@ -266,6 +266,24 @@ def test_report_reads_well():
     assert json.loads(json.dumps(report.to_dict()))["layers"][0]["kind"] == "Conv2d"
 
 
+@pytest.mark.parametrize("call", [lambda f, x: f(x, [8, 8]), lambda f, x: f(output_size=[8, 8], input=x)])
+def test_the_size_that_a_transposed_convolution_is_asked_for(call):
+    asked, padded = (nn.ConvTranspose2d(2, 3, 3, 2, padding=1, output_padding=p) for p in (0, 1))
+    padded.load_state_dict(asked.state_dict())
+    x = torch.rand(B, 2, 4, 4)
+    report = analysis.count_synops(asked, x, forward=call)
+    assert report.to_dict() == analysis.count_synops(padded, x).to_dict()
+
+
+def test_empty_batches_and_layers():
+    net = nn.Sequential(nn.Linear(5, 6), snnfast.LIFNode(step_mode="m"), nn.Linear(6, 2))
+    x = torch.rand(T, 4, 5)
+    assert analysis.count_synops(net, [x, x[:, :0]]).samples == 4
+    with pytest.warns(UserWarning, match="zero-element"):
+        nothing = nn.Linear(0, 2)
+    assert analysis.count_synops(nothing, torch.rand(B, 0)).dense == 0
+
+
 def test_count_synops_refuses():
     with pytest.raises(TypeError, match=r"model must be .*got list"):
         analysis.count_synops([], torch.rand(1))
@@ -275,3 +293,9 @@ def test_count_synops_refuses():
         analysis.count_synops(nn.ReLU(), torch.rand(1))
     with pytest.raises(TypeError, match=r"forward must be"):
         analysis.count_synops(nn.Linear(1, 1), torch.rand(1), forward=3)
+    with pytest.raises(TypeError, match=r"x must be .*int"):
+        analysis.count_synops(nn.Linear(1, 1), 3)
+    with pytest.raises(ValueError, match=r"x must hold at least one input"):
+        analysis.count_synops(nn.Linear(1, 1), iter([]))
+    with pytest.raises(ValueError, match=r"samples must be .*got 0"):
+        analysis.count_synops(nn.Linear(1, 1), torch.rand(1, 1), samples=0)
