@@ -210,6 +210,7 @@ def test_plots(tmp_path):
         lambda: analysis.plot_accuracy({}),
         lambda: analysis.plot_firing_rates({}),
         lambda: analysis.plot_raster(torch.rand(5)),
+        lambda: analysis.plot_raster(torch.rand(5, 2), most=0),
     ):
         with pytest.raises(ValueError, match="must"):
             wrong()
@@ -233,6 +234,18 @@ def test_legends_of_many_long_names_leave_room_for_the_plot(tmp_path):
             assert box.x1 <= figure.bbox.x1
             assert figure.axes[0].get_window_extent().width > 0.6 * figure.bbox.width
             assert not box.overlaps(figure.axes[0].get_window_extent())
+
+
+@pytest.mark.parametrize("name", ["_plain", ""])
+def test_legends_have_names_that_matplotlib_leaves_out(name):
+    pytest.importorskip("matplotlib")
+    report = analysis.RobustnessReport([name], {"c": [0.0]}, {name: {"c": torch.eye(1)}}, 0.95, (0,))
+    for figure in (
+        analysis.plot_accuracy({name: torch.tensor([0.5, 0.7])}),
+        analysis.plot_firing_rates({name: {"layer1": 0.2}}),
+        analysis.plot_robustness(report),
+    ):
+        assert [text.get_text().strip() for text in figure.legends[0].get_texts()] == [name]
 
 
 def test_without_matplotlib(monkeypatch):
