@@ -101,6 +101,10 @@ def test_peers_neurons_are_found():
             found.append(monitor.rates())
     assert all(list(rates) == ["1"] and 0 <= rates["1"] <= 2 for rates in found)
     assert found[-1] == {"1": 1.0}
+    with analysis.FiringRateMonitor(
+        nn.Sequential(norse.LIFRecurrent(3, 2), norse.LI(), sinabs.ExpLeak(5.0))
+    ) as monitor:
+        assert list(monitor._modules) == ["0"]  # the others give potentials
 
 
 @pytest.mark.parametrize("target", [0.05, 0.4])

@@ -266,6 +266,36 @@ def test_report_reads_well():
     assert json.loads(json.dumps(report.to_dict()))["layers"][0]["kind"] == "Conv2d"
 
 
+def peers_networks():
+    norse = pytest.importorskip("norse.torch", reason="norse is not installed")
+    sinabs = pytest.importorskip("sinabs.layers", reason="sinabs is not installed")
+    return {
+        "norse": (norse.SequentialState(nn.Linear(5, 6), norse.LIF(), nn.Linear(6, 2)), (T, 4, 5)),
+        "sinabs": (nn.Sequential(nn.Linear(5, 6), sinabs.IAF(), nn.Linear(6, 2)), (4, T, 5)),
+        "squeezed": (nn.Sequential(nn.Linear(5, 6), sinabs.IAFSqueeze(batch_size=4), nn.Linear(6, 2)), (4 * T, 5)),
+        "by steps": (nn.Sequential(nn.Linear(5, 6), sinabs.IAFSqueeze(num_timesteps=T), nn.Linear(6, 2)), (4 * T, 5)),
+    }
+
+
+@pytest.mark.parametrize("name", ["norse", "sinabs", "squeezed", "by steps"])
+def test_peers_time_is_not_taken_for_samples(name):
+    net, shape = peers_networks()[name]
+    report = analysis.count_synops(net, torch.rand(shape))
+    assert (report.samples, report.timesteps, report.dense) == (4, T, T * (5 * 6 + 6 * 2))
+
+
+def test_a_loop_over_time_in_the_forward_is_not_called_step_by_step():
+    class Loops(nn.Sequential):
+        def forward(self, x):
+            return sum(super(Loops, self).forward(x) for _ in range(T))
+
+    net = Loops(nn.Linear(5, 6), snnfast.IFNode(), nn.Linear(6, 2))
+    with pytest.raises(ValueError, match=r"called 12 times in 4 steps.*forward=lambda"):
+        analysis.count_synops(net, torch.rand(4, 5))
+    report = analysis.count_synops(net, torch.rand(4, 5), forward=lambda model, x: model(x))
+    assert (report.samples, report.timesteps, report.dense) == (4, T, T * (5 * 6 + 6 * 2))
+
+
 @pytest.mark.parametrize("call", [lambda f, x: f(x, [8, 8]), lambda f, x: f(output_size=[8, 8], input=x)])
 def test_the_size_that_a_transposed_convolution_is_asked_for(call):
     asked, padded = (nn.ConvTranspose2d(2, 3, 3, 2, padding=1, output_padding=p) for p in (0, 1))

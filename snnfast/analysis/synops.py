@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from .. import functional
 from .._arguments import check_steps
-from ._modules import evaluating, is_spiking, run_steps
+from ._modules import evaluating, is_single_step, is_spiking, run_steps, steps_and_samples
 from ._tables import table
 
 __all__ = ["PICOJOULE_PER_AC", "PICOJOULE_PER_MAC", "LayerSynops", "SynopsReport", "count_synops"]
@@ -249,16 +249,8 @@ class _Counter:
             self.first = module
         if self.first is not module:
             return
-        shape, timesteps = args[0].shape, getattr(module, "timesteps", None)
-        if timesteps:
-            self.samples = shape[0] // timesteps
-            self.timesteps += timesteps
-        elif getattr(module, "step_mode", "s") == "m":
-            self.samples = shape[1] if len(shape) > 1 else 1
-            self.timesteps += shape[0]
-        else:
-            self.samples = shape[0] if shape else 1
-            self.timesteps += 1
+        timesteps, self.samples = steps_and_samples(module, args[0].shape)
+        self.timesteps += timesteps
 
     def start(self) -> None:
         """Before each input."""
@@ -299,14 +291,17 @@ def count_synops(
 
     Args:
         model: any network, spiking or not: multi-step on ``[T, B, *]``, folded on ``[T * B, *]``, or single-step, which
-            is called once for each of ``x``'s T steps. SpikingJelly's models work as they are.
+            is called once for each of ``x``'s T steps. SpikingJelly's models work as they are. A network of single-step
+            neurons that has a loop over time in its own forward needs ``forward=lambda model, x: model(x)``. Those of
+            snnTorch, Norse and sinabs are called once, with all of ``x``.
         x: input, or an iterable of inputs (or of ``(input, label)`` pairs, as a loader gives) to sum over.
         forward: how to run ``model`` on one input, where ``model(x)``, or one call per step, is not the way.
         samples: number of samples in one input; by default the batch that the first spiking neuron sees.
 
     Raises:
         TypeError: ``model`` is no module, or ``x`` holds no tensors.
-        ValueError: no input, or no connection was called; ``samples`` is not a whole number from 1.
+        ValueError: no input, no connection was called, or a model called step by step that loops over time itself;
+            ``samples`` is not a whole number from 1.
 
     Example:
         >>> import snnfast
@@ -335,6 +330,12 @@ def count_synops(
                 run_steps(model, given, forward)
             finally:
                 functional.reset_net(model)
+            if forward is None and is_single_step(model) and counter.timesteps > len(given):
+                raise ValueError(
+                    "model's neurons are in single-step mode, so it was called once for each step of x, but the "
+                    f"first of them was called {counter.timesteps} times in {len(given)} steps: if model runs them all "
+                    "by itself, pass forward=lambda model, x: model(x)"
+                )
             report.timesteps = counter.timesteps or None
             seen = math.prod(given.shape[:1]) if counter.first is None else counter.samples
             report.samples += seen if samples is None else samples
