@@ -210,7 +210,8 @@ def optimize_for_inference(model: nn.Module) -> tuple[Any, InferenceReport]:
     does nothing, for there is no batch norm to train.
 
     Args:
-        model: any module; what might come out different is left alone, and the report says why.
+        model: any module; what might come out different is left alone, and the report says why. Of a forward that
+            cannot be traced its parts are looked at one by one: it must not call a layer inside one of them past it.
 
     Returns:
         The copy, an instance of the same class, and an :class:`InferenceReport`, which prints.

@@ -52,6 +52,10 @@ def test_firing_rate_monitor():
     assert not any(m._forward_hooks for m in net.modules())
     with pytest.raises(ValueError, match=r"spiking neurons.*types="):
         analysis.FiringRateMonitor(nn.Linear(1, 1))
+    with pytest.raises(TypeError, match=r"types must be classes in a tuple.*Linear"):
+        analysis.FiringRateMonitor(nn.Linear(1, 1), types=nn.Linear)
+    with pytest.raises(TypeError, match="target must be a number, got NoneType"):
+        analysis.FiringRateRegulariser(net, None)
 
 
 @pytest.mark.parametrize("run", [lambda net, x: net(x), checkpoint, lambda net, x: chunked(net, x, 2)])

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .. import functional
 from ._modules import runs_again, spiking_modules
 
 __all__ = ["FiringRateMonitor", "FiringRateRegulariser"]
@@ -17,11 +18,14 @@ def _spikes(output: Any) -> Tensor:
     return output[0] if isinstance(output, (tuple, list)) else output
 
 
-def _find(model: nn.Module, types: tuple[type[nn.Module], ...]) -> dict[str, nn.Module]:
+def _find(model: nn.Module, types: Iterable[type[nn.Module]]) -> dict[str, nn.Module]:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-    if types:
-        found = {name or "network": m for name, m in model.named_modules() if isinstance(m, types)}
+    if not isinstance(types, Iterable):
+        raise TypeError(f"types must be classes in a tuple, as in types=(MyNeuron,), got {types!r}")
+    kinds = tuple(types)
+    if kinds:
+        found = {name or "network": m for name, m in model.named_modules() if isinstance(m, kinds)}
     else:
         found = spiking_modules(model)
     if not found:
@@ -44,7 +48,7 @@ class FiringRateMonitor:
         types: classes of neurons of your own, to be watched in place of those.
 
     Raises:
-        TypeError: ``model`` is no module.
+        TypeError: ``model`` is no module, ``types`` are no classes.
         ValueError: no neuron was found.
 
     Example:
@@ -57,7 +61,7 @@ class FiringRateMonitor:
     """
 
     def __init__(self, model: nn.Module, types: Iterable[type[nn.Module]] = ()) -> None:
-        self._modules = _find(model, tuple(types))
+        self._modules = _find(model, types)
         self._hooks = [m.register_forward_hook(self._hook(name)) for name, m in self._modules.items()]
         self.clear()
 
@@ -114,7 +118,7 @@ class FiringRateRegulariser:
         types: classes of neurons of your own, to be taken in place of those that are found.
 
     Raises:
-        TypeError: ``model`` is no module.
+        TypeError: ``model`` is no module, ``types`` are no classes, or ``target`` or ``weight`` is no number.
         ValueError: ``target`` outside [0, 1], ``weight`` below 0, or no neuron was found.
 
     Example:
@@ -131,13 +135,13 @@ class FiringRateRegulariser:
     def __init__(
         self, model: nn.Module, target: float, weight: float = 1.0, types: Iterable[type[nn.Module]] = ()
     ) -> None:
-        if not 0.0 <= target <= 1.0:
+        if not 0.0 <= functional.check_number("target", target) <= 1.0:
             raise ValueError(f"target must be a firing rate from 0 to 1, got {target!r}")
-        if not weight >= 0.0:
+        if not functional.check_number("weight", weight) >= 0.0:
             raise ValueError(f"weight must be at least 0, got {weight!r}")
         self.target, self.weight = float(target), float(weight)
         self._calls: dict[str, list[tuple[Tensor, int]]] = {}
-        self._modules = _find(model, tuple(types))
+        self._modules = _find(model, types)
         self._hooks = [m.register_forward_hook(self._hook(name)) for name, m in self._modules.items()]
 
     def _hook(self, name: str) -> Any:
