@@ -179,6 +179,10 @@ def test_saved_bytes():
         assert analysis.saved_bytes(torch.sin, view) == 400
     discarded = lambda t: [None for _ in range(3) if (t * 1).sin() is None]  # noqa: E731 (memory that is used again)
     assert analysis.saved_bytes(discarded, view) == 3 * 400
+    for device in ("cpu", "meta"):
+        few = torch.rand(10, device=device, requires_grad=True)
+        assert analysis.saved_bytes(lambda t: t.sin() * t.cos(), few) == 3 * 40
+        assert analysis.saved_bytes(nn.Linear(10, 5, device=device), few) == 40
     with pytest.raises(TypeError, match="function must be"):
         analysis.saved_bytes(3)
 
