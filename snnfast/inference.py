@@ -59,7 +59,7 @@ class InferenceReport:
         lines = [words.format(*counts)]
         lines += [f"  {before} <- {norm}" for before, norm in self.folded]
         lines += [f"  {norm} + {neuron}" for norm, neuron in self.fused]
-        lines += [f"  {norm} left alone: {reason}" for norm, reason in self.left_alone.items()]
+        lines += [f"  {norm or '(model)'} left alone: {reason}" for norm, reason in self.left_alone.items()]
         if self.event_driven:
             names = ", ".join(name or "(model)" for name in self.event_driven)
             lines.append(f"convolutions that skip inputs of 0 on a CPU: {names}")
@@ -181,16 +181,9 @@ def _fold(norm: Any, before: Any) -> None:
     values: Any = weight, bias, norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias
     double: Any = [v.detach().double() if isinstance(v, Tensor) else v for v in values]
     fold: Any = partial(fuse_conv_bn_weights, transpose=_before(before) in _TRANSPOSED)
-    before.weight, before.bias = (
-        nn.Parameter(v.detach().to(weight.dtype).contiguous(memory_format=_format_of(weight, v)), requires_grad=False)
-        for v in fold(*double)
-    )
-
-
-def _format_of(weight: Tensor, value: Tensor) -> torch.memory_format:
-    if value.dim() == 4 and weight.is_contiguous(memory_format=torch.channels_last) and not weight.is_contiguous():
-        return torch.channels_last
-    return torch.contiguous_format
+    folded_weight, folded_bias = (v.detach() for v in fold(*double))
+    before.weight = nn.Parameter(torch.empty_like(weight).copy_(folded_weight), requires_grad=False)  # in its layout
+    before.bias = nn.Parameter(folded_bias.to(weight.dtype), requires_grad=False)
 
 
 def _without_folded(parent: nn.Module, child: str) -> None:

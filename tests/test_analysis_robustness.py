@@ -234,6 +234,17 @@ def test_robustness_refuses_other_types():
             analysis.robustness(classifier(0), **{"data": DATA, argument: value})
 
 
+def test_an_error_leaves_no_state_behind():
+    def fails(model, x):
+        raise KeyError(predict(model, x))
+
+    net = classifier(0)
+    with pytest.raises(KeyError):
+        analysis.robustness(net, DATA, predict=fails)
+    assert net[2].v == 0.0
+    assert net.training
+
+
 def test_empty_batches_are_passed_over():
     x, y = DATA
     options = {"corruptions": ["gaussian"], "predict": predict}

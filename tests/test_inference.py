@@ -195,6 +195,20 @@ def test_folded(name):
     assert net(x).count_nonzero()
 
 
+@pytest.mark.parametrize("dims", [2, 3])
+def test_layouts_of_weights_stay(dims):
+    conv, norm, layout = {
+        2: (nn.Conv2d, nn.BatchNorm2d, torch.channels_last),
+        3: (nn.Conv3d, nn.BatchNorm3d, torch.channels_last_3d),
+    }[dims]
+    net = pair(conv(3, 5, 3), norm(5)).eval().to(memory_format=layout)
+    fast, report = optimize_for_inference(net)
+    assert report.folded
+    assert fast[0].weight.stride() == net[0].weight.stride()
+    x = torch.randn(2, 3, *[6] * dims)
+    assert fast(x).stride() == net(x).stride()
+
+
 def test_half_precision_is_rounded_once():
     net = lively(pair()).bfloat16()
     fast, _ = optimize_for_inference(net)
@@ -317,6 +331,10 @@ def test_left_alone_with_the_reason(name):
     x = torch.randn(2, 3, 5) if name == "linear" else torch.randn(2, 3, 5, 5)
     if name != "unknown norm":
         assert torch.equal(fast(x), net(x))
+
+
+def test_the_report_names_the_model_itself():
+    assert "(model) left alone: not folded" in str(optimize_for_inference(nn.BatchNorm2d(3))[1])
 
 
 def test_a_norm_before_a_neuron_alone_is_fused_and_a_fused_model_is_folded():

@@ -273,8 +273,10 @@ def robustness(
     def hits(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
         functional.reset_net(model)
         x = x.clone()  # a transform or model that works in place must not change what the next one sees
-        logits = predict(model, x if transform is None else transform(x))
-        functional.reset_net(model)
+        try:
+            logits = predict(model, x if transform is None else transform(x))
+        finally:
+            functional.reset_net(model)
         if not isinstance(logits, Tensor) or logits.dim() != 2 or len(logits) != len(y):
             got = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
             raise ValueError(
