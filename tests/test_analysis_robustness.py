@@ -234,6 +234,12 @@ def test_robustness_refuses_other_types():
             analysis.robustness(classifier(0), **{"data": DATA, argument: value})
 
 
+def test_seeds_of_numpy_go_to_json():
+    numpy = pytest.importorskip("numpy")
+    report = analysis.robustness(classifier(0), DATA, corruptions=["contrast"], seeds=numpy.arange(2), predict=predict)
+    assert json.loads(json.dumps(report.to_dict()))["seeds"] == [0, 1]
+
+
 def test_an_error_leaves_no_state_behind():
     def fails(model, x):
         raise KeyError(predict(model, x))

@@ -305,6 +305,22 @@ def test_the_size_that_a_transposed_convolution_is_asked_for(call):
     assert report.to_dict() == analysis.count_synops(padded, x).to_dict()
 
 
+def test_calls_by_keyword():
+    class Named(nn.Sequential):
+        def forward(self, x):
+            return self[2](input=self[1](x_seq=self[0](input=x)))
+
+    layers, x = (nn.Linear(5, 6), snnfast.LIFNode(step_mode="m"), nn.Linear(6, 2)), torch.rand(T, 4, 5)
+    report = analysis.count_synops(Named(*layers), x)
+    assert report.to_dict() == analysis.count_synops(nn.Sequential(*layers), x).to_dict()
+
+
+def test_numbers_of_numpy_go_to_json():
+    numpy = pytest.importorskip("numpy")
+    report = analysis.count_synops(nn.Linear(5, 6), torch.rand(4, 5), samples=numpy.int64(4))
+    assert json.loads(json.dumps(report.to_dict()))["samples"] == 4
+
+
 def test_empty_batches_and_layers():
     net = nn.Sequential(nn.Linear(5, 6), snnfast.LIFNode(step_mode="m"), nn.Linear(6, 2))
     x = torch.rand(T, 4, 5)

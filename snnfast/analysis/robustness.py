@@ -261,6 +261,7 @@ def robustness(
         raise TypeError(f"seeds must be whole numbers, such as range(3), got {seeds!r}")
     if not seeds:
         raise ValueError("seeds must hold at least one seed, got none")
+    seeds = tuple(map(int, seeds))  # NumPy's have no place in JSON
     chosen = _choose(corruptions, levels)
     batches = _batches(data, check_steps("batch_size", batch_size))
     total = sum(len(x) for x, _ in batches)

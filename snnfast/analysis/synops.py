@@ -225,7 +225,7 @@ class _Counter:
                 hook = module.register_forward_hook(self._on_connection(name or "network"), with_kwargs=True)
                 self._hooks.append(hook)
             elif is_spiking(module):
-                self._hooks.append(module.register_forward_pre_hook(self._on_neuron))
+                self._hooks.append(module.register_forward_pre_hook(self._on_neuron, with_kwargs=True))
 
     def _on_connection(self, name: str) -> Callable[..., None]:
         def count(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
@@ -244,12 +244,13 @@ class _Counter:
 
         return count
 
-    def _on_neuron(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        if self.first is None and args and isinstance(args[0], Tensor):
+    def _on_neuron(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        x = next((t for t in (*args, *kwargs.values()) if isinstance(t, Tensor)), None)
+        if self.first is None and x is not None:
             self.first = module
-        if self.first is not module:
+        if self.first is not module or x is None:
             return
-        timesteps, self.samples = steps_and_samples(module, args[0].shape)
+        timesteps, self.samples = steps_and_samples(module, x.shape)
         self.timesteps += timesteps
 
     def start(self) -> None:
@@ -317,7 +318,7 @@ def count_synops(
     if not (hasattr(x, "__iter__") or hasattr(x, "__getitem__")):
         raise TypeError(f"x must be a tensor, or an iterable of tensors, got {type(x).__name__}")
     if samples is not None:
-        check_steps("samples", samples, ", or None")
+        samples = check_steps("samples", samples, ", or None")
     report, inputs = SynopsReport(), 0
     with _counting(model) as counter:
         for batch in [x] if isinstance(x, Tensor) else x:
