@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.utils import parametrize
 from torch.nn.utils.fusion import fuse_conv_bn_weights
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
 from . import functional, layer, network
 from ._notices import say_once
@@ -284,7 +284,7 @@ class Captured:
         with torch.cuda.stream(stream), torch.no_grad():
             for _ in range(warmup):  # kernels are loaded and autotuned here, which a capture does not allow
                 functional.reset_net(model)
-                model(self._input)
+                _refuse_unknown_leaves(model(self._input))
         torch.cuda.current_stream(sample.device).wait_stream(stream)
         self._graph = torch.cuda.CUDAGraph()
         functional.reset_net(model)  # before the capture: the recorded kernels start from the initial state
@@ -306,6 +306,14 @@ class Captured:
         return tree_map(lambda t: t.clone() if isinstance(t, Tensor) else t, self._output)
 
 
+def _refuse_unknown_leaves(output: Any) -> None:
+    """Tensors inside an object that is not looked into would be the graph's own, which the next replay overwrites."""
+    for leaf in tree_leaves(output):
+        if leaf is not None and not isinstance(leaf, (Tensor, int, float, str)):
+            got = type(leaf).__name__
+            raise TypeError(f"model must return tensors, or tuples, lists and dicts of them, to be captured, got {got}")
+
+
 def capture(model: nn.Module, sample: Tensor) -> Captured:
     """Record a forward of ``model`` on ``sample`` as a CUDA graph: one launch instead of one for each kernel.
 
@@ -322,7 +330,8 @@ def capture(model: nn.Module, sample: Tensor) -> Captured:
         A callable ``x -> output`` for inputs of the sample's shape.
 
     Raises:
-        TypeError: ``model`` is not a module, or ``sample`` not a tensor.
+        TypeError: ``model`` is not a module, ``sample`` not a tensor, or the output has another kind of object than
+            tensors, tuples, lists and dicts.
         RuntimeError: ``sample`` or a parameter is not on a CUDA device.
         ValueError: ``model`` is in training mode.
     """

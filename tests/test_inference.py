@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import dataclasses
 import pickle
 import sys
 import types
@@ -383,8 +384,9 @@ def test_bad_arguments():
         snnfast.capture(nn.ReLU().eval(), torch.ones(1))
 
 
-def test_a_capture_takes_streams_of_its_own_device(monkeypatch):
-    """torch.cuda.graph's own stream is of whichever device was the current one when a process first captured."""
+@pytest.fixture
+def captured_on(monkeypatch):
+    """Without a GPU: the streams that were made, and those that a graph was captured on."""
     made, captured_on = [], []
 
     class Stream:
@@ -405,10 +407,35 @@ def test_a_capture_takes_streams_of_its_own_device(monkeypatch):
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
     monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: types.SimpleNamespace(replay=lambda: None))
     monkeypatch.setattr(torch.cuda, "graph", graph)
+    return made, captured_on
+
+
+def test_a_capture_takes_streams_of_its_own_device(captured_on):
+    """torch.cuda.graph's own stream is of whichever device was the current one when a process first captured."""
+    made, captured_on = captured_on
     x = torch.rand(2, 3)
     inference.Captured(nn.Linear(3, 2).eval(), x)
     assert captured_on
     assert all(stream in made and stream.device == x.device for stream in captured_on)
+
+
+def test_a_capture_gives_new_tensors_or_refuses(captured_on):
+    @dataclasses.dataclass
+    class Output:
+        logits: torch.Tensor
+
+    class Net(nn.Linear):
+        def forward(self, x):
+            return self.wrap(super().forward(x))
+
+    net, x = Net(3, 2).eval(), torch.rand(2, 3)
+    net.wrap = lambda y: {"logits": (y, None, 3)}
+    graph = inference.Captured(net, x)
+    first, second = graph(x)["logits"][0], graph(x)["logits"][0]
+    assert first.data_ptr() != second.data_ptr()
+    net.wrap = Output
+    with pytest.raises(TypeError, match="to be captured, got Output"):
+        inference.Captured(net, x)
 
 
 # ---- on a GPU ----
