@@ -184,6 +184,8 @@ def test_intervals():
         ["a", "b"], {"c": [0.0]}, {"a": {"c": correct}, "b": {"c": torch.zeros(1, 400)}}, 0.95, (0,)
     )
     ((mean, low, high),) = report.difference("a", "b", "c")
+    with pytest.raises(ValueError, match="resamples must be a whole number from 1, got 0"):
+        report.difference("a", "b", "c", resamples=0)
     half = 1.96 * (0.25 * 0.75 / 400) ** 0.5
     assert (mean, low, high) == pytest.approx((0.25, 0.25 - half, 0.25 + half), abs=0.006)
 

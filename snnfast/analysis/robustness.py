@@ -75,6 +75,7 @@ class RobustnessReport:
         self, model: str, baseline: str, corruption: str, resamples: int = 2000
     ) -> list[tuple[float, float, float]]:
         """Paired difference in accuracy at each level, with the percentile bootstrap interval over the images."""
+        check_steps("resamples", resamples)
         generator = torch.Generator("cpu").manual_seed(0)
         d = (self.correct[model][corruption] - self.correct[baseline][corruption]).double()
         means = torch.empty(resamples, len(d), dtype=torch.float64, device="cpu")
