@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.utils import parametrize
 from torch.nn.utils.fusion import fuse_conv_bn_weights
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
 from . import functional, layer, network
 from ._notices import say_once
@@ -59,7 +59,7 @@ class InferenceReport:
         lines = [words.format(*counts)]
         lines += [f"  {before} <- {norm}" for before, norm in self.folded]
         lines += [f"  {norm} + {neuron}" for norm, neuron in self.fused]
-        lines += [f"  {norm} left alone: {reason}" for norm, reason in self.left_alone.items()]
+        lines += [f"  {norm or '(model)'} left alone: {reason}" for norm, reason in self.left_alone.items()]
         if self.event_driven:
             names = ", ".join(name or "(model)" for name in self.event_driven)
             lines.append(f"convolutions that skip inputs of 0 on a CPU: {names}")
@@ -181,16 +181,9 @@ def _fold(norm: Any, before: Any) -> None:
     values: Any = weight, bias, norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias
     double: Any = [v.detach().double() if isinstance(v, Tensor) else v for v in values]
     fold: Any = partial(fuse_conv_bn_weights, transpose=_before(before) in _TRANSPOSED)
-    before.weight, before.bias = (
-        nn.Parameter(v.detach().to(weight.dtype).contiguous(memory_format=_format_of(weight, v)), requires_grad=False)
-        for v in fold(*double)
-    )
-
-
-def _format_of(weight: Tensor, value: Tensor) -> torch.memory_format:
-    if value.dim() == 4 and weight.is_contiguous(memory_format=torch.channels_last) and not weight.is_contiguous():
-        return torch.channels_last
-    return torch.contiguous_format
+    folded_weight, folded_bias = (v.detach() for v in fold(*double))
+    before.weight = nn.Parameter(torch.empty_like(weight).copy_(folded_weight), requires_grad=False)  # in its layout
+    before.bias = nn.Parameter(folded_bias.to(weight.dtype), requires_grad=False)
 
 
 def _without_folded(parent: nn.Module, child: str) -> None:
@@ -210,7 +203,8 @@ def optimize_for_inference(model: nn.Module) -> tuple[Any, InferenceReport]:
     does nothing, for there is no batch norm to train.
 
     Args:
-        model: any module; what might come out different is left alone, and the report says why.
+        model: any module; what might come out different is left alone, and the report says why. Of a forward that
+            cannot be traced its parts are looked at one by one: it must not call a layer inside one of them past it.
 
     Returns:
         The copy, an instance of the same class, and an :class:`InferenceReport`, which prints.
@@ -290,7 +284,7 @@ class Captured:
         with torch.cuda.stream(stream), torch.no_grad():
             for _ in range(warmup):  # kernels are loaded and autotuned here, which a capture does not allow
                 functional.reset_net(model)
-                model(self._input)
+                _refuse_unknown_leaves(model(self._input))
         torch.cuda.current_stream(sample.device).wait_stream(stream)
         self._graph = torch.cuda.CUDAGraph()
         functional.reset_net(model)  # before the capture: the recorded kernels start from the initial state
@@ -312,6 +306,14 @@ class Captured:
         return tree_map(lambda t: t.clone() if isinstance(t, Tensor) else t, self._output)
 
 
+def _refuse_unknown_leaves(output: Any) -> None:
+    """Tensors inside an object that is not looked into would be the graph's own, which the next replay overwrites."""
+    for leaf in tree_leaves(output):
+        if leaf is not None and not isinstance(leaf, (Tensor, int, float, str)):
+            got = type(leaf).__name__
+            raise TypeError(f"model must return tensors, or tuples, lists and dicts of them, to be captured, got {got}")
+
+
 def capture(model: nn.Module, sample: Tensor) -> Captured:
     """Record a forward of ``model`` on ``sample`` as a CUDA graph: one launch instead of one for each kernel.
 
@@ -328,7 +330,8 @@ def capture(model: nn.Module, sample: Tensor) -> Captured:
         A callable ``x -> output`` for inputs of the sample's shape.
 
     Raises:
-        TypeError: ``model`` is not a module, or ``sample`` not a tensor.
+        TypeError: ``model`` is not a module, ``sample`` not a tensor, or the output has another kind of object than
+            tensors, tuples, lists and dicts.
         RuntimeError: ``sample`` or a parameter is not on a CUDA device.
         ValueError: ``model`` is in training mode.
     """

@@ -35,6 +35,12 @@ def _check(out_seq: Tensor, target: Tensor) -> Tensor:
     return out_seq if out_seq.dtype == torch.float64 else out_seq.float()
 
 
+def _check_probabilities(target: Tensor) -> None:
+    if target.dim() == 2 and not target.is_floating_point():
+        kind = str(target.dtype).removeprefix("torch.")
+        raise TypeError(f"target of shape {tuple(target.shape)} must be probabilities, got {kind}: try target.float()")
+
+
 def rate_cross_entropy(
     out_seq: Tensor, target: Tensor, *, label_smoothing: float = 0.0, reduction: str = "mean"
 ) -> Tensor:
@@ -58,6 +64,7 @@ def rate_cross_entropy(
         tensor(2.3026)
     """
     out_seq = _check(out_seq, target)
+    _check_probabilities(target)
     return F.cross_entropy(out_seq.mean(0), target, label_smoothing=label_smoothing, reduction=reduction)
 
 
@@ -98,6 +105,7 @@ def tet_loss(
     if not 0 <= check_number("weight", weight) <= 1:
         raise ValueError(f"weight must be from 0 to 1, got {weight!r}")
     out_seq = _check(out_seq, target)
+    _check_probabilities(target)
     T, B, _ = out_seq.shape
     targets = target.expand(T, *target.shape).flatten(0, 1)
     per_step = F.cross_entropy(out_seq.flatten(0, 1), targets, label_smoothing=label_smoothing, reduction="none")

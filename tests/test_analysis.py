@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import sys
 import warnings
@@ -12,7 +13,8 @@ from analysis_networks import DATA, classifier, predict
 from torch import nn
 
 import snnfast
-from snnfast import analysis, functional
+from snnfast import analysis, chunked, functional
+from snnfast.checkpoint import checkpoint
 from snnfast.surrogate import ATan
 
 T, B = 3, 2
@@ -50,6 +52,44 @@ def test_firing_rate_monitor():
     assert not any(m._forward_hooks for m in net.modules())
     with pytest.raises(ValueError, match=r"spiking neurons.*types="):
         analysis.FiringRateMonitor(nn.Linear(1, 1))
+    with pytest.raises(TypeError, match=r"types must be classes in a tuple.*Linear"):
+        analysis.FiringRateMonitor(nn.Linear(1, 1), types=nn.Linear)
+    with pytest.raises(TypeError, match="target must be a number, got NoneType"):
+        analysis.FiringRateRegulariser(net, None)
+
+
+@pytest.mark.parametrize("run", [lambda net, x: net(x), checkpoint, lambda net, x: chunked(net, x, 2)])
+def test_what_a_backward_runs_again_is_counted_once(run):
+    net, losses, sums = spiking_net(), [], []
+    with analysis.FiringRateRegulariser(net, 0.1) as regulariser, analysis.FiringRateMonitor(net) as monitor:
+        for i in range(2):
+            functional.reset_net(net)
+            monitor.clear()
+            y = run(net, torch.full((T, B, 6), 1.0 + i))
+            before, loss = monitor.mean(), regulariser.loss()
+            (y.sum() + loss).backward()
+            losses.append(loss.item())
+            sums.append((before, monitor.mean(), monitor._elements["1"]))
+    rates = [[r for r, _, _ in sums], [r for _, r, _ in sums]]
+    assert rates[0] == rates[1]
+    assert [n for _, _, n in sums] == [T * B * 16] * 2
+    net, expected = spiking_net(), []
+    for i in range(2):
+        functional.reset_net(net)
+        h = net[1](net[0](torch.full((T, B, 6), 1.0 + i)))
+        expected.append((((h.mean() - 0.1) ** 2 + (net[3](net[2](h)).mean() - 0.1) ** 2) / 2).item())
+    assert losses == pytest.approx(expected)
+
+
+def test_copies_of_a_watched_network_are_not_watched():
+    net = spiking_net()
+    with analysis.FiringRateMonitor(net) as monitor, analysis.FiringRateRegulariser(net, 0.1) as regulariser:
+        teacher = copy.deepcopy(net)
+        net(torch.rand(T, B, 6))
+        rates = monitor.rates()
+        teacher(torch.rand(T, B, 6) * 9)
+        assert monitor.rates() == rates
+        assert all(len(calls) == 1 for calls in regulariser._calls.values())
 
 
 def test_peers_neurons_are_found():
@@ -65,6 +105,10 @@ def test_peers_neurons_are_found():
             found.append(monitor.rates())
     assert all(list(rates) == ["1"] and 0 <= rates["1"] <= 2 for rates in found)
     assert found[-1] == {"1": 1.0}
+    with analysis.FiringRateMonitor(
+        nn.Sequential(norse.LIFRecurrent(3, 2), norse.LI(), sinabs.ExpLeak(5.0))
+    ) as monitor:
+        assert list(monitor._modules) == ["0"]  # the others give potentials
 
 
 @pytest.mark.parametrize("target", [0.05, 0.4])
@@ -135,6 +179,10 @@ def test_saved_bytes():
         assert analysis.saved_bytes(torch.sin, view) == 400
     discarded = lambda t: [None for _ in range(3) if (t * 1).sin() is None]  # noqa: E731 (memory that is used again)
     assert analysis.saved_bytes(discarded, view) == 3 * 400
+    for device in ("cpu", "meta"):
+        few = torch.rand(10, device=device, requires_grad=True)
+        assert analysis.saved_bytes(lambda t: t.sin() * t.cos(), few) == 3 * 40
+        assert analysis.saved_bytes(nn.Linear(10, 5, device=device), few) == 40
     with pytest.raises(TypeError, match="function must be"):
         analysis.saved_bytes(3)
 
@@ -174,6 +222,7 @@ def test_plots(tmp_path):
         lambda: analysis.plot_accuracy({}),
         lambda: analysis.plot_firing_rates({}),
         lambda: analysis.plot_raster(torch.rand(5)),
+        lambda: analysis.plot_raster(torch.rand(5, 2), most=0),
     ):
         with pytest.raises(ValueError, match="must"):
             wrong()
@@ -197,6 +246,18 @@ def test_legends_of_many_long_names_leave_room_for_the_plot(tmp_path):
             assert box.x1 <= figure.bbox.x1
             assert figure.axes[0].get_window_extent().width > 0.6 * figure.bbox.width
             assert not box.overlaps(figure.axes[0].get_window_extent())
+
+
+@pytest.mark.parametrize("name", ["_plain", ""])
+def test_legends_have_names_that_matplotlib_leaves_out(name):
+    pytest.importorskip("matplotlib")
+    report = analysis.RobustnessReport([name], {"c": [0.0]}, {name: {"c": torch.eye(1)}}, 0.95, (0,))
+    for figure in (
+        analysis.plot_accuracy({name: torch.tensor([0.5, 0.7])}),
+        analysis.plot_firing_rates({name: {"layer1": 0.2}}),
+        analysis.plot_robustness(report),
+    ):
+        assert [text.get_text().strip() for text in figure.legends[0].get_texts()] == [name]
 
 
 def test_without_matplotlib(monkeypatch):

@@ -42,6 +42,19 @@ def test_corruptions(name):
         assert not torch.equal(corrupt(IMAGES, levels[0], generator(1)), corrupt(IMAGES, levels[0], generator()))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("name", corruptions.CORRUPTIONS)
+@pytest.mark.parametrize("shape", [(2, 3, 64, 48), (1, 1, 1, 8)])
+def test_corruptions_in_other_precisions(name, dtype, shape):
+    x = (torch.rand(shape, generator=generator(2)) * 255).round().div(256)  # the same number in each
+    level = corruptions.LEVELS[name][1]
+    single = corruptions.CORRUPTIONS[name](x, level, generator())
+    out = corruptions.CORRUPTIONS[name](x.to(dtype), level, generator())
+    assert out.dtype == dtype
+    assert (out.float() - single).abs().max() < 0.02
+    assert corruptions.CORRUPTIONS[name](torch.ones_like(x, dtype=dtype), level, generator()).max() <= 1
+
+
 def test_corruptions_do_what_they_say():
     flat = torch.full((4, 1, 100, 100), 0.5)
     noise = corruptions.gaussian(flat, 0.1, generator()) - 0.5
@@ -159,6 +172,9 @@ def test_robustness_under_other_defaults():
 
 def test_intervals():
     scipy = pytest.importorskip("scipy.stats")
+    for share in (1.5, -0.1, float("nan")):
+        with pytest.raises(ValueError, match="share must be from 0 to 1"):
+            analysis.wilson_interval(share, 10)
     for k, n in ((0, 10), (9, 10), (10, 10), (437, 1000)):
         expected = scipy.binomtest(k, n).proportion_ci(0.9, method="wilson")
         assert analysis.wilson_interval(k / n, n, 0.9) == pytest.approx((expected.low, expected.high), abs=1e-12)
@@ -168,6 +184,8 @@ def test_intervals():
         ["a", "b"], {"c": [0.0]}, {"a": {"c": correct}, "b": {"c": torch.zeros(1, 400)}}, 0.95, (0,)
     )
     ((mean, low, high),) = report.difference("a", "b", "c")
+    with pytest.raises(ValueError, match="resamples must be a whole number from 1, got 0"):
+        report.difference("a", "b", "c", resamples=0)
     half = 1.96 * (0.25 * 0.75 / 400) ** 0.5
     assert (mean, low, high) == pytest.approx((0.25, 0.25 - half, 0.25 + half), abs=0.006)
 
@@ -180,7 +198,13 @@ ROBUSTNESS = {
     "confidence": ({"confidence": 95}, r"confidence must be between 0 and 1, got 95"),
     "no seed": ({"seeds": []}, r"seeds must hold"),
     "range": ({"data": (DATA[0] - 0.5, DATA[1])}, r"must lie in \[0, 1\].*transform="),
-    "labels": ({"data": (DATA[0], DATA[1][:3])}, r"as many labels as images, got 3 and 40"),
+    "labels": ({"data": (DATA[0], DATA[1][:3])}, r"as many labels as images.*\(40,\), got \(3,\)"),
+    "a column of labels": ({"data": (DATA[0], DATA[1][:, None])}, r"classes \[N\] = \(40,\), got \(40, 1\)"),
+    "one label": ({"data": (DATA[0][:1], DATA[1][0])}, r"classes \[N\] = \(1,\), got \(\)"),
+    "not a number": ({"data": (DATA[0] * float("nan"), DATA[1])}, r"must lie in \[0, 1\].*nan"),
+    "batch size": ({"batch_size": 0}, r"batch_size must be a whole number from 1, got 0"),
+    "no corruption": ({"corruptions": []}, r"corruptions must hold at least one"),
+    "a tuple of logits": ({"predict": lambda m, x: (x,)}, r"predict must give logits.*got tuple"),
     "bytes": ({"data": (DATA[0].byte(), DATA[1])}, r"floating point \[N, C, H, W\].*uint8"),
     "empty": ({"data": (DATA[0][:0], DATA[1][:0])}, r"at least one image"),
     "logits": ({"predict": lambda m, x: x}, r"predict must give logits \[N, classes\]"),
@@ -200,3 +224,49 @@ def test_robustness_refuses_other_types():
     for wrong in ((DATA[0], DATA[1].tolist()), [DATA[0][:2]]):
         with pytest.raises(TypeError, match="data must be a pair of tensors, images and labels, or an iterable"):
             analysis.robustness(classifier(0), wrong)
+    for argument, value in (
+        ("seeds", 3),
+        ("seeds", [0.5]),
+        ("levels", [0.2]),
+        ("levels", {"gaussian": 0.2}),
+        ("corruptions", "gaussian"),
+        ("data", 5),
+    ):
+        with pytest.raises(TypeError, match=f"{argument} must be"):
+            analysis.robustness(classifier(0), **{"data": DATA, argument: value})
+
+
+def test_seeds_of_numpy_go_to_json():
+    numpy = pytest.importorskip("numpy")
+    report = analysis.robustness(classifier(0), DATA, corruptions=["contrast"], seeds=numpy.arange(2), predict=predict)
+    assert json.loads(json.dumps(report.to_dict()))["seeds"] == [0, 1]
+
+
+def test_an_error_leaves_no_state_behind():
+    def fails(model, x):
+        raise KeyError(predict(model, x))
+
+    net = classifier(0)
+    with pytest.raises(KeyError):
+        analysis.robustness(net, DATA, predict=fails)
+    assert net[2].v == 0.0
+    assert net.training
+
+
+def test_empty_batches_are_passed_over():
+    x, y = DATA
+    options = {"corruptions": ["gaussian"], "predict": predict}
+    report = analysis.robustness(classifier(0), [(x[:0], y[:0]), (x, y), (x[:0], y[:0])], **options)
+    assert report.accuracy("model", "gaussian") == analysis.robustness(classifier(0), DATA, **options).accuracy(
+        "model", "gaussian"
+    )
+
+
+def test_an_accuracy_over_many_seeds_is_at_most_1():
+    def right(model, x):
+        return torch.eye(3)[DATA[1][: len(x)]]
+
+    report = analysis.robustness(
+        nn.Identity(), DATA, corruptions=["contrast"], levels={"contrast": [0.1]}, seeds=range(10), predict=right
+    )
+    assert report.accuracy("model", "contrast") == [1.0, 1.0]

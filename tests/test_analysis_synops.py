@@ -14,6 +14,7 @@ from torch import nn
 
 import snnfast
 from snnfast import analysis, functional
+from snnfast.layer import ElementWiseRecurrentContainer, MultiStepContainer, SeqToANNContainer, StepModeContainer
 
 T, B = 3, 2
 
@@ -187,6 +188,25 @@ def test_multi_step_networks_and_loaders():
     assert (parts.samples, parts.timesteps) == (4, T)
 
 
+@pytest.mark.parametrize(
+    "contain",
+    [
+        lambda lin, node, last: MultiStepContainer(lin, node, last),
+        lambda lin, node, last: StepModeContainer(True, "m", lin, node, last),
+        lambda lin, node, last: StepModeContainer(True, "s", lin, node, last),
+        lambda lin, node, last: nn.Sequential(
+            SeqToANNContainer(lin), ElementWiseRecurrentContainer(node, lambda y, x: x, "m"), last
+        ),
+    ],
+    ids=["multi-step", "step mode m", "step mode s", "recurrent"],
+)
+def test_containers_of_single_step_modules_take_all_steps_as_their_own_mode_says(contain):
+    lin, last, x = nn.Linear(5, 6), nn.Linear(6, 2), torch.rand(T, 4, 5) * 3
+    plain = analysis.count_synops(nn.Sequential(lin, snnfast.LIFNode(step_mode="m"), last), x)
+    report = analysis.count_synops(contain(lin, snnfast.LIFNode(), last), x)
+    assert (report.samples, report.timesteps, report.macs, report.acs) == (4, T, plain.macs, plain.acs)
+
+
 def test_spikingjelly_models():
     pytest.importorskip("spikingjelly.activation_based", reason="spikingjelly is not installed")
     from spikingjelly.activation_based import functional as sj_functional
@@ -246,6 +266,70 @@ def test_report_reads_well():
     assert json.loads(json.dumps(report.to_dict()))["layers"][0]["kind"] == "Conv2d"
 
 
+def peers_networks():
+    norse = pytest.importorskip("norse.torch", reason="norse is not installed")
+    sinabs = pytest.importorskip("sinabs.layers", reason="sinabs is not installed")
+    return {
+        "norse": (norse.SequentialState(nn.Linear(5, 6), norse.LIF(), nn.Linear(6, 2)), (T, 4, 5)),
+        "sinabs": (nn.Sequential(nn.Linear(5, 6), sinabs.IAF(), nn.Linear(6, 2)), (4, T, 5)),
+        "squeezed": (nn.Sequential(nn.Linear(5, 6), sinabs.IAFSqueeze(batch_size=4), nn.Linear(6, 2)), (4 * T, 5)),
+        "by steps": (nn.Sequential(nn.Linear(5, 6), sinabs.IAFSqueeze(num_timesteps=T), nn.Linear(6, 2)), (4 * T, 5)),
+    }
+
+
+@pytest.mark.parametrize("name", ["norse", "sinabs", "squeezed", "by steps"])
+def test_peers_time_is_not_taken_for_samples(name):
+    net, shape = peers_networks()[name]
+    report = analysis.count_synops(net, torch.rand(shape))
+    assert (report.samples, report.timesteps, report.dense) == (4, T, T * (5 * 6 + 6 * 2))
+
+
+def test_a_loop_over_time_in_the_forward_is_not_called_step_by_step():
+    class Loops(nn.Sequential):
+        def forward(self, x):
+            return sum(super(Loops, self).forward(x) for _ in range(T))
+
+    net = Loops(nn.Linear(5, 6), snnfast.IFNode(), nn.Linear(6, 2))
+    with pytest.raises(ValueError, match=r"called 12 times in 4 steps.*forward=lambda"):
+        analysis.count_synops(net, torch.rand(4, 5))
+    report = analysis.count_synops(net, torch.rand(4, 5), forward=lambda model, x: model(x))
+    assert (report.samples, report.timesteps, report.dense) == (4, T, T * (5 * 6 + 6 * 2))
+
+
+@pytest.mark.parametrize("call", [lambda f, x: f(x, [8, 8]), lambda f, x: f(output_size=[8, 8], input=x)])
+def test_the_size_that_a_transposed_convolution_is_asked_for(call):
+    asked, padded = (nn.ConvTranspose2d(2, 3, 3, 2, padding=1, output_padding=p) for p in (0, 1))
+    padded.load_state_dict(asked.state_dict())
+    x = torch.rand(B, 2, 4, 4)
+    report = analysis.count_synops(asked, x, forward=call)
+    assert report.to_dict() == analysis.count_synops(padded, x).to_dict()
+
+
+def test_calls_by_keyword():
+    class Named(nn.Sequential):
+        def forward(self, x):
+            return self[2](input=self[1](x_seq=self[0](input=x)))
+
+    layers, x = (nn.Linear(5, 6), snnfast.LIFNode(step_mode="m"), nn.Linear(6, 2)), torch.rand(T, 4, 5)
+    report = analysis.count_synops(Named(*layers), x)
+    assert report.to_dict() == analysis.count_synops(nn.Sequential(*layers), x).to_dict()
+
+
+def test_numbers_of_numpy_go_to_json():
+    numpy = pytest.importorskip("numpy")
+    report = analysis.count_synops(nn.Linear(5, 6), torch.rand(4, 5), samples=numpy.int64(4))
+    assert json.loads(json.dumps(report.to_dict()))["samples"] == 4
+
+
+def test_empty_batches_and_layers():
+    net = nn.Sequential(nn.Linear(5, 6), snnfast.LIFNode(step_mode="m"), nn.Linear(6, 2))
+    x = torch.rand(T, 4, 5)
+    assert analysis.count_synops(net, [x, x[:, :0]]).samples == 4
+    with pytest.warns(UserWarning, match="zero-element"):
+        nothing = nn.Linear(0, 2)
+    assert analysis.count_synops(nothing, torch.rand(B, 0)).dense == 0
+
+
 def test_count_synops_refuses():
     with pytest.raises(TypeError, match=r"model must be .*got list"):
         analysis.count_synops([], torch.rand(1))
@@ -255,3 +339,9 @@ def test_count_synops_refuses():
         analysis.count_synops(nn.ReLU(), torch.rand(1))
     with pytest.raises(TypeError, match=r"forward must be"):
         analysis.count_synops(nn.Linear(1, 1), torch.rand(1), forward=3)
+    with pytest.raises(TypeError, match=r"x must be .*int"):
+        analysis.count_synops(nn.Linear(1, 1), 3)
+    with pytest.raises(ValueError, match=r"x must hold at least one input"):
+        analysis.count_synops(nn.Linear(1, 1), iter([]))
+    with pytest.raises(ValueError, match=r"samples must be .*got 0"):
+        analysis.count_synops(nn.Linear(1, 1), torch.rand(1, 1), samples=0)

@@ -230,6 +230,14 @@ def test_classes_are_whole_numbers(loss):
         loss(torch.randn(3, 2, 4), torch.tensor([0.5, 1.7]))
 
 
+@pytest.mark.parametrize("loss", [losses.rate_cross_entropy, losses.tet_loss])
+def test_probabilities_are_floating_point(loss):
+    one_hot, out = torch.eye(4, dtype=torch.int64)[:2], torch.randn(3, 2, 4)
+    with pytest.raises(TypeError, match=r"target of shape \(2, 4\) must be probabilities, got int64"):
+        loss(out, one_hot)
+    assert losses.rate_mse(out, one_hot) == losses.rate_mse(out, torch.tensor([0, 1]))
+
+
 def test_latency_encoder_starts_afresh_with_another_batch():
     encoder = encoding.LatencyEncoder(4)
     first, second = torch.rand(3, 5), torch.rand(2, 5)

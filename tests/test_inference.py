@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import dataclasses
 import pickle
 import sys
 import types
@@ -195,6 +196,20 @@ def test_folded(name):
     assert net(x).count_nonzero()
 
 
+@pytest.mark.parametrize("dims", [2, 3])
+def test_layouts_of_weights_stay(dims):
+    conv, norm, layout = {
+        2: (nn.Conv2d, nn.BatchNorm2d, torch.channels_last),
+        3: (nn.Conv3d, nn.BatchNorm3d, torch.channels_last_3d),
+    }[dims]
+    net = pair(conv(3, 5, 3), norm(5)).eval().to(memory_format=layout)
+    fast, report = optimize_for_inference(net)
+    assert report.folded
+    assert fast[0].weight.stride() == net[0].weight.stride()
+    x = torch.randn(2, 3, *[6] * dims)
+    assert fast(x).stride() == net(x).stride()
+
+
 def test_half_precision_is_rounded_once():
     net = lively(pair()).bfloat16()
     fast, _ = optimize_for_inference(net)
@@ -319,6 +334,10 @@ def test_left_alone_with_the_reason(name):
         assert torch.equal(fast(x), net(x))
 
 
+def test_the_report_names_the_model_itself():
+    assert "(model) left alone: not folded" in str(optimize_for_inference(nn.BatchNorm2d(3))[1])
+
+
 def test_a_norm_before_a_neuron_alone_is_fused_and_a_fused_model_is_folded():
     net = lively(
         nn.Sequential(
@@ -365,8 +384,9 @@ def test_bad_arguments():
         snnfast.capture(nn.ReLU().eval(), torch.ones(1))
 
 
-def test_a_capture_takes_streams_of_its_own_device(monkeypatch):
-    """torch.cuda.graph's own stream is of whichever device was the current one when a process first captured."""
+@pytest.fixture
+def captured_on(monkeypatch):
+    """Without a GPU: the streams that were made, and those that a graph was captured on."""
     made, captured_on = [], []
 
     class Stream:
@@ -387,10 +407,35 @@ def test_a_capture_takes_streams_of_its_own_device(monkeypatch):
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
     monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: types.SimpleNamespace(replay=lambda: None))
     monkeypatch.setattr(torch.cuda, "graph", graph)
+    return made, captured_on
+
+
+def test_a_capture_takes_streams_of_its_own_device(captured_on):
+    """torch.cuda.graph's own stream is of whichever device was the current one when a process first captured."""
+    made, captured_on = captured_on
     x = torch.rand(2, 3)
     inference.Captured(nn.Linear(3, 2).eval(), x)
     assert captured_on
     assert all(stream in made and stream.device == x.device for stream in captured_on)
+
+
+def test_a_capture_gives_new_tensors_or_refuses(captured_on):
+    @dataclasses.dataclass
+    class Output:
+        logits: torch.Tensor
+
+    class Net(nn.Linear):
+        def forward(self, x):
+            return self.wrap(super().forward(x))
+
+    net, x = Net(3, 2).eval(), torch.rand(2, 3)
+    net.wrap = lambda y: {"logits": (y, None, 3)}
+    graph = inference.Captured(net, x)
+    first, second = graph(x)["logits"][0], graph(x)["logits"][0]
+    assert first.data_ptr() != second.data_ptr()
+    net.wrap = Output
+    with pytest.raises(TypeError, match="to be captured, got Output"):
+        inference.Captured(net, x)
 
 
 # ---- on a GPU ----

@@ -216,3 +216,11 @@ def test_options_reach_to_spiking():
         models.resnet18(tau=2.0)
     with pytest.raises(ValueError, match="timesteps must be given with neuron"):
         models.resnet18(neuron=snnfast.IFNode)
+    assert narrow(models.vgg11, timesteps=T, share_weights=False).state_dict().keys() == net.state_dict().keys()
+
+
+@pytest.mark.parametrize("model", ALL, ids=lambda m: m.__name__)
+@pytest.mark.parametrize(("size", "value"), [("width", 16.0), ("width", 0), ("num_classes", "10"), ("in_channels", -1)])
+def test_sizes_that_are_none(model, size, value):
+    with pytest.raises(ValueError, match=f"{size} must be a whole number from 1, got {value!r}"):
+        model(**{size: value})

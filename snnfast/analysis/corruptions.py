@@ -29,12 +29,17 @@ __all__ = [
 Corruption = Callable[[Tensor, float, Generator], Tensor]
 
 
+def _precise(t: Tensor, x: Tensor) -> Tensor:
+    """``t`` beside ``x``, in float32 at least: 16 bits do not tell the places of an image's pixels apart."""
+    return t.to(device=x.device, dtype=torch.promote_types(x.dtype, torch.float32))
+
+
 def _uniform(x: Tensor, *shape: int, generator: Generator) -> Tensor:
-    return torch.rand(shape, generator=generator, device=generator.device, dtype=torch.float32).to(x)
+    return _precise(torch.rand(shape, generator=generator, device=generator.device, dtype=torch.float32), x)
 
 
 def _signs(x: Tensor, n: int, generator: Generator) -> Tensor:
-    return torch.randint(0, 2, (n,), generator=generator, device=generator.device).to(x) * 2 - 1
+    return _precise(torch.randint(0, 2, (n,), generator=generator, device=generator.device), x) * 2 - 1
 
 
 def gaussian(x: Tensor, level: float, generator: Generator) -> Tensor:
@@ -68,7 +73,8 @@ def background(x: Tensor, level: float, generator: Generator) -> Tensor:
 def _warp(x: Tensor, matrices: Tensor) -> Tensor:
     """Sample ``x`` where ``matrices`` ``[N, 2, 3]`` send each pixel; black outside."""
     grid = F.affine_grid(matrices, list(x.shape), align_corners=False)
-    return F.grid_sample(x, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
+    y = F.grid_sample(x.to(grid.dtype), grid, mode="bilinear", padding_mode="zeros", align_corners=False)
+    return y.clamp(0, 1).to(x.dtype)
 
 
 def rotation(x: Tensor, level: float, generator: Generator) -> Tensor:
@@ -83,7 +89,7 @@ def rotation(x: Tensor, level: float, generator: Generator) -> Tensor:
 def translation(x: Tensor, level: float, generator: Generator) -> Tensor:
     """A shift by ``level`` of the image's side, in a random direction; what comes in is black."""
     angle = 2 * math.pi * _uniform(x, len(x), generator=generator)
-    matrices = torch.zeros((len(x), 2, 3), dtype=x.dtype, device=x.device)
+    matrices = torch.zeros((len(x), 2, 3), dtype=angle.dtype, device=x.device)
     matrices[:, 0, 0] = matrices[:, 1, 1] = 1.0
     matrices[:, 0, 2], matrices[:, 1, 2] = 2 * level * angle.cos(), 2 * level * angle.sin()  # an image is 2 wide
     return _warp(x, matrices)

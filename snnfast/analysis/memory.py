@@ -82,6 +82,11 @@ def parameter_table(model: nn.Module) -> ParameterTable:
     return ParameterTable(layers)
 
 
+def _place(storage: torch.UntypedStorage) -> int:
+    """What tells ``storage`` from others: its address, or on the meta device, without memory, that of its object."""
+    return storage.data_ptr() or storage._cdata
+
+
 def saved_bytes(function: Callable[..., Any], *args: Any, **kwargs: Any) -> int:
     """Bytes of memory that ``function(*args, **kwargs)`` keeps for its backward pass.
 
@@ -105,19 +110,20 @@ def saved_bytes(function: Callable[..., Any], *args: Any, **kwargs: Any) -> int:
         raise TypeError(f"function must be a module or a function, got {type(function).__name__}")
     own: set[int] = set()
     if isinstance(function, nn.Module):
-        own = {t.untyped_storage().data_ptr() for t in [*function.parameters(), *function.buffers()]}
+        own = {_place(t.untyped_storage()) for t in [*function.parameters(), *function.buffers()]}
     kept: dict[int, int] = {}
     alive: list[Any] = []  # a freed storage's address would be used again
     packing = memory.is_packing()
 
     def pack(t: Tensor) -> Any:
         storage = t.untyped_storage()
-        packed = memory.made_smaller(t) if packing and storage.data_ptr() not in own else None
+        place = _place(storage)
+        packed = memory.made_smaller(t) if packing and place not in own else None
         if packed is not None:
             kept[id(packed)] = packed.nbytes
             alive.append(packed)
-        elif storage.data_ptr() not in own and storage.nbytes():
-            kept[storage.data_ptr()] = storage.nbytes()
+        elif place not in own and storage.nbytes():
+            kept[place] = storage.nbytes()
             alive.append(storage)
         return packed or t
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from .._arguments import check_steps
 from .robustness import RobustnessReport
 
 if TYPE_CHECKING:
@@ -52,6 +53,11 @@ def _legend_above(figure: Figure, axes: Any) -> None:
     figure.legend(handles, names, loc="outside upper left", ncols=columns, frameon=False, fontsize="small")
 
 
+def _label(name: str) -> str:
+    """``name`` in a legend, from which matplotlib leaves out what is empty or starts with an underscore."""
+    return f" {name}" if str(name)[:1] in ("", "_") else name
+
+
 def _tidy(axes: Any) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(alpha=0.25)
@@ -80,7 +86,9 @@ def plot_accuracy(
     axes = figure.subplots()
     factor = 100.0 if ylabel.endswith("[%]") else 1.0
     for name, values in curves.items():
-        axes.plot(range(1, len(values) + 1), [factor * v for v in values], marker="o", markersize=3, label=name)
+        axes.plot(
+            range(1, len(values) + 1), [factor * float(v) for v in values], marker="o", markersize=3, label=_label(name)
+        )
     axes.locator_params(axis="x", integer=True)
     axes.set(xlabel="epoch", ylabel=ylabel)
     _legend_above(figure, axes)
@@ -115,7 +123,7 @@ def plot_firing_rates(
     width = 0.8 / len(models)
     for i, (model, by_layer) in enumerate(models.items()):
         places = [j + (i - (len(models) - 1) / 2) * width for j in range(len(layers))]
-        axes.bar(places, [by_layer.get(layer, 0.0) for layer in layers], width, label=model)
+        axes.bar(places, [by_layer.get(layer, 0.0) for layer in layers], width, label=_label(model))
     axes.set_xticks(
         range(len(layers)), layers, rotation=45 if len(layers) > 4 else 0, ha="right" if len(layers) > 4 else "center"
     )
@@ -136,7 +144,7 @@ def plot_raster(spikes: Tensor, path: PathLike | None = None, *, title: str = ""
         most: of more neurons than this, evenly spaced ones are shown, and the axis says so.
 
     Raises:
-        ValueError: ``spikes`` has no time or neuron dimension, or is empty.
+        ValueError: ``spikes`` has no time or neuron dimension, or is empty; ``most`` is not a whole number from 1.
         ImportError: matplotlib is not installed.
 
     Example:
@@ -146,6 +154,7 @@ def plot_raster(spikes: Tensor, path: PathLike | None = None, *, title: str = ""
     if not isinstance(spikes, Tensor) or spikes.dim() < 2 or not spikes.numel():
         got = tuple(spikes.shape) if isinstance(spikes, Tensor) else type(spikes).__name__
         raise ValueError(f"spikes must be [T, *] of one sample, not empty, got {got}")
+    check_steps("most", most)
     flat = spikes.detach().flatten(1) != 0
     total = flat.shape[1]
     shown = flat[:, :: -(-total // most)]
@@ -181,7 +190,11 @@ def plot_robustness(report: RobustnessReport, path: PathLike | None = None) -> F
         for model in report.models:
             levels, band = report.levels[corruption], report.band(model, corruption)
             (line,) = axes.plot(
-                levels, [100 * a for a in report.accuracy(model, corruption)], marker="o", markersize=3, label=model
+                levels,
+                [100 * a for a in report.accuracy(model, corruption)],
+                marker="o",
+                markersize=3,
+                label=_label(model),
             )
             low, high = [100 * b[0] for b in band], [100 * b[1] for b in band]
             axes.fill_between(levels, low, high, color=line.get_color(), alpha=0.2, linewidth=0)

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ._modules import spiking_modules
+from .. import functional
+from ._modules import runs_again, spiking_modules
 
 __all__ = ["FiringRateMonitor", "FiringRateRegulariser"]
 
@@ -17,11 +18,14 @@ def _spikes(output: Any) -> Tensor:
     return output[0] if isinstance(output, (tuple, list)) else output
 
 
-def _find(model: nn.Module, types: tuple[type[nn.Module], ...]) -> dict[str, nn.Module]:
+def _find(model: nn.Module, types: Iterable[type[nn.Module]]) -> dict[str, nn.Module]:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-    if types:
-        found = {name or "network": m for name, m in model.named_modules() if isinstance(m, types)}
+    if not isinstance(types, Iterable):
+        raise TypeError(f"types must be classes in a tuple, as in types=(MyNeuron,), got {types!r}")
+    kinds = tuple(types)
+    if kinds:
+        found = {name or "network": m for name, m in model.named_modules() if isinstance(m, kinds)}
     else:
         found = spiking_modules(model)
     if not found:
@@ -36,14 +40,15 @@ class FiringRateMonitor:
     """The firing rate of every spiking neuron layer: spikes per neuron and time step, over all calls since the start.
 
     A context manager; outside one, call :meth:`close` when done. It costs one reduction a layer and keeps no graph, so
-    it can stay on while training. Sums stay on the model's device; only :meth:`rates` waits for them.
+    it can stay on while training. Sums stay on the model's device; only :meth:`rates` waits for them. Watch a
+    network of ``torch.compile`` from before its first call: compiled code does not look for hooks that come later.
 
     Args:
         model: the network; neurons of snnfast, SpikingJelly, snnTorch, Norse and sinabs are found by themselves.
         types: classes of neurons of your own, to be watched in place of those.
 
     Raises:
-        TypeError: ``model`` is no module.
+        TypeError: ``model`` is no module, ``types`` are no classes.
         ValueError: no neuron was found.
 
     Example:
@@ -56,12 +61,14 @@ class FiringRateMonitor:
     """
 
     def __init__(self, model: nn.Module, types: Iterable[type[nn.Module]] = ()) -> None:
-        self._modules = _find(model, tuple(types))
+        self._modules = _find(model, types)
         self._hooks = [m.register_forward_hook(self._hook(name)) for name, m in self._modules.items()]
         self.clear()
 
     def _hook(self, name: str) -> Any:
         def add(module: nn.Module, args: Any, output: Any) -> None:
+            if module is not self._modules[name] or runs_again():  # a deep copy of the model has its hooks
+                return
             s = _spikes(output).detach()
             spikes = s.sum(dtype=torch.float32 if s.device.type == "mps" else torch.float64)
             self._sums[name] = spikes + self._sums[name] if name in self._sums else spikes
@@ -111,7 +118,7 @@ class FiringRateRegulariser:
         types: classes of neurons of your own, to be taken in place of those that are found.
 
     Raises:
-        TypeError: ``model`` is no module.
+        TypeError: ``model`` is no module, ``types`` are no classes, or ``target`` or ``weight`` is no number.
         ValueError: ``target`` outside [0, 1], ``weight`` below 0, or no neuron was found.
 
     Example:
@@ -128,16 +135,19 @@ class FiringRateRegulariser:
     def __init__(
         self, model: nn.Module, target: float, weight: float = 1.0, types: Iterable[type[nn.Module]] = ()
     ) -> None:
-        if not 0.0 <= target <= 1.0:
+        if not 0.0 <= functional.check_number("target", target) <= 1.0:
             raise ValueError(f"target must be a firing rate from 0 to 1, got {target!r}")
-        if not weight >= 0.0:
+        if not functional.check_number("weight", weight) >= 0.0:
             raise ValueError(f"weight must be at least 0, got {weight!r}")
         self.target, self.weight = float(target), float(weight)
         self._calls: dict[str, list[tuple[Tensor, int]]] = {}
-        self._hooks = [m.register_forward_hook(self._hook(name)) for name, m in _find(model, tuple(types)).items()]
+        self._modules = _find(model, types)
+        self._hooks = [m.register_forward_hook(self._hook(name)) for name, m in self._modules.items()]
 
     def _hook(self, name: str) -> Any:
         def keep(module: nn.Module, args: Any, output: Any) -> None:
+            if module is not self._modules[name] or runs_again():  # as in FiringRateMonitor
+                return
             s = _spikes(output)
             if torch.is_grad_enabled() and s.requires_grad:  # an evaluation has no loss to add to, and must not pile up
                 dtype = torch.promote_types(s.dtype, torch.float32)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import numbers
 import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import functional
+from .._arguments import check_steps
 from ._modules import evaluating
 from ._tables import table
 from .corruptions import CORRUPTIONS, LEVELS, Corruption
@@ -29,6 +31,8 @@ def wilson_interval(share: float, n: int, confidence: float = 0.95) -> tuple[flo
     """
     if n < 1 or not 0.0 < confidence < 1.0:
         raise ValueError(f"n must be at least 1 and confidence between 0 and 1, got n={n} and {confidence!r}")
+    if not 0.0 <= share <= 1.0:
+        raise ValueError(f"share must be from 0 to 1, got {share!r}")
     z = math.sqrt(2.0) * torch.erfinv(torch.tensor(confidence, dtype=torch.float64, device="cpu")).item()
     middle = (share + z * z / (2 * n)) / (1 + z * z / n)
     half = z / (1 + z * z / n) * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
@@ -71,6 +75,7 @@ class RobustnessReport:
         self, model: str, baseline: str, corruption: str, resamples: int = 2000
     ) -> list[tuple[float, float, float]]:
         """Paired difference in accuracy at each level, with the percentile bootstrap interval over the images."""
+        check_steps("resamples", resamples)
         generator = torch.Generator("cpu").manual_seed(0)
         d = (self.correct[model][corruption] - self.correct[baseline][corruption]).double()
         means = torch.empty(resamples, len(d), dtype=torch.float64, device="cpu")
@@ -120,7 +125,7 @@ class RobustnessReport:
 
 def _predict(model: nn.Module, x: Tensor) -> Tensor:
     out = model(x)
-    return out.mean(0) if out.dim() == 3 else out
+    return out.mean(0) if isinstance(out, Tensor) and out.dim() == 3 else out
 
 
 def _generator(seed: int, corruption: str, batch: int) -> torch.Generator:
@@ -130,41 +135,51 @@ def _generator(seed: int, corruption: str, batch: int) -> torch.Generator:
     )
 
 
+def _is_pair(data: Any) -> bool:
+    return isinstance(data, (tuple, list)) and len(data) == 2 and all(isinstance(d, Tensor) for d in data)
+
+
 def _batches(data: Any, batch_size: int) -> list[tuple[Tensor, Tensor]]:
-    if isinstance(data, (tuple, list)) and len(data) == 2 and all(isinstance(d, Tensor) for d in data):
-        images, labels = data
-        if len(images) != len(labels):
-            raise ValueError(f"data must hold as many labels as images, got {len(labels)} and {len(images)}")
-        batches = list(zip(images.split(batch_size), labels.split(batch_size), strict=True))
-    else:
-        batches = []
-        for pair in data:
-            if not isinstance(pair, (tuple, list)) or not all(isinstance(d, Tensor) for d in pair) or len(pair) != 2:
-                raise TypeError(
-                    "data must be a pair of tensors, images and labels, or an iterable of such pairs, got "
-                    f"{type(pair).__name__} in {type(data).__name__}"
-                )
-            batches.append((pair[0], pair[1]))
-    if not batches or not len(batches[0][0]):
-        raise ValueError("data must hold at least one image, got none")
-    for x, _ in batches:
+    several = not _is_pair(data) and (hasattr(data, "__iter__") or hasattr(data, "__getitem__"))
+    batches = list(data) if several else [data]
+    for pair in batches:
+        if not _is_pair(pair):
+            raise TypeError(
+                "data must be a pair of tensors, images and labels, or an iterable of such pairs, got "
+                f"{type(pair).__name__} in {type(data).__name__}"
+            )
+    for x, y in batches:
         if x.dim() != 4 or not x.is_floating_point():
             raise ValueError(
                 f"data's images must be floating point [N, C, H, W] in [0, 1], got {tuple(x.shape)} in "
                 f"{str(x.dtype).removeprefix('torch.')}"
             )
-        if x.min() < 0 or x.max() > 1:
+        if y.shape != x.shape[:1]:
+            raise ValueError(
+                f"data must hold as many labels as images, classes [N] = {tuple(x.shape[:1])}, got {tuple(y.shape)}"
+            )
+    batches = [(x, y) for x, y in batches if len(x)]
+    if not batches:
+        raise ValueError("data must hold at least one image, got none")
+    for x, _ in batches:
+        if not (x.min() >= 0 and x.max() <= 1):
             raise ValueError(
                 f"data's images must lie in [0, 1], got values from {x.min():.3g} to {x.max():.3g}; corrupt the raw "
                 "images and normalise them in transform="
             )
-    return batches
+    if several:
+        return batches
+    return list(zip(*(t.split(batch_size) for t in data), strict=True))
 
 
 def _choose(
     corruptions: Iterable[str] | Mapping[str, Corruption], levels: Mapping[str, Sequence[float]] | None
 ) -> dict[str, tuple[Corruption, list[float]]]:
     named = {}
+    if isinstance(corruptions, str) or not isinstance(corruptions, Iterable):
+        raise TypeError(f"corruptions must be a list of names, or functions by name, got {corruptions!r}")
+    if levels is not None and not isinstance(levels, Mapping):
+        raise TypeError(f"levels must be a dict of severities by corruption, got {levels!r}")
     if isinstance(corruptions, Mapping):
         named = dict(corruptions)
     else:
@@ -172,11 +187,15 @@ def _choose(
             if name not in CORRUPTIONS:
                 raise ValueError(f"corruptions must be among {', '.join(CORRUPTIONS)}, got {name!r}")
             named[name] = CORRUPTIONS[name]
+    if not named:
+        raise ValueError("corruptions must hold at least one, got none")
     chosen = {}
     for name, function in named.items():
         severities = (levels or {}).get(name, LEVELS.get(name))
         if severities is None:
             raise ValueError(f"levels must give severities for {name!r}, a corruption of your own")
+        if not isinstance(severities, Iterable):
+            raise TypeError(f"levels must be a list of severities for {name!r}, got {severities!r}")
         if any(not level >= 0 for level in severities):
             raise ValueError(f"levels must be at least 0, got {list(severities)} for {name!r}")
         chosen[name] = (function, [0.0, *(float(level) for level in severities if level)])
@@ -215,6 +234,7 @@ def robustness(
         transform: applied to the corrupted images, to normalise them say.
         predict: ``(model, images)`` -> logits ``[N, classes]``; by default the model's output, averaged over time
             where it is ``[T, N, classes]``.
+        batch_size: images at a time, where ``data`` is a pair of tensors.
         confidence: of the intervals.
 
     Raises:
@@ -237,11 +257,14 @@ def robustness(
         raise ValueError("models must hold at least one network, got none")
     if not 0.0 < confidence < 1.0:
         raise ValueError(f"confidence must be between 0 and 1, got {confidence!r}")
-    seeds = tuple(seeds)
+    seeds = tuple(seeds) if isinstance(seeds, Iterable) else seeds
+    if not isinstance(seeds, tuple) or not all(isinstance(seed, numbers.Integral) for seed in seeds):
+        raise TypeError(f"seeds must be whole numbers, such as range(3), got {seeds!r}")
     if not seeds:
         raise ValueError("seeds must hold at least one seed, got none")
+    seeds = tuple(map(int, seeds))  # NumPy's have no place in JSON
     chosen = _choose(corruptions, levels)
-    batches = _batches(data, batch_size)
+    batches = _batches(data, check_steps("batch_size", batch_size))
     total = sum(len(x) for x, _ in batches)
     counts: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}  # whatever the defaults are
     correct = {
@@ -252,12 +275,15 @@ def robustness(
     def hits(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
         functional.reset_net(model)
         x = x.clone()  # a transform or model that works in place must not change what the next one sees
-        logits = predict(model, x if transform is None else transform(x))
-        functional.reset_net(model)
-        if logits.dim() != 2 or len(logits) != len(y):
+        try:
+            logits = predict(model, x if transform is None else transform(x))
+        finally:
+            functional.reset_net(model)
+        if not isinstance(logits, Tensor) or logits.dim() != 2 or len(logits) != len(y):
+            got = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
             raise ValueError(
-                f"predict must give logits [N, classes] for N = {len(y)} images, got {tuple(logits.shape)}; say in "
-                "predict= how your model is to be run and read out"
+                f"predict must give logits [N, classes] for N = {len(y)} images, got {got}; say in predict= how your "
+                "model is to be run and read out"
             )
         return (logits.argmax(1) == y).float().cpu()
 
@@ -277,5 +303,7 @@ def robustness(
                     for seed in seeds:
                         corrupted = corrupt(x.clone(), level, _generator(seed, corruption, index))
                         for name, model in named.items():
-                            correct[name][corruption][i, part] += hits(model, corrupted, y) / len(seeds)
+                            correct[name][corruption][i, part] += hits(model, corrupted, y)
+                for name in named:
+                    correct[name][corruption][1:, part] /= len(seeds)
     return RobustnessReport(list(named), {c: s for c, (_, s) in chosen.items()}, correct, confidence, seeds)

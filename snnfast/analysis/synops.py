@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import functional
-from ._modules import evaluating, is_spiking, run_steps
+from .._arguments import check_steps
+from ._modules import evaluating, is_single_step, is_spiking, run_steps, steps_and_samples
 from ._tables import table
 
 __all__ = ["PICOJOULE_PER_AC", "PICOJOULE_PER_MAC", "LayerSynops", "SynopsReport", "count_synops"]
@@ -157,7 +158,7 @@ class SynopsReport:
 
 
 # ---- counting ----
-def _convolution_operations(layer: Any, counts: Tensor, weights: Tensor) -> int:
+def _convolution_operations(layer: Any, counts: Tensor, weights: Tensor, output_size: Any) -> int:
     """Operations of a convolution whose inputs ``[C, *]`` were active ``counts`` times, with the given weights used.
 
     The count is linear in the inputs and in the weights, so the batch and the output channels are summed first.
@@ -167,7 +168,10 @@ def _convolution_operations(layer: Any, counts: Tensor, weights: Tensor) -> int:
     groups = layer.groups
     if transposed:  # weight [C_in, C_out / groups, *]
         kernel, bias = weights.sum(1, keepdim=True), None
-        options = {"stride": layer.stride, "padding": layer.padding, "output_padding": layer.output_padding}
+        options = {"stride": layer.stride, "padding": layer.padding}
+        options["output_padding"] = layer._output_padding(
+            counts[None], output_size, layer.stride, layer.padding, layer.kernel_size, counts.dim() - 1, layer.dilation
+        )
     else:  # weight [C_out, C_in / groups, *]
         kernel, bias = weights.unflatten(0, (groups, -1)).sum(1), None
         options = {"stride": layer.stride, "padding": layer.padding}
@@ -179,14 +183,17 @@ def _convolution_operations(layer: Any, counts: Tensor, weights: Tensor) -> int:
     return round(out.sum().item())
 
 
-def _operations(layer: nn.Module, x: Tensor) -> tuple[int, int, int, int]:
-    """Effective and dense operations of one call, then its inputs and those that are not zero."""
+def _operations(layer: nn.Module, x: Tensor, output_size: Any) -> tuple[int, int, int, int]:
+    """Effective and dense operations of one call, then its inputs and those that are not zero.
+
+    ``output_size`` is that of a transposed convolution's call.
+    """
     weight = layer.weight.detach()  # type: ignore[operator]
     used = (weight != 0).double()
     active = x.detach() != 0
     if isinstance(layer, nn.Linear):
-        n = x.numel() // layer.in_features
-        per_input = active.reshape(-1, layer.in_features).sum(0, dtype=torch.float64)
+        n = math.prod(x.shape[:-1])
+        per_input = active.reshape(n, layer.in_features).sum(0, dtype=torch.float64)
         effective = round((per_input @ used.sum(0)).item())
         dense = n * layer.in_features * layer.out_features
     else:
@@ -194,9 +201,9 @@ def _operations(layer: nn.Module, x: Tensor) -> tuple[int, int, int, int]:
         folded = active.reshape(-1, *active.shape[-space - 1 :])
         # float64 convolutions of a single sample: exact up to 2^53 operations
         per_input = folded.sum(0, dtype=torch.float64)
-        effective = _convolution_operations(layer, per_input, used)
+        effective = _convolution_operations(layer, per_input, used, output_size)
         everything = torch.full_like(per_input, folded.shape[0])
-        dense = _convolution_operations(layer, everything, torch.ones_like(used))
+        dense = _convolution_operations(layer, everything, torch.ones_like(used), output_size)
     return effective, dense, x.numel(), int(active.sum().item())
 
 
@@ -218,13 +225,14 @@ class _Counter:
                 hook = module.register_forward_hook(self._on_connection(name or "network"), with_kwargs=True)
                 self._hooks.append(hook)
             elif is_spiking(module):
-                self._hooks.append(module.register_forward_pre_hook(self._on_neuron))
+                self._hooks.append(module.register_forward_pre_hook(self._on_neuron, with_kwargs=True))
 
     def _on_connection(self, name: str) -> Callable[..., None]:
         def count(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-            x = args[0] if args else next(iter(kwargs.values()))
+            x = args[0] if args else next(t for t in kwargs.values() if isinstance(t, Tensor))
+            output_size = kwargs.get("output_size", args[1] if len(args) > 1 else None)
             entry = self.layers.setdefault(name, LayerSynops(name, type(layer).__name__))
-            effective, dense, inputs, active = _operations(layer, x)
+            effective, dense, inputs, active = _operations(layer, x, output_size)
             if _is_accumulation(x):
                 entry.acs += effective
             else:
@@ -236,21 +244,14 @@ class _Counter:
 
         return count
 
-    def _on_neuron(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        if self.first is None and args and isinstance(args[0], Tensor):
+    def _on_neuron(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        x = next((t for t in (*args, *kwargs.values()) if isinstance(t, Tensor)), None)
+        if self.first is None and x is not None:
             self.first = module
-        if self.first is not module:
+        if self.first is not module or x is None:
             return
-        shape, timesteps = args[0].shape, getattr(module, "timesteps", None)
-        if timesteps:
-            self.samples = shape[0] // timesteps
-            self.timesteps += timesteps
-        elif getattr(module, "step_mode", "s") == "m":
-            self.samples = shape[1] if len(shape) > 1 else 1
-            self.timesteps += shape[0]
-        else:
-            self.samples = shape[0] if shape else 1
-            self.timesteps += 1
+        timesteps, self.samples = steps_and_samples(module, x.shape)
+        self.timesteps += timesteps
 
     def start(self) -> None:
         """Before each input."""
@@ -291,14 +292,17 @@ def count_synops(
 
     Args:
         model: any network, spiking or not: multi-step on ``[T, B, *]``, folded on ``[T * B, *]``, or single-step, which
-            is called once for each of ``x``'s T steps. SpikingJelly's models work as they are.
+            is called once for each of ``x``'s T steps. SpikingJelly's models work as they are. A network of single-step
+            neurons that has a loop over time in its own forward needs ``forward=lambda model, x: model(x)``. Those of
+            snnTorch, Norse and sinabs are called once, with all of ``x``.
         x: input, or an iterable of inputs (or of ``(input, label)`` pairs, as a loader gives) to sum over.
         forward: how to run ``model`` on one input, where ``model(x)``, or one call per step, is not the way.
         samples: number of samples in one input; by default the batch that the first spiking neuron sees.
 
     Raises:
         TypeError: ``model`` is no module, or ``x`` holds no tensors.
-        ValueError: no connection was called.
+        ValueError: no input, no connection was called, or a model called step by step that loops over time itself;
+            ``samples`` is not a whole number from 1.
 
     Example:
         >>> import snnfast
@@ -311,7 +315,11 @@ def count_synops(
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     if forward is not None and not callable(forward):
         raise TypeError(f"forward must be a function of the model and an input, got {type(forward).__name__}")
-    report = SynopsReport()
+    if not (hasattr(x, "__iter__") or hasattr(x, "__getitem__")):
+        raise TypeError(f"x must be a tensor, or an iterable of tensors, got {type(x).__name__}")
+    if samples is not None:
+        samples = check_steps("samples", samples, ", or None")
+    report, inputs = SynopsReport(), 0
     with _counting(model) as counter:
         for batch in [x] if isinstance(x, Tensor) else x:
             given = batch[0] if isinstance(batch, (tuple, list)) else batch
@@ -323,9 +331,19 @@ def count_synops(
                 run_steps(model, given, forward)
             finally:
                 functional.reset_net(model)
+            if forward is None and is_single_step(model) and counter.timesteps > len(given):
+                raise ValueError(
+                    "model's neurons are in single-step mode, so it was called once for each step of x, but the "
+                    f"first of them was called {counter.timesteps} times in {len(given)} steps: if model runs them all "
+                    "by itself, pass forward=lambda model, x: model(x)"
+                )
             report.timesteps = counter.timesteps or None
-            report.samples += samples or counter.samples or math.prod(given.shape[:1])
+            seen = math.prod(given.shape[:1]) if counter.first is None else counter.samples
+            report.samples += seen if samples is None else samples
+            inputs += 1
     report.layers = list(counter.layers.values())
+    if not inputs:
+        raise ValueError("x must hold at least one input, got none; an iterator is empty once it has been read")
     if not report.layers:
         raise ValueError(
             "model must call at least one Linear, Conv or ConvTranspose module, but none was called; layers that are "

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from .._arguments import check_steps
 from ..convert.to_spiking import OPTIONS, check_arguments, to_spiking
 
 Neuron = Callable[..., nn.Module]
@@ -23,6 +24,16 @@ def conv1x1(cin: int, cout: int, stride: int = 1) -> nn.Conv2d:
 
 
 _OWN = ["num_classes", "in_channels", "timesteps", "neuron", "width"]  # arguments of each model
+
+
+def check_sizes(**sizes: Any) -> None:
+    """Refuse numbers of channels and classes that are none.
+
+    Raises:
+        ValueError: not a whole number from 1; the message names the argument.
+    """
+    for name, value in sizes.items():
+        check_steps(name, value)
 
 
 def finish(ann: nn.Module, timesteps: int | None, neuron: Neuron | None, kwargs: dict[str, Any]) -> Any:
@@ -43,4 +54,4 @@ def finish(ann: nn.Module, timesteps: int | None, neuron: Neuron | None, kwargs:
             given = ", ".join([*(["neuron"] if neuron is not None else []), *kwargs])
             raise ValueError(f"timesteps must be given with {given}: without it the model is an ANN and has no neurons")
         return ann
-    return to_spiking(ann, timesteps, neuron, share_weights=True, **kwargs)
+    return to_spiking(ann, timesteps, neuron, **{"share_weights": True, **kwargs})  # nobody else has the weights

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ._spiking import Neuron, conv3x3, finish
+from ._spiking import Neuron, check_sizes, conv3x3, finish
 
 __all__ = ["PyramidNet", "pyramidnet18"]
 
@@ -80,5 +80,6 @@ def pyramidnet18(
         >>> pyramidnet18(timesteps=2, width=8)(torch.rand(3, 3, 32, 32)).shape
         torch.Size([2, 3, 10])
     """
+    check_sizes(num_classes=num_classes, in_channels=in_channels, width=width)
     net = PyramidNet((2, 2, 2, 2), width, 7 * width if alpha is None else alpha, num_classes, in_channels)
     return finish(net, timesteps, neuron, kwargs)

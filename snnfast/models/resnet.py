@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ._spiking import Neuron, conv1x1, conv3x3, finish
+from ._spiking import Neuron, check_sizes, conv1x1, conv3x3, finish
 
 __all__ = ["ResNet", "resnet18", "resnet19", "sew_resnet18"]
 
@@ -101,13 +101,14 @@ def resnet18(
         **kwargs: the neurons' arguments, and those of :func:`snnfast.to_spiking`, which makes the network spiking.
 
     Raises:
-        ValueError: arguments for neurons without ``timesteps``.
+        ValueError: arguments for neurons without ``timesteps``; a size that is not a whole number from 1.
 
     Example:
         >>> import torch
         >>> resnet18(timesteps=2, width=8, tau=2.0)(torch.rand(3, 3, 32, 32)).shape
         torch.Size([2, 3, 10])
     """
+    check_sizes(num_classes=num_classes, in_channels=in_channels, width=width)
     net = ResNet(BasicBlock, (2, 2, 2, 2), _multiples(width, 1, 2, 4, 8), num_classes, in_channels)
     return finish(net, timesteps, neuron, kwargs)
 
@@ -126,6 +127,7 @@ def resnet19(
     Stages of 3, 3 and 2 blocks with 128, 256 and 512 channels, and a hidden layer of 256 before the last.
     The arguments, the result and the errors are those of :func:`resnet18`.
     """
+    check_sizes(num_classes=num_classes, in_channels=in_channels, width=width)
     net = ResNet(BasicBlock, (3, 3, 2), _multiples(width, 1, 2, 4), num_classes, in_channels, hidden=2 * width)
     return finish(net, timesteps, neuron, kwargs)
 
@@ -143,5 +145,6 @@ def sew_resnet18(
 
     The arguments, the result and the errors are those of :func:`resnet18`.
     """
+    check_sizes(num_classes=num_classes, in_channels=in_channels, width=width)
     net = ResNet(SEWBlock, (2, 2, 2, 2), _multiples(width, 1, 2, 4, 8), num_classes, in_channels)
     return finish(net, timesteps, neuron, kwargs)

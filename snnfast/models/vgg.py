@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ._spiking import Neuron, conv3x3, finish
+from ._spiking import Neuron, check_sizes, conv3x3, finish
 
 __all__ = ["VGG", "vgg9", "vgg11"]
 
@@ -62,6 +62,7 @@ def vgg9(
         >>> vgg9(timesteps=2, width=8)(torch.rand(3, 3, 32, 32)).shape
         torch.Size([2, 3, 10])
     """
+    check_sizes(num_classes=num_classes, in_channels=in_channels, width=width)
     w = width
     net = VGG((w, w, 0, 2 * w, 2 * w, 0, 4 * w, 4 * w, 4 * w), 4, 16 * w, num_classes, in_channels)
     return finish(net, timesteps, neuron, kwargs)
@@ -81,6 +82,7 @@ def vgg11(
     Its last pooling is an average over what is left of the image. The arguments, the result and the errors are those of
     :func:`~snnfast.models.resnet18`.
     """
+    check_sizes(num_classes=num_classes, in_channels=in_channels, width=width)
     w = width
     plan = (w, 0, 2 * w, 0, 4 * w, 4 * w, 0, 8 * w, 8 * w, 0, 8 * w, 8 * w)
     return finish(VGG(plan, 1, 0, num_classes, in_channels), timesteps, neuron, kwargs)

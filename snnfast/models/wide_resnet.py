@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ._spiking import Neuron, conv1x1, conv3x3, finish
+from ._spiking import Neuron, check_sizes, conv1x1, conv3x3, finish
 
 __all__ = ["WideResNet", "wrn16_2", "wrn28_4"]
 
@@ -70,6 +70,7 @@ def wrn16_2(
         >>> wrn16_2(timesteps=2)(torch.rand(3, 3, 32, 32)).shape
         torch.Size([2, 3, 10])
     """
+    check_sizes(num_classes=num_classes, in_channels=in_channels, width=width)
     return finish(WideResNet(16, 2, width, num_classes, in_channels), timesteps, neuron, kwargs)
 
 
@@ -83,4 +84,5 @@ def wrn28_4(
     **kwargs: Any,
 ) -> Any:
     """WRN-28-4, 5.85 million parameters; otherwise as :func:`wrn16_2`."""
+    check_sizes(num_classes=num_classes, in_channels=in_channels, width=width)
     return finish(WideResNet(28, 4, width, num_classes, in_channels), timesteps, neuron, kwargs)
