@@ -6,7 +6,7 @@ No torch is needed to build: csrc includes no torch header. What the build finds
 * nvcc: the CUDA kernels too, with the CUDA runtime linked statically.
 
 Environment: ``CXX``, ``SNNFAST_CUDA=0`` (skip CUDA), ``SNNFAST_CUDA_ARCHS="80;90"``, ``SNNFAST_NVCC`` (path),
-``SNNFAST_SANITIZE=address,undefined`` (a build for ``make sanitize``).
+``NVCC_CCBIN`` (nvcc's host compiler), ``SNNFAST_SANITIZE=address,undefined`` (a build for ``make sanitize``).
 """
 
 from __future__ import annotations
@@ -74,6 +74,31 @@ def find_nvcc() -> str | None:
     candidates += [str(Path(os.environ[v]) / "bin/nvcc") for v in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(v)]
     candidates += ["/usr/local/cuda/bin/nvcc"]
     return next((c for c in candidates if c and run(c, "--version")), None)
+
+
+def host_compiler(nvcc: str, compiler: str, scratch: Path) -> list[str]:
+    """nvcc's arguments that name a C++ compiler it takes: each release refuses those that are newer than it.
+
+    Raises:
+        RuntimeError: there is none.
+    """
+    source = scratch / "probe.cu"
+    source.write_text("#include <vector>\n")
+    asked = os.environ.get("NVCC_CCBIN")
+    older = [name for version in range(15, 8, -1) if shutil.which(name := f"g++-{version}")]
+    candidates = [asked] if asked else [compiler, "", *older]  # "" is nvcc's own choice
+    said = ""
+    for candidate in candidates:
+        arguments = ["-ccbin", candidate] if candidate else []
+        command = [nvcc, *arguments, "-std=c++17", "-c", str(source), "-o", str(scratch / "probe.o")]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode == 0:
+            return arguments
+        said = done.stdout + done.stderr
+    raise RuntimeError(
+        f"{said}\nsnnfast: {nvcc} takes none of these C++ compilers: {', '.join(filter(None, candidates))}. Name one "
+        "that this release of CUDA supports in NVCC_CCBIN, or build without CUDA kernels: SNNFAST_CUDA=0"
+    )
 
 
 def cuda_archs(nvcc: str) -> list[str]:
@@ -168,11 +193,12 @@ class BuildKernels(build_ext):
         if sys.platform == "darwin":
             link += " -undefined dynamic_lookup"
         if nvcc:
-            self.add_cuda(ninja, nvcc, compiler)
+            with_host = quoted(nvcc, *host_compiler(nvcc, compiler, scratch))
+            self.add_cuda(ninja, with_host, cuda_archs(nvcc))
             binding_flags += " -DSNNFAST_CUDA"
             # nvcc links, so that it finds its own runtime.
             host_flags = f" -Xcompiler {openmp}" if openmp else ""
-            link = f"{quoted(nvcc)} -ccbin {compiler} -shared -cudart static -Xcompiler -fPIC{host_flags} $in -o $out"
+            link = f"{with_host} -shared -cudart static -Xcompiler -fPIC{host_flags} $in -o $out"
         ninja.compile("cxx", CSRC / "bindings.cpp", "bindings.o", binding_flags.replace("$", "$$"))
         edges = "\n".join(ninja.edges)
         final = f"build {escape(output)}: link {' '.join(ninja.objects)}\n"
@@ -183,8 +209,7 @@ class BuildKernels(build_ext):
             + f"{edges}\n{final}\ndefault {escape(output)}\n"
         )
 
-    def add_cuda(self, ninja: Ninja, nvcc: str, compiler: str) -> None:
-        archs = cuda_archs(nvcc)
+    def add_cuda(self, ninja: Ninja, nvcc: str, archs: list[str]) -> None:
         highest = max(archs, key=lambda a: int(re.sub(r"\D", "", a)))
         codes = [f"-gencode arch=compute_{a},code=sm_{a}" for a in archs]
         codes.append(f"-gencode arch=compute_{highest},code=compute_{highest}")
@@ -193,8 +218,7 @@ class BuildKernels(build_ext):
         macro = f"""'-DSNNFAST_CUDA_ARCH_LIST="{names}"'"""
         ninja.rule(
             "nvcc",
-            f"{quoted(nvcc)} -ccbin {compiler} {CUDA_FLAGS} {' '.join(codes)} {macro} $flags "
-            "-MD -MF $out.d -c $in -o $out",
+            f"{nvcc} {CUDA_FLAGS} {' '.join(codes)} {macro} $flags -MD -MF $out.d -c $in -o $out",
         )
         for part in (1, 2):  # forward and backward, so that two cores have work
             ninja.compile("nvcc", CSRC / "cuda.cu", f"cuda_{part}.o", f"-DSNNFAST_CUDA_PART={part}")

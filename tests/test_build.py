@@ -63,6 +63,22 @@ def test_ninja_file_with_a_wrapped_nvcc(tmp_path):
     assert set(re.findall(r"code=sm_(\d+)", text)) == {"86", "90"}
 
 
+def test_nvcc_gets_a_compiler_that_it_takes(tmp_path):
+    """Each release of CUDA refuses compilers that are newer than it; an older one may stand beside the default."""
+    fake_tool(tmp_path, "ninja", "exit 0")
+    fake_tool(tmp_path, "g++-12", "exit 0")
+    refusing = 'case "$*" in *list-gpu*|*version*|*"-ccbin g++-12"*) echo sm_90;; *) echo gcc is too new; exit 1;; esac'
+    nvcc = fake_tool(tmp_path, "nvcc", refusing)
+    here = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SNNFAST_NVCC": str(nvcc)}
+    assert build(tmp_path, **here).returncode == 0
+    text = next((tmp_path / "temp").rglob("build.ninja")).read_text()
+    assert text.count(f"{nvcc} -ccbin g++-12 ") == 2  # compiles and links
+    refused = build(tmp_path / "2", **here, NVCC_CCBIN="g++-99")
+    assert refused.returncode != 0
+    assert "gcc is too new" in refused.stderr
+    assert "takes none of these C++ compilers: g++-99. Name one" in refused.stderr
+
+
 def test_cuda_can_be_left_out(tmp_path):
     fake_tool(tmp_path, "ninja", "exit 0")
     fake_tool(tmp_path, "nvcc", "echo nvcc")
