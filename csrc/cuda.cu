@@ -144,13 +144,10 @@ std::string on_device(int device, F f) {
 template <class R>
 cudaError_t launch(void (*kernel)(Call, Params<R>), Call c, int W, void* stream) {
   const int64_t neurons = int64_t(kThreads) * W, blocks = (c.N + neurons - 1) / neurons;
-  if (blocks > 0x7fffffff) return cudaErrorInvalidConfiguration;
   Call without_decay = c;
   without_decay.decay = nullptr;  // a device pointer: the kernel reads it
   Params<R> p = params_of<R>(without_decay);
-  void* arguments[] = {&c, &p};
-  return cudaLaunchKernel(kernel, dim3(unsigned(blocks)), dim3(kThreads), arguments, 0,
-                          static_cast<cudaStream_t>(stream));
+  return launch_blocks(kernel, blocks, kThreads, c, p, stream);
 }
 
 }  // namespace

@@ -82,15 +82,11 @@ inline cudaError_t launch_bits(BitsCall c, bool pack, void* stream) {
   int64_t bytes = (c.n + 63) / 64 * 8;
   if (bytes == 0) return cudaSuccess;
   const int64_t blocks = (bytes + kBitsThreads - 1) / kBitsThreads;
-  if (blocks > 0x7fffffff) return cudaErrorInvalidConfiguration;
   const bool whole = uintptr_t(c.elements) % 16 == 0;
-  // Not const: cudaLaunchKernel of CUDA 12 does not take that.
-  BitsKernel kernel = c.element_bytes == 2   ? bits_kernel<uint16_t>(pack, whole)
-                      : c.element_bytes == 4 ? bits_kernel<uint32_t>(pack, whole)
-                                             : bits_kernel<uint64_t>(pack, whole);
-  void* arguments[] = {&c, &bytes};
-  return cudaLaunchKernel(kernel, dim3(unsigned(blocks)), dim3(kBitsThreads), arguments, 0,
-                          static_cast<cudaStream_t>(stream));
+  const BitsKernel kernel = c.element_bytes == 2   ? bits_kernel<uint16_t>(pack, whole)
+                            : c.element_bytes == 4 ? bits_kernel<uint32_t>(pack, whole)
+                                                   : bits_kernel<uint64_t>(pack, whole);
+  return launch_blocks(kernel, blocks, kBitsThreads, c, bytes, stream);
 }
 
 }  // namespace

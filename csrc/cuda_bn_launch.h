@@ -99,13 +99,10 @@ int64_t lay_out(BatchNormJob& job, BatchNormPass pass, bool learnable) {
 
 template <class R>
 cudaError_t launch(void (*kernel)(BatchNormJob, Params<R>), BatchNormJob job, int64_t blocks, void* stream) {
-  if (blocks > 0x7fffffff) return cudaErrorInvalidConfiguration;
   Call without_decay = job.b.norm.call;
   without_decay.decay = nullptr;  // a device pointer: the kernel reads it
   Params<R> p = params_of<R>(without_decay);
-  void* arguments[] = {&job, &p};
-  return cudaLaunchKernel(kernel, dim3(unsigned(blocks)), dim3(kThreads), arguments, 0,
-                          static_cast<cudaStream_t>(stream));
+  return launch_blocks(kernel, blocks, kThreads, job, p, stream);
 }
 
 // f(Kind()) for the call's neuron and dtype, of the neurons without parameters of their own.

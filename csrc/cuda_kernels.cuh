@@ -27,6 +27,15 @@ constexpr int kSegment = 16;   // steps of the open backward between kept states
 
 SNNFAST_FN int64_t decay_partials(int64_t N) { return (N + kThreads - 1) / kThreads; }
 
+template <class A, class B>
+cudaError_t launch_blocks(void (*kernel)(A, B), int64_t blocks, int threads, A& a, B& b, void* stream) {
+  if (blocks > 0x7fffffff) return cudaErrorInvalidConfiguration;
+  void* arguments[] = {&a, &b};
+  // CUDA 12 cannot tell the function's type from its pointer.
+  return cudaLaunchKernel<void(A, B)>(kernel, dim3(unsigned(blocks)), dim3(threads), arguments, 0,
+                                      static_cast<cudaStream_t>(stream));
+}
+
 // ---- memory ----
 template <int bytes>
 struct AccessOf;

@@ -57,8 +57,12 @@ cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, F*) {
   return cudaSuccess;
 }
 template <class A, class B>
-cudaError_t cudaLaunchKernel(void (*kernel)(A, B), dim3 grid, dim3 block, void** arguments, size_t, cudaStream_t) {
+void cuda_host_call(void (*kernel)(A, B), void** arguments) {
+  kernel(*static_cast<A*>(arguments[0]), *static_cast<B*>(arguments[1]));
+}
+template <class F>
+cudaError_t cudaLaunchKernel(F* kernel, dim3 grid, dim3 block, void** arguments, size_t, cudaStream_t) {
   if (grid.x == 0) return cudaErrorInvalidConfiguration;
-  host_shim::run_grid(grid, block, [&] { kernel(*static_cast<A*>(arguments[0]), *static_cast<B*>(arguments[1])); });
+  host_shim::run_grid(grid, block, [&] { cuda_host_call(kernel, arguments); });
   return cudaSuccess;
 }
