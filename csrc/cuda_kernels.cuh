@@ -412,6 +412,16 @@ SNNFAST_DEVICE void forget([[maybe_unused]] Pack<T, W> (&rows)[count]) {
 #endif
 }
 
+// Calls f with count - 1 to 0 as constants: a loop this large is not unrolled by nvcc 12, whatever it is told, and its
+// arrays are then in local memory.
+template <int count, class F>
+SNNFAST_DEVICE void backwards(F f) {
+  if constexpr (count > 0) {
+    f(std::integral_constant<int, count - 1>());
+    backwards<count - 1>(f);
+  }
+}
+
 // The backward of the neurons from n on, the tape in registers; returns their part of the decay's gradient.
 template <class Neuron, class T, int kT, int W, class Source, class Sink, class R>
 SNNFAST_DEVICE double backward_exact(const Call& c, const Params<R>& p, int64_t n, Source& x, Sink& sink) {
@@ -431,8 +441,8 @@ SNNFAST_DEVICE double backward_exact(const Call& c, const Params<R>& p, int64_t 
                      });
   if constexpr (Neuron::kNeedsBefore) forget(all);
   if constexpr (Sink::kWantsInput && sizeof(T) < sizeof(R)) forget(x.ahead);
-  SNNFAST_UNROLL
-  for (int t = kT - 1; t >= 0; --t) {
+  backwards<kT>([&](auto step) {
+    constexpr int t = decltype(step)::value;
     R grad_s_now[W], before[W][kStates] = {};
     unpack(grad_s[t], grad_s_now);
     if constexpr (Sink::kConnects) {
@@ -443,8 +453,8 @@ SNNFAST_DEVICE double backward_exact(const Call& c, const Params<R>& p, int64_t 
     if constexpr (Neuron::kNeedsBefore) {
       SNNFAST_UNROLL
       for (int w = 0; w < W; ++w)
-        if (t > 0)
-          Neuron::after(all[t > 0 ? t - 1 : 0][w], before[w], back.own.values[w], p);
+        if constexpr (t > 0)
+          Neuron::after(all[t - 1][w], before[w], back.own.values[w], p);
         else
           memcpy(before[w], start[w], sizeof(before[w]));
     }
@@ -452,7 +462,7 @@ SNNFAST_DEVICE double backward_exact(const Call& c, const Params<R>& p, int64_t 
     back.step(grad_s_now, all[t], before, grad_x);
     if constexpr (Sink::kWantsInput) unpack(x.ahead[t], x_now);
     sink.put(t, grad_x, x_now);
-  }
+  });
   end_backward(c, back, n);
   return back.grad_decay;
 }
