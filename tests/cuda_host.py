@@ -48,7 +48,9 @@ def build(folder, *flags):
         errors = process.communicate()[1]
         assert process.returncode == 0, errors
     library = folder / "libcuda_host.so"
-    subprocess.run([GXX, "-shared", *flags, *(str(path) for path, _ in jobs), "-o", str(library)], check=True)
+    # Bound to its own runtime, also where torch has brought CUDA's into the process.
+    link = [GXX, "-shared", "-Wl,-Bsymbolic", *flags]
+    subprocess.run([*link, *(str(path) for path, _ in jobs), "-o", str(library)], check=True)
     return library
 
 

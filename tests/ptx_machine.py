@@ -25,7 +25,8 @@ class Counts(ctypes.Structure):
 def build(folder, *objects):
     """The machine as a shared library, with the objects that nvcc made, which launch their kernels on it."""
     library = folder / "libptx.so"
-    command = [GXX, "-std=c++17", "-O2", "-fPIC", "-ffp-contract=off", "-shared", f"-I{ROOT / 'csrc'}"]
+    command = [GXX, "-std=c++17", "-O2", "-fPIC", "-ffp-contract=off", f"-I{ROOT / 'csrc'}"]
+    command += ["-shared", "-Wl,-Bsymbolic"]  # bound to this runtime, also where torch has brought CUDA's
     sources = [FOLDER / "runtime.cpp", *([SHIM / "calls.cpp", SHIM / "bn_driver.cpp"] if objects else [])]
     subprocess.run([*command, *map(str, (*sources, *objects)), "-o", str(library)], check=True)
     return library
