@@ -422,6 +422,18 @@ SNNFAST_DEVICE void backwards(F f) {
   }
 }
 
+// From the gradient of what comes out of a step's spikes and skip, those of both. Outside of the lambda that calls it:
+// nvcc 11 would compile it there for all sinks.
+template <class Neuron, class Source, class Sink, class R, int W>
+SNNFAST_DEVICE void disconnect(const Source& x, Sink& sink, int t, const R (&tape)[W][Neuron::kTape],
+                               const OwnParameters<Neuron, R, W>& own, const Params<R>& p, R (&grad_s)[W]) {
+  if constexpr (Sink::kConnects) {
+    R skip[W];
+    unpack(x.skip.ahead[t], skip);
+    sink.template connect<Neuron>(t, skip, tape, own, p, grad_s);
+  }
+}
+
 // The backward of the neurons from n on, the tape in registers; returns their part of the decay's gradient.
 template <class Neuron, class T, int kT, int W, class Source, class Sink, class R>
 SNNFAST_DEVICE double backward_exact(const Call& c, const Params<R>& p, int64_t n, Source& x, Sink& sink) {
@@ -445,11 +457,7 @@ SNNFAST_DEVICE double backward_exact(const Call& c, const Params<R>& p, int64_t 
     constexpr int t = decltype(step)::value;
     R grad_s_now[W], before[W][kStates] = {};
     unpack(grad_s[t], grad_s_now);
-    if constexpr (Sink::kConnects) {
-      R skip[W];
-      unpack(x.skip.ahead[t], skip);
-      if (c.grad_s) sink.template connect<Neuron>(t, skip, all[t], back.own, p, grad_s_now);
-    }
+    if (c.grad_s) disconnect<Neuron>(x, sink, t, all[t], back.own, p, grad_s_now);
     if constexpr (Neuron::kNeedsBefore) {
       SNNFAST_UNROLL
       for (int w = 0; w < W; ++w)
