@@ -243,11 +243,165 @@ void gradients_of_connection(const BatchNormCall& b, int64_t begin, int64_t n, i
   }
 }
 
+// ---- few steps ----
+// Two loops over the neurons of a tile, all steps of a vector in registers: forward to the tape, and back to grad_x and
+// the sums. Between them the surrogate's derivative, which is one function for all neurons. Whole vectors only: a
+// variant for what is left over would be as much code again.
+template <class T>
+bool serves_few_steps(const BatchNormCall& b) {
+  using R = typename StateOf<T>::type;
+  if (b.call.T > kFewSteps || b.groups > 1 || b.connect == kAnd || b.connect == kIand) return false;
+  const int64_t lanes = sizeof(typename VectorOf<R>::type) / sizeof(R);
+  return (b.runs() ? b.inner : b.constants()) % lanes == 0;
+}
+
+template <class R>
+struct FewSteps {
+  static constexpr int64_t kStride = kTile + 16;  // see scratch_stride
+  alignas(64) R h[kFewSteps * kStride], derivative[kFewSteps * kStride];
+};
+
+template <bool runs, class Neuron, class T, class R>
+SNNFAST_FN void record_few_steps(const BatchNormCall& b, int64_t begin, int64_t n, const Params<R> p, R* tape) {
+  using V = typename VectorOf<R>::type;
+  const int64_t steps = b.call.T, N = b.call.N;
+  const T* const x = static_cast<const T*>(b.call.x) + begin;
+  const T* const skip = b.connect == kCharge ? skip_row<T>(b, 0, begin) : nullptr;
+  const R* const v0 = b.call.state[0] ? static_cast<const R*>(b.call.state[0]) + begin : nullptr;
+  const R v_init = R(b.call.v_init);
+  const auto part = [&](int64_t at, int64_t length, int64_t constant) __attribute__((always_inline)) {
+    const Along<runs, R> by(static_cast<const R*>(b.scale) + constant), plus(static_cast<const R*>(b.shift) + constant);
+    for (int64_t j = 0; j < length; j += sizeof(V) / sizeof(R)) {
+      const int64_t i = at + j;
+      const V scale = by.at(V(), j), shift = plus.at(V(), j), own[kMaxOwn] = {};
+      V state[1] = {v0 ? load(v0 + i, (V*)nullptr) : broadcast<V>(v_init)}, h[1];
+      for (int64_t t = 0; t < steps; ++t) {
+        __builtin_prefetch(x + t * N + i + kPrefetchBytes / 2 / int64_t(sizeof(T)));
+        const V scaled = load(x + t * N + i, (V*)nullptr) * scale;
+        V charge = scaled + shift;
+        if (skip) charge = charge + load(skip + t * N + i, (V*)nullptr);
+        Neuron::step(charge, state, h, own, p);
+        store<false>(tape + t * FewSteps<R>::kStride + i, h[0]);
+      }
+    }
+  };
+  for_each_part<runs>(b, begin, begin + n, part);
+}
+
+// Returns the gradient of the decay.
+template <bool runs, class Neuron, class T, class R>
+SNNFAST_FN double back_few_steps(const BatchNormCall& b, int64_t begin, int64_t n, const Params<R> p,
+                                 const FewSteps<R>& steps, Accumulators& accumulators) {
+  using V = typename VectorOf<R>::type;
+  constexpr int64_t further = kPrefetchBytes / 2 / int64_t(sizeof(T)), stride = FewSteps<R>::kStride;
+  const auto from = [=](auto* rows) { return rows ? rows + begin : nullptr; };
+  const int64_t last = b.call.T - 1, N = b.call.N;
+  const R *const tape = steps.h, *const derivatives = steps.derivative;
+  const T* const x = static_cast<const T*>(b.call.x) + begin;
+  const T* const grad_s = from(static_cast<const T*>(b.call.grad_s));
+  T* const grad_x = static_cast<T*>(b.call.grad_x) + begin;
+  T* const grad_skip = b.connect == kCharge ? static_cast<T*>(b.grad_skip) + begin : nullptr;
+  const R* const v0 = from(static_cast<const R*>(b.call.state[0]));
+  const R* const grad_v = from(static_cast<const R*>(b.call.grad_final_state[0]));
+  R* const grad_v0 = from(static_cast<R*>(b.call.grad_state[0]));
+  const R v_init = R(b.call.v_init);
+  const bool scaled = !b.batch_statistics;
+  DecaySum<R> decay;
+  const auto part = [&](int64_t at, int64_t length, int64_t constant) __attribute__((always_inline)) {
+    const Along<runs, R> minus(static_cast<const R*>(b.centre) + constant),
+        by(static_cast<const R*>(b.scale) + constant);
+    Sums<runs> sums(accumulators.sum(0) + constant, accumulators.sum(1) + constant);
+    for (int64_t j = 0; j < length; j += sizeof(V) / sizeof(R)) {
+      const int64_t i = at + j;
+      const V centre = minus.at(V(), j), scale = by.at(V(), j), own[kMaxOwn] = {};
+      V grad_state[1] = {grad_v ? load(grad_v + i, (V*)nullptr) : V{}}, sum{}, with_x{};
+      ParameterGradients<V> grads{};
+      for (int64_t t = last; t >= 0; --t) {
+        __builtin_prefetch(grad_s + t * N + i + further);
+        __builtin_prefetch(grad_x + t * N + i + further, 1);
+        const V h[1] = {load(tape + t * stride + i, (V*)nullptr)};
+        V before[1] = {};
+        if constexpr (Neuron::kNeedsBefore) {
+          if (t > 0) {
+            const V h_before[1] = {load(tape + (t - 1) * stride + i, (V*)nullptr)};
+            Neuron::after(h_before, before, own, p);
+          } else {
+            before[0] = v0 ? load(v0 + i, (V*)nullptr) : broadcast<V>(v_init);
+          }
+        }
+        const V through_spike = grad_s ? load(grad_s + t * N + i, (V*)nullptr) : V{};
+        const V derivative = load(derivatives + t * stride + i, (V*)nullptr);
+        const V grad = Neuron::step_backward(through_spike, grad_state, h, before, derivative, own, p, grads);
+        sum += grad;
+        with_x += grad * (load(x + t * N + i, (V*)nullptr) - centre);
+        if (grad_skip) store<false>(grad_skip + t * N + i, grad);
+        store<false>(grad_x + t * N + i, scaled ? grad * scale : grad);
+      }
+      if (grad_v0) store<false>(grad_v0 + i, grad_state[0]);
+      if constexpr (Neuron::kLearnable) decay.add(grads.decay);
+      Float64Vector wide[InFloat64<V>::kCount];
+      in_float64(sum, wide);
+      sums.add(0, j, wide);
+      in_float64(with_x, wide);
+      sums.add(1, j, wide);
+    }
+  };
+  for_each_part<runs>(b, begin, begin + n, part);
+  return decay.total();
+}
+
+template <bool runs, class Neuron, class T, class R>
+__attribute__((noinline)) double backward_few_steps(const BatchNormCall& b, int64_t begin, int64_t n,
+                                                    FewSteps<R>& steps, Accumulators& accumulators) {
+  const Params<R> known = params_of<R>(b.call);
+  with_known_reset<true>(known, [&](const Params<R> p) __attribute__((always_inline)) {
+    if constexpr (Neuron::kDivides)
+      with_known_division(p, [&](const Params<R> q) __attribute__((always_inline)) {
+        record_few_steps<runs, Neuron, T>(b, begin, n, q, steps.h);
+      });
+    else
+      record_few_steps<runs, Neuron, T>(b, begin, n, p, steps.h);
+  });
+  for (int64_t t = 0; t < b.call.T; ++t)
+    derivatives<R>(steps.derivative + t * steps.kStride, steps.h + t * steps.kStride, nullptr, n, known);
+  double grad_decay = 0;
+  with_known_reset<false>(known, [&](Params<R> p) __attribute__((always_inline)) {
+    if (p.detach_reset) {
+      p.detach_reset = true;
+      grad_decay = back_few_steps<runs, Neuron, T>(b, begin, n, p, steps, accumulators);
+    } else {
+      p.detach_reset = false;
+      grad_decay = back_few_steps<runs, Neuron, T>(b, begin, n, p, steps, accumulators);
+    }
+  });
+  return grad_decay;
+}
+
+template <class Neuron, class T>
+bool batch_norm_backward_few_steps(const BatchNormCall& b) {
+  using R = typename StateOf<T>::type;
+  return over_chunks(
+      b, batch_norm_threads(b), [] { return NoScratch(); },
+      [&](int64_t chunk, int64_t begin, int64_t end, Accumulators& accumulators, NoScratch&) {
+        double grad_decay = 0;
+        FewSteps<R> steps;
+        for (int64_t i = begin; i < end; i += kTile) {
+          const int64_t n = smaller(kTile, end - i);
+          grad_decay += b.runs() ? backward_few_steps<true, Neuron, T>(b, i, n, steps, accumulators)
+                                 : backward_few_steps<false, Neuron, T>(b, i, n, steps, accumulators);
+        }
+        if (Neuron::kLearnable) static_cast<double*>(b.call.grad_decay_partial)[chunk] = grad_decay;
+      });
+}
+
+// ---- any number of steps ----
 template <class Neuron, class T>
 bool batch_norm_backward(const BatchNormCall& b) {
   using R = typename StateOf<T>::type;
   const Call& c = b.call;
   const bool connected = b.connect == kAnd || b.connect == kIand;
+  if constexpr (kUsual<T>)
+    if (serves_few_steps<T>(b)) return batch_norm_backward_few_steps<Neuron, T>(b);
   const int64_t tile = batch_norm_backward_tile(c.T), stride = scratch_stride(tile);
   return over_chunks(
       b, batch_norm_threads(b), [&] { return BatchNormScratch<Neuron, R>(c.T, tile); },

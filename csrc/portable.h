@@ -59,10 +59,19 @@ SNNFAST_FN V absolute(V a) {
   using U = typename Lanes<V>::Unsigned;
   return bits_as<V>(bits_as<U>(a) & (~U{} >> 1));
 }
+template <class V>
+SNNFAST_FN V minus_absolute(V a) {
+  using U = typename Lanes<V>::Unsigned;
+  return bits_as<V>(bits_as<U>(a) | ~(~U{} >> 1));
+}
 #ifdef __CUDA_ARCH__
 template <>
 SNNFAST_FN float absolute<float>(float a) {
   return fabsf(a);  // free in an operand
+}
+template <>
+SNNFAST_FN float minus_absolute<float>(float a) {
+  return -fabsf(a);
 }
 #endif
 SNNFAST_FN float truncate(float a) { return truncf(a); }
@@ -103,6 +112,9 @@ SNNFAST_FN float quotient<float>(float a, float b) {
   return a * inverse;
 }
 #endif
+
+template <class V>
+SNNFAST_FN V exp_nonpositive(V a);  // in surrogates.h
 
 // p * 2^n for a whole n <= 0, which also stands in the low bits of `shifted` (see exp_nonpositive); 0 where 2^n would
 // leave the normal range, NaN where n is.

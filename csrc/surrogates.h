@@ -69,7 +69,7 @@ SNNFAST_FN double exp_nonpositive<double>(double a) {
 struct Sigmoid {  // alpha * sigmoid(alpha u) * (1 - sigmoid(alpha u)), in the form that cannot overflow
   template <class V, class R>
   static SNNFAST_FN V derivative(V u, R alpha, R gain) {
-    const V e = exp_nonpositive<V>(-absolute(u * alpha));
+    const V e = exp_nonpositive<V>(minus_absolute(u * alpha));
     const V one_plus = e + R(1);
     return quotient(e * (alpha * gain), one_plus * one_plus);
   }
@@ -91,7 +91,7 @@ struct PiecewiseQuadratic {
 struct PiecewiseExp {
   template <class V, class R>
   static SNNFAST_FN V derivative(V u, R alpha, R gain) {
-    return exp_nonpositive<V>(-absolute(u * alpha)) * (alpha / R(2) * gain);
+    return exp_nonpositive<V>(minus_absolute(u * alpha)) * (alpha / R(2) * gain);
   }
 };
 struct SoftSign {

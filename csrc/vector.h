@@ -140,20 +140,31 @@ SNNFAST_FN Float64Vector truncate(Float64Vector a) {
   return select(absolute(a) < 4503599627370496.0, whole, a);
 }
 
-SNNFAST_FN Float32Vector scale_by_exponent(Float32Vector p, Float32Vector n, [[maybe_unused]] Float32Vector shifted) {
-#if defined(__AVX512F__)
-  // Far below, p is the polynomial of a number that it does not reduce, up to Inf and NaN.
-  const __mmask16 normal = _mm512_cmp_ps_mask((__m512)n, _mm512_set1_ps(-126.0f), _CMP_NLT_UQ);
-  return (Float32Vector)_mm512_maskz_scalef_ps(normal, (__m512)p, (__m512)n);
-#else
+SNNFAST_FN Float32Vector scale_by_exponent(Float32Vector p, Float32Vector n, Float32Vector shifted) {
   const auto power = (Float32Vector)(((UInt32Vector)shifted + 127u) << 23);
   return select(n < -126.0f, Float32Vector{}, p * power);
-#endif
 }
 SNNFAST_FN Float64Vector scale_by_exponent(Float64Vector p, Float64Vector n, Float64Vector shifted) {
   const auto power = (Float64Vector)(((UInt64Vector)shifted + 1023u) << 52);
   return select(n < -1022.0, Float64Vector{}, p * power);
 }
+
+#if defined(__AVX512F__)
+// e^a = 2^t by the fraction of t, a minimax polynomial, and an instruction that takes the floor of t as the exponent,
+// -Inf included. The rounding of t adds 6e-8 |a| to the relative error.
+template <>
+SNNFAST_FN Float32Vector exp_nonpositive<Float32Vector>(Float32Vector a) {
+  const Float32Vector t = a * 1.44269504088896340736f;
+  const auto fraction = (Float32Vector)_mm512_reduce_ps((__m512)t, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
+  Float32Vector p = broadcast<Float32Vector>(1.877576695e-3f);
+  p = multiply_add(p, fraction, broadcast<Float32Vector>(8.989339694e-3f));
+  p = multiply_add(p, fraction, broadcast<Float32Vector>(5.582631752e-2f));
+  p = multiply_add(p, fraction, broadcast<Float32Vector>(2.401536107e-1f));
+  p = multiply_add(p, fraction, broadcast<Float32Vector>(6.931530833e-1f));
+  p = multiply_add(p, fraction, broadcast<Float32Vector>(9.999999404e-1f));
+  return (Float32Vector)_mm512_scalef_ps((__m512)p, (__m512)t);
+}
+#endif
 
 // ---- loads ----
 template <class V, class T>

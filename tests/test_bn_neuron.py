@@ -20,8 +20,9 @@ pytestmark = pytest.mark.skipif(
     backends.native.missing(torch.device("cpu")) is not None, reason="the compiled extension is not built here"
 )
 NEURONS = (snnfast.IFNode, snnfast.LIFNode, snnfast.ParametricLIFNode)
-SHAPES = [(T * 6, 5, 8, 8), (T * 3, 7, 5, 3), (T * 2, 17, 9, 11), (T * 9, 33), (T * 5, 3, 41), (T * 2, 4, 2, 3, 5)]
-LAYOUTS = [(s, torch.contiguous_format) for s in SHAPES] + [(s, torch.channels_last) for s in SHAPES[:3]]
+SHAPES = [(T * 6, 5, 8, 8), (T * 3, 7, 5, 3), (T * 3, 16, 5, 5), (T * 2, 17, 9, 11), (T * 9, 33), (T * 5, 3, 41)]
+SHAPES += [(T * 2, 4, 2, 3, 5)]
+LAYOUTS = [(s, torch.contiguous_format) for s in SHAPES] + [(s, torch.channels_last) for s in SHAPES[:4]]
 
 
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
@@ -69,6 +70,44 @@ def test_half_input_is_normalised_in_float32_and_not_rounded_before_the_charge(d
         assert close(grad_x, want_grad_x, 2 * torch.finfo(dtype).eps)
         # The gradient is computed from spikes' gradients rounded to the dtype.
         assert all(close(g, w, 5e-3) for g, w in zip(grads, want_grads, strict=True))
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
+@pytest.mark.parametrize("size", [4, 8])
+@pytest.mark.parametrize("steps", [1, 3, 8, 9])
+def test_whole_vectors_of_few_steps(steps, size, memory_format):
+    """The backward has loops of their own for these: against float64, which has not, with states in between."""
+
+    def gradients(node, xs, skip):
+        node.neuron.reset()
+        xs = [x.detach().clone().requires_grad_() for x in (*xs, skip)]
+        arguments = xs[2:] if node.connect else []
+        out = [node(x, *arguments) for x in xs[:2]]  # the second call starts from the first one's states
+        weights = torch.linspace(-1, 1, out[0].numel()).bfloat16().to(out[0].dtype).view(out[0].shape)
+        sum((s * weights).sum() + node.neuron.v.sum() / 4 for s in out).backward()
+        return out, [t.grad for t in (*xs, *node.parameters()) if t.grad is not None]
+
+    kinds = itertools.product(NEURONS, ("hard", "soft", "detached"), (None, "CHARGE"), (True, False))
+    differing = 0
+    for kind, reset, connect, training in kinds:
+        for dtype in (torch.float32, torch.bfloat16):
+            xs = [random_input(steps * 5, 16, size, size, dtype=dtype, memory_format=memory_format) for _ in range(2)]
+            skip = (torch.randn_like(xs[0]) / 4).contiguous(memory_format=memory_format)
+            v_reset = None if reset == "soft" else 0.1
+            neuron = kind(timesteps=steps, v_reset=v_reset, detach_reset=reset == "detached", v_threshold=0.8)
+            node = BatchNormNode(norm_for(xs[0]), neuron, connect=connect).train(training)
+            exact = copy.deepcopy(node).double()
+            want, want_grads = gradients(exact, [x.double() for x in xs], skip.double())
+            got, grads = gradients(node, xs, skip)
+            if not all(torch.equal(a.double(), b) for a, b in zip(got, want, strict=True)):
+                differing += 1  # a charge within rounding of the threshold
+                continue
+            assert 0.002 < got[1].float().mean() < 0.98
+            tolerance = 5e-5 if dtype == torch.float32 else 4e-3  # gradients in bfloat16 are rounded twice
+            assert len(grads) == len(want_grads) == 2 + bool(connect) + len(list(node.parameters()))
+            for g, w in zip(grads, want_grads, strict=True):
+                assert close(g, w, tolerance)
+    assert differing <= 7  # of 72
 
 
 def first_step_near_the_threshold(norm, neuron, x, tolerance):
@@ -133,7 +172,8 @@ def test_every_instruction_set(monkeypatch):
             backends.native._config.cache_clear()
             torch.manual_seed(1)
             results.append([])
-            for dtype, shape in itertools.product((torch.float32, torch.bfloat16), ((T * 4, 6, 9, 9), (T * 9, 37))):
+            shapes = ((T * 4, 6, 9, 9), (T * 4, 16, 8, 8), (T * 9, 37))
+            for dtype, shape in itertools.product((torch.float32, torch.bfloat16), shapes):
                 x = random_input(*shape, dtype=dtype)
                 results[-1].append(run(BatchNormNode(norm_for(x), snnfast.LIFNode(3.0, timesteps=T)), x))
     finally:
@@ -327,7 +367,7 @@ def test_an_exported_program_can_be_trained(connect, training):
     found = dict(program.named_parameters()) | dict(program.named_buffers())
     for name, p in net.named_parameters():
         grad = found[name].grad
-        assert grad is None if p.grad is None else close(grad, p.grad, 1e-6), name
+        assert grad is None if p.grad is None else close(grad, p.grad, 1e-5), name  # the decay's terms cancel
     for name, b in net.named_buffers():
         assert torch.allclose(found[name], b, rtol=1e-6, atol=1e-7), name
 
