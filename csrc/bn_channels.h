@@ -46,8 +46,9 @@ template <class V>
 class ChannelArrays {
  public:
   ChannelArrays(const BatchNormCall& b, int arrays)
-      : each_(b.constants() / b.channels),
-        size_(b.groups * b.constants()),
+      : b_(b),
+        constants_(b.constants()),
+        size_(b.groups * constants_),
         memory_(static_cast<V*>(malloc(arrays * size_ * sizeof(V)))) {}
   ~ChannelArrays() { free(memory_); }
   ChannelArrays(const ChannelArrays&) = delete;
@@ -57,13 +58,19 @@ class ChannelArrays {
   const V* array(int k) const { return memory_ + k * size_; }
   // of group * channels + channel
   void set(int k, int64_t i, V value) {
-    V* const to = memory_ + k * size_ + i * each_;
-    for (int64_t j = 0; j < each_; ++j) to[j] = value;
+    const int64_t row = b_.channels * b_.neighbours();
+    for (V *to = memory_ + place(k, i), *const end = to + constants_; to < end; to += row)
+      for (int64_t j = 0; j < b_.neighbours(); ++j) to[j] = value;
   }
-  V get(int k, int64_t i) const { return memory_[k * size_ + i * each_]; }
+  V get(int k, int64_t i) const { return memory_[place(k, i)]; }
 
  private:
-  const int64_t each_, size_;
+  int64_t place(int k, int64_t i) const {
+    return k * size_ + i / b_.channels * constants_ + i % b_.channels * b_.neighbours();
+  }
+
+  const BatchNormCall& b_;
+  const int64_t constants_, size_;
   V* const memory_;
 };
 

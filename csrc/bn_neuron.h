@@ -252,8 +252,13 @@ bool serves_few_steps(const BatchNormCall& b) {
   using R = typename StateOf<T>::type;
   if (b.call.T > kFewSteps || b.groups > 1 || b.connect == kAnd || b.connect == kIand) return false;
   const int64_t lanes = sizeof(typename VectorOf<R>::type) / sizeof(R);
-  return (b.runs() ? b.inner : b.constants()) % lanes == 0;
+  return b.call.N % lanes == 0 && (b.runs() ? b.inner : b.constants()) % lanes == 0;
 }
+
+template <int count>
+struct Count {
+  static constexpr int value = count;
+};
 
 template <class R>
 struct FewSteps {
@@ -264,6 +269,7 @@ struct FewSteps {
 template <bool runs, class Neuron, class T, class R>
 SNNFAST_FN void record_few_steps(const BatchNormCall& b, int64_t begin, int64_t n, const Params<R> p, R* tape) {
   using V = typename VectorOf<R>::type;
+  constexpr int64_t lanes = sizeof(V) / sizeof(R);
   const int64_t steps = b.call.T, N = b.call.N;
   const T* const x = static_cast<const T*>(b.call.x) + begin;
   const T* const skip = b.connect == kCharge ? skip_row<T>(b, 0, begin) : nullptr;
@@ -271,19 +277,30 @@ SNNFAST_FN void record_few_steps(const BatchNormCall& b, int64_t begin, int64_t 
   const R v_init = R(b.call.v_init);
   const auto part = [&](int64_t at, int64_t length, int64_t constant) __attribute__((always_inline)) {
     const Along<runs, R> by(static_cast<const R*>(b.scale) + constant), plus(static_cast<const R*>(b.shift) + constant);
-    for (int64_t j = 0; j < length; j += sizeof(V) / sizeof(R)) {
+    const auto vectors = [&](auto many, int64_t j) __attribute__((always_inline)) {
+      constexpr int W = decltype(many)::value;
       const int64_t i = at + j;
-      const V scale = by.at(V(), j), shift = plus.at(V(), j), own[kMaxOwn] = {};
-      V state[1] = {v0 ? load(v0 + i, (V*)nullptr) : broadcast<V>(v_init)}, h[1];
-      for (int64_t t = 0; t < steps; ++t) {
-        __builtin_prefetch(x + t * N + i + kPrefetchBytes / 2 / int64_t(sizeof(T)));
-        const V scaled = load(x + t * N + i, (V*)nullptr) * scale;
-        V charge = scaled + shift;
-        if (skip) charge = charge + load(skip + t * N + i, (V*)nullptr);
-        Neuron::step(charge, state, h, own, p);
-        store<false>(tape + t * FewSteps<R>::kStride + i, h[0]);
+      const V own[kMaxOwn] = {};
+      V scale[W], shift[W], state[W][1];
+      for (int w = 0; w < W; ++w) {
+        scale[w] = by.at(V(), j + w * lanes), shift[w] = plus.at(V(), j + w * lanes);
+        state[w][0] = v0 ? load(v0 + i + w * lanes, (V*)nullptr) : broadcast<V>(v_init);
       }
-    }
+      for (int64_t t = 0; t < steps; ++t) {
+        const int64_t row = t * N + i;
+        for (int w = 0; w < W; ++w) {
+          __builtin_prefetch(x + row + w * lanes + kPrefetchBytes / 2 / int64_t(sizeof(T)));
+          const V scaled = load(x + row + w * lanes, (V*)nullptr) * scale[w];
+          V charge = scaled + shift[w], h[1];
+          if (skip) charge = charge + load(skip + row + w * lanes, (V*)nullptr);
+          Neuron::step(charge, state[w], h, own, p);
+          store<false>(tape + t * FewSteps<R>::kStride + i + w * lanes, h[0]);
+        }
+      }
+    };
+    int64_t j = 0;
+    for (; j + 2 * lanes <= length; j += 2 * lanes) vectors(Count<2>(), j);
+    for (; j < length; j += lanes) vectors(Count<1>(), j);
   };
   for_each_part<runs>(b, begin, begin + n, part);
 }

@@ -157,12 +157,12 @@ void for_each_channel_run(const BatchNormCall& b, int64_t begin, int64_t end, F 
   if (last > b.channels) f(0, last - b.channels);
 }
 
-// The accumulators of one chunk: [2][groups][constants], folded to the channels of the chunk's partial sums at its end.
+// The accumulators of one chunk: [2][groups, constants], folded to the channels of the chunk's partial sums at its end.
 // A chunk touches the channels of its neurons only.
 class Accumulators {
  public:
   explicit Accumulators(const BatchNormCall& b)
-      : b_(b), each_(b.constants() / b.channels), plane_(b.groups * b.constants()) {
+      : b_(b), constants_(b.constants()), row_(b.channels * b.neighbours()), plane_(b.groups * constants_) {
     memory_ = static_cast<double*>(malloc(2 * plane_ * sizeof(double)));
   }
   ~Accumulators() { free(memory_); }
@@ -173,27 +173,29 @@ class Accumulators {
   double* sum(int k) { return memory_ + k * plane_; }
   void clear(int64_t begin, int64_t end) {
     for_each_channel_run(b_, begin, end, [&](int64_t first, int64_t last) {
-      for (int k = 0; k < 2; ++k)
-        for (int64_t g = 0; g < b_.groups; ++g)
-          memset(sum(k) + (g * b_.channels + first) * each_, 0, (last - first) * each_ * sizeof(double));
+      const int64_t each = b_.neighbours();
+      for (int64_t row = 0; row < 2 * plane_; row += row_)
+        memset(memory_ + row + first * each, 0, (last - first) * each * sizeof(double));
     });
   }
   // partial is [groups][channels][2]
   void fold(int64_t begin, int64_t end, double* partial) {
     for_each_channel_run(b_, begin, end, [&](int64_t first, int64_t last) {
+      const int64_t each = b_.neighbours();
       for (int64_t g = 0; g < b_.groups; ++g)
-        for (int64_t c = g * b_.channels + first; c < g * b_.channels + last; ++c)
+        for (int64_t c = first; c < last; ++c)
           for (int k = 0; k < 2; ++k) {
             double total = 0;
-            for (int64_t i = 0; i < each_; ++i) total += sum(k)[c * each_ + i];
-            partial[2 * c + k] = total;
+            for (int64_t row = 0; row < constants_; row += row_)
+              for (int64_t i = 0; i < each; ++i) total += sum(k)[g * constants_ + row + c * each + i];
+            partial[2 * (g * b_.channels + c) + k] = total;
           }
     });
   }
 
  private:
   const BatchNormCall& b_;
-  const int64_t each_, plane_;
+  const int64_t constants_, row_, plane_;
   double* memory_;
 };
 

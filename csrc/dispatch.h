@@ -58,7 +58,7 @@ struct BatchNormCall {
   bool batch_statistics;            // whether gradients go through mean and variance too
 
   // CPU only. Constants are per channel or, where a channel's neighbours are few (see runs), per element of
-  // [channels, inner]; there is one set of them for each group.
+  // [repeats, channels, inner], for long rows; there is one set of them for each group.
   const void* first;  // statistics: any value near each channel's, [groups, constants] float64
   const void* scale;  // [groups, constants] in the state's type, as are the following
   const void* shift;
@@ -73,7 +73,13 @@ struct BatchNormCall {
   void* grad_skip;   // likewise, of kCharge, kAnd and kIand
 
   bool runs() const { return inner >= 32; }
-  int64_t constants() const { return runs() ? channels : channels * inner; }
+  int64_t neighbours() const { return runs() ? 1 : inner; }
+  int64_t repeats() const {
+    int64_t many = 1;
+    while (!runs() && many * channels * inner < 128) many *= 2;
+    return many;
+  }
+  int64_t constants() const { return repeats() * channels * neighbours(); }
 };
 enum BatchNormPass { kStatistics, kForward, kBackward, kBackwardInput };  // the last is part of the caller's kBackward
 
