@@ -244,15 +244,15 @@ void gradients_of_connection(const BatchNormCall& b, int64_t begin, int64_t n, i
 }
 
 // ---- few steps ----
-// Two loops over the neurons of a tile, all steps of a vector in registers: forward to the tape, and back to grad_x and
-// the sums. Between them the surrogate's derivative, which is one function for all neurons. Whole vectors only: a
-// variant for what is left over would be as much code again.
+// Two loops over the neurons of a tile, all steps of two vectors in registers: forward to the tape, and back to grad_x
+// and the sums. Between them the surrogate's derivative, which is one function for all neurons. Whole vectors only, and
+// pairs where constants lie side by side: a variant for what is left over would be as much code again.
 template <class T>
 bool serves_few_steps(const BatchNormCall& b) {
   using R = typename StateOf<T>::type;
   if (b.call.T > kFewSteps || b.groups > 1 || b.connect == kAnd || b.connect == kIand) return false;
-  const int64_t lanes = sizeof(typename VectorOf<R>::type) / sizeof(R);
-  return b.call.N % lanes == 0 && (b.runs() ? b.inner : b.constants()) % lanes == 0;
+  constexpr int64_t lanes = sizeof(typename VectorOf<R>::type) / sizeof(R);
+  return b.runs() ? b.inner % lanes == 0 : b.constants() % (2 * lanes) == 0 && b.call.N % (2 * lanes) == 0;
 }
 
 template <int count>
@@ -300,7 +300,7 @@ SNNFAST_FN void record_few_steps(const BatchNormCall& b, int64_t begin, int64_t 
     };
     int64_t j = 0;
     for (; j + 2 * lanes <= length; j += 2 * lanes) vectors(Count<2>(), j);
-    for (; j < length; j += lanes) vectors(Count<1>(), j);
+    if (runs && j < length) vectors(Count<1>(), j);
   };
   for_each_part<runs>(b, begin, begin + n, part);
 }
@@ -311,6 +311,7 @@ SNNFAST_FN double back_few_steps(const BatchNormCall& b, int64_t begin, int64_t 
                                  const FewSteps<R>& steps, Accumulators& accumulators) {
   using V = typename VectorOf<R>::type;
   constexpr int64_t further = kPrefetchBytes / 2 / int64_t(sizeof(T)), stride = FewSteps<R>::kStride;
+  constexpr int64_t lanes = sizeof(V) / sizeof(R);
   const auto from = [=](auto* rows) { return rows ? rows + begin : nullptr; };
   const int64_t last = b.call.T - 1, N = b.call.N;
   const R *const tape = steps.h, *const derivatives = steps.derivative;
@@ -328,40 +329,48 @@ SNNFAST_FN double back_few_steps(const BatchNormCall& b, int64_t begin, int64_t 
     const Along<runs, R> minus(static_cast<const R*>(b.centre) + constant),
         by(static_cast<const R*>(b.scale) + constant);
     Sums<runs> sums(accumulators.sum(0) + constant, accumulators.sum(1) + constant);
-    for (int64_t j = 0; j < length; j += sizeof(V) / sizeof(R)) {
-      const int64_t i = at + j;
-      const V centre = minus.at(V(), j), scale = by.at(V(), j), own[kMaxOwn] = {};
-      V grad_state[1] = {grad_v ? load(grad_v + i, (V*)nullptr) : V{}}, sum{}, with_x{};
+    const auto vectors = [&](auto many, int64_t j) __attribute__((always_inline)) {
+      constexpr int W = decltype(many)::value;
+      const V own[kMaxOwn] = {};
+      V grad_state[W][1], sum[W] = {}, with_x[W] = {};
       ParameterGradients<V> grads{};
-      for (int64_t t = last; t >= 0; --t) {
-        __builtin_prefetch(grad_s + t * N + i + further);
-        __builtin_prefetch(grad_x + t * N + i + further, 1);
-        const V h[1] = {load(tape + t * stride + i, (V*)nullptr)};
-        V before[1] = {};
-        if constexpr (Neuron::kNeedsBefore) {
-          if (t > 0) {
-            const V h_before[1] = {load(tape + (t - 1) * stride + i, (V*)nullptr)};
-            Neuron::after(h_before, before, own, p);
-          } else {
-            before[0] = v0 ? load(v0 + i, (V*)nullptr) : broadcast<V>(v_init);
+      for (int w = 0; w < W; ++w) grad_state[w][0] = grad_v ? load(grad_v + at + j + w * lanes, (V*)nullptr) : V{};
+      for (int64_t t = last; t >= 0; --t)
+        for (int w = 0; w < W; ++w) {
+          const int64_t i = at + j + w * lanes;
+          __builtin_prefetch(grad_s + t * N + i + further);
+          __builtin_prefetch(grad_x + t * N + i + further, 1);
+          const V h[1] = {load(tape + t * stride + i, (V*)nullptr)};
+          V before[1] = {};
+          if constexpr (Neuron::kNeedsBefore) {
+            if (t > 0) {
+              const V h_before[1] = {load(tape + (t - 1) * stride + i, (V*)nullptr)};
+              Neuron::after(h_before, before, own, p);
+            } else {
+              before[0] = v0 ? load(v0 + i, (V*)nullptr) : broadcast<V>(v_init);
+            }
           }
+          const V through_spike = grad_s ? load(grad_s + t * N + i, (V*)nullptr) : V{};
+          const V derivative = load(derivatives + t * stride + i, (V*)nullptr);
+          const V grad = Neuron::step_backward(through_spike, grad_state[w], h, before, derivative, own, p, grads);
+          sum[w] += grad;
+          with_x[w] += grad * (load(x + t * N + i, (V*)nullptr) - minus.at(V(), j + w * lanes));
+          if (grad_skip) store<false>(grad_skip + t * N + i, grad);
+          store<false>(grad_x + t * N + i, scaled ? grad * by.at(V(), j + w * lanes) : grad);
         }
-        const V through_spike = grad_s ? load(grad_s + t * N + i, (V*)nullptr) : V{};
-        const V derivative = load(derivatives + t * stride + i, (V*)nullptr);
-        const V grad = Neuron::step_backward(through_spike, grad_state, h, before, derivative, own, p, grads);
-        sum += grad;
-        with_x += grad * (load(x + t * N + i, (V*)nullptr) - centre);
-        if (grad_skip) store<false>(grad_skip + t * N + i, grad);
-        store<false>(grad_x + t * N + i, scaled ? grad * scale : grad);
-      }
-      if (grad_v0) store<false>(grad_v0 + i, grad_state[0]);
       if constexpr (Neuron::kLearnable) decay.add(grads.decay);
-      Float64Vector wide[InFloat64<V>::kCount];
-      in_float64(sum, wide);
-      sums.add(0, j, wide);
-      in_float64(with_x, wide);
-      sums.add(1, j, wide);
-    }
+      for (int w = 0; w < W; ++w) {
+        if (grad_v0) store<false>(grad_v0 + at + j + w * lanes, grad_state[w][0]);
+        Float64Vector wide[InFloat64<V>::kCount];
+        in_float64(sum[w], wide);
+        sums.add(0, j + w * lanes, wide);
+        in_float64(with_x[w], wide);
+        sums.add(1, j + w * lanes, wide);
+      }
+    };
+    int64_t j = 0;
+    for (; j + 2 * lanes <= length; j += 2 * lanes) vectors(Count<2>(), j);
+    if (runs && j < length) vectors(Count<1>(), j);
   };
   for_each_part<runs>(b, begin, begin + n, part);
   return decay.total();
@@ -372,7 +381,7 @@ __attribute__((noinline)) double backward_few_steps(const BatchNormCall& b, int6
                                                     FewSteps<R>& steps, Accumulators& accumulators) {
   const Params<R> known = params_of<R>(b.call);
   with_known_reset<true>(known, [&](const Params<R> p) __attribute__((always_inline)) {
-    if constexpr (Neuron::kDivides)
+    if constexpr (Neuron::kDivides && runs)  // the other is as fast without
       with_known_division(p, [&](const Params<R> q) __attribute__((always_inline)) {
         record_few_steps<runs, Neuron, T>(b, begin, n, q, steps.h);
       });

@@ -76,7 +76,7 @@ struct BatchNormCall {
   int64_t neighbours() const { return runs() ? 1 : inner; }
   int64_t repeats() const {
     int64_t many = 1;
-    while (!runs() && many * channels * inner < 128) many *= 2;
+    for (int64_t all = channels * inner; !runs() && (all < 128 || (all < 512 && all % 32)); all *= 2) many *= 2;
     return many;
   }
   int64_t constants() const { return repeats() * channels * neighbours(); }
