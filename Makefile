@@ -73,7 +73,9 @@ sanitize: $(VENV)/test.stamp
 	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 PYTHONPATH=$(CURDIR)/build/sanitize:$(CURDIR)/tests SNNFAST_POISON=0 \
 	  $(CURDIR)/$(BIN)/python -m pytest --rootdir=$(CURDIR)/tests -c $(CURDIR)/pyproject.toml -p no:cacheprovider -q \
 	  $(CURDIR)/tests/test_parity.py $(CURDIR)/tests/test_cpu_kernels.py \
-	  $(CURDIR)/tests/test_distill_features.py $(CURDIR)/tests/test_pooling.py $(CURDIR)/tests/test_events.py $(CURDIR)/tests/test_events_usage.py -k "not fork"
+	  $(CURDIR)/tests/test_bn_neuron.py $(CURDIR)/tests/test_bn_neuron_statistics.py \
+	  $(CURDIR)/tests/test_distill_features.py $(CURDIR)/tests/test_pooling.py $(CURDIR)/tests/test_events.py $(CURDIR)/tests/test_events_usage.py \
+	  -k "not fork and not compile and not export"
 
 fuzz: $(VENV)/test.stamp
 	$(BIN)/python -m pytest -m hypothesis --hypothesis-profile=fuzz
