@@ -254,7 +254,7 @@ def unfold_time(y: Any, T: int, B: int) -> Any:
     """``[T * B, *]`` -> ``[T, B, *]``, of a tensor or each of a tuple."""
     if isinstance(y, tuple):
         return tuple(unfold_time(t, T, B) for t in y)
-    if T == B == 1 and y.shape[:1] == (1,):
+    if T == 1 and B == 1 and y.shape[:1] == (1,):
         return y.unsqueeze(0)  # as in fold_time
     return y.view(T, B, *y.shape[1:]) if y.is_contiguous() else y.unflatten(0, (T, B))
 
