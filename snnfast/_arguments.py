@@ -29,6 +29,8 @@ _THEIRS = {
     "spike_threshold": "sinabs' spike_threshold is v_threshold",
     "surrogate_grad_fn": "sinabs' surrogate_grad_fn is surrogate_function, such as snnfast.surrogate.ATan()",
     "alpha": "alpha is a surrogate's: surrogate_function=snnfast.surrogate.ATan(alpha=2.0)",
+    "tau": "LIFNode's is tau, ParametricLIFNode's, which learns, init_tau",
+    "init_tau": "LIFNode's is tau, ParametricLIFNode's, which learns, init_tau",
     "T": "the number of time steps is timesteps",
     "num_steps": "the number of time steps is timesteps",
 }

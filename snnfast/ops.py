@@ -416,6 +416,8 @@ class _Guard(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, s: Tensor, v_seq: Tensor | None, *states: Tensor) -> tuple[Tensor | None, ...]:
         ctx.mark_dirty(*(t for t in (s, v_seq) if t is not None))
+        if not s.requires_grad:  # of a surrogate without a derivative: a backward from such spikes fails, as the loop's
+            ctx.mark_non_differentiable(s)
         copies = tuple(t.clone() for t in states)
         ctx.save_for_backward(s.new_empty(0))
         ctx.set_materialize_grads(False)
