@@ -143,7 +143,12 @@ CASES = {
         r"'tau': .* init_tau\. It takes init_tau",
     ),
     "several": (lambda: snnfast.LIFNode(threshold=1, alpha=2), TypeError, r"v_threshold\..*'alpha': .*surrogate\.ATan"),
-    "a subclass's": (lambda: Own(1, taw=2.0), TypeError, r"Own takes no argument 'taw'; did you mean 'tau'"),
+    "a subclass's": (
+        lambda: Own(1, taw=2.0),
+        TypeError,
+        r"Own takes no argument 'taw'; did you mean 'tau'\? It takes size, tau,",
+    ),
+    "a subclass's own": (lambda: Own(sise=1, size=2), TypeError, r"Own takes no argument 'sise'; did you mean 'size'"),
     "a model's": (
         lambda: snnfast.models.resnet18(time=4),
         TypeError,
