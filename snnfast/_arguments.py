@@ -29,6 +29,8 @@ _THEIRS = {
     "spike_threshold": "sinabs' spike_threshold is v_threshold",
     "surrogate_grad_fn": "sinabs' surrogate_grad_fn is surrogate_function, such as snnfast.surrogate.ATan()",
     "alpha": "alpha is a surrogate's: surrogate_function=snnfast.surrogate.ATan(alpha=2.0)",
+    "tau": "LIFNode's is tau, ParametricLIFNode's, which learns, init_tau",
+    "init_tau": "LIFNode's is tau, ParametricLIFNode's, which learns, init_tau",
     "T": "the number of time steps is timesteps",
     "num_steps": "the number of time steps is timesteps",
 }
@@ -100,6 +102,19 @@ def refuse_unknown(owner: str, given: Mapping[str, Any], known: list[str]) -> No
         raise TypeError(f"{told} It takes {', '.join(known)}")
 
 
+def _of_subclass(cls: type, init: Callable[..., Any]) -> list[str]:
+    """The names that the constructors of ``cls`` take before ``init``, to which they hand on others."""
+    names: list[str] = []
+    for each in cls.__mro__:
+        own = each.__dict__.get("__init__")
+        if own is init:
+            break
+        if own is not None:
+            parameters = list(inspect.signature(own).parameters.values())[1:]
+            names += [p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+    return names
+
+
 def says_what_it_takes(function: _Function) -> _Function:
     """A function, or an ``__init__``, that refuses unknown arguments by :func:`refuse_unknown`; its signature stays."""
     known = names_of(function)
@@ -108,8 +123,12 @@ def says_what_it_takes(function: _Function) -> _Function:
 
     @functools.wraps(function)
     def checked(*args: Any, **kwargs: Any) -> Any:
-        if kwargs:
-            refuse_unknown(type(args[0]).__name__ if is_init else function.__name__, kwargs, known[is_init:])
+        unknown = {name: value for name, value in kwargs.items() if name not in known}
+        if unknown:
+            owner = type(args[0]).__name__ if is_init else function.__name__
+            theirs = _of_subclass(type(args[0]), checked) if is_init else []
+            taken = [name for name in (*theirs, *known[is_init:]) if name not in unknown]
+            refuse_unknown(owner, unknown, list(dict.fromkeys(taken)))
         return function(*args, **kwargs)
 
     return checked  # type: ignore[return-value]

@@ -148,6 +148,10 @@ def check_input(name: str, x: Any, least_dimensions: int, folded: bool = False) 
 
 def _check_state(v: Any, x: Tensor) -> float | Tensor:
     if not isinstance(v, Tensor):
+        if v is None:
+            raise TypeError(
+                "v must be a number or a tensor with the shape of one time step, got None; 0.0 is the start"
+            )
         return check_number("v", v)
     if v.shape != x.shape[1:]:
         raise ValueError(

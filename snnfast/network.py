@@ -118,8 +118,15 @@ def _their_reset(module: nn.Module) -> Any:
 
 
 def detach_net(net: nn.Module) -> None:
-    """Cut the autograd history of every state in ``net``, snnTorch's and sinabs' neurons included, and keep its value
-    (truncated BPTT)."""
+    """Cut the autograd history of every state in ``net``, snnTorch's and sinabs' neurons included, and keep its value.
+
+    Example:
+        >>> import snnfast
+        >>> net = nn.Sequential(nn.Linear(3, 2), snnfast.LIFNode(step_mode="m"))
+        >>> for x in torch.randn(100, 4, 3).split(20):  # truncated BPTT: gradients go back 20 steps, states 100
+        ...     net(x).sum().backward()
+        ...     detach_net(net)
+    """
     _check_net(net)
     module: Any
     for module in net.modules():
@@ -254,7 +261,7 @@ def unfold_time(y: Any, T: int, B: int) -> Any:
     """``[T * B, *]`` -> ``[T, B, *]``, of a tensor or each of a tuple."""
     if isinstance(y, tuple):
         return tuple(unfold_time(t, T, B) for t in y)
-    if T == B == 1 and y.shape[:1] == (1,):
+    if T == 1 and B == 1 and y.shape[:1] == (1,):
         return y.unsqueeze(0)  # as in fold_time
     return y.view(T, B, *y.shape[1:]) if y.is_contiguous() else y.unflatten(0, (T, B))
 
@@ -299,7 +306,12 @@ def redundant_one_hot(labels: Tensor, num_classes: int, n: int) -> Tensor:
 
 
 def first_spike_index(spikes: Tensor) -> Tensor:
-    """``True`` at each neuron's first spike; time is the **last** dimension here: ``[*, T]`` -> bool ``[*, T]``."""
+    """``True`` at each neuron's first spike; time is the **last** dimension here: ``[*, T]`` -> bool ``[*, T]``.
+
+    Example:
+        >>> first_spike_index(torch.tensor([0.0, 1.0, 1.0]))
+        tensor([False,  True, False])
+    """
     return (spikes != 0) & (spikes.cumsum(dim=-1) == 1)
 
 

@@ -1,7 +1,9 @@
 """Spiking neurons as modules, drop-in for SpikingJelly's: same arguments, defaults, state handling and equations.
 
-A neuron of your own subclasses :class:`BaseNode` and overrides :meth:`BaseNode.neuronal_charge`; it runs on the
-reference path. The built-in ones run fused, unless a subclass overrides a step of theirs.
+A neuron of your own subclasses :class:`BaseNode` and overrides :meth:`BaseNode.neuronal_charge`, perhaps
+:meth:`BaseNode.neuronal_fire` and :meth:`BaseNode.neuronal_reset`; its constructor declares states beside ``v`` by
+:meth:`~snnfast.base.MemoryModule.register_memory`. It runs on the reference path. The built-in ones run fused, unless a
+subclass overrides a step of theirs.
 """
 
 from __future__ import annotations

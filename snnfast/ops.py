@@ -169,6 +169,11 @@ FORGOTTEN_RESET = (
     "snnfast.functional.reset_net(model) before each new sequence, or snnfast.functional.detach_net(model) to keep the "
     "state without its history (truncated BPTT); or pass retain_graph=True to the earlier backward."
 )
+LEFT_BY_VMAP = (
+    "the membrane potential of a snnfast neuron is one that torch.func.vmap left, which cannot be read outside of it. "
+    "Call snnfast.functional.reset_net(model) first; snnfast.functional.lif_multi_step and its like return the state."
+)
+_is_batched = torch._C._functorch.is_batchedtensor
 
 
 def _saved(ctx: Any) -> tuple[Tensor, ...]:
@@ -401,6 +406,8 @@ def multi_step(inputs: Inputs, constants: Constants, backend: int) -> Outputs:
     if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
         s, v, i, v_seq = apply(_MultiStep, *args)
     else:
+        if not torch.compiler.is_compiling() and any(t is not None and _is_batched(t) for t in (v0, i0)):
+            raise RuntimeError(LEFT_BY_VMAP)
         s, v, i, v_seq = _forward_op(*args)
     has_i = len(NEURONS[constants.neuron].states) > 1
     return s, v, i if has_i else None, v_seq if constants.flags & STORE_V_SEQ else None
@@ -416,6 +423,8 @@ class _Guard(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, s: Tensor, v_seq: Tensor | None, *states: Tensor) -> tuple[Tensor | None, ...]:
         ctx.mark_dirty(*(t for t in (s, v_seq) if t is not None))
+        if not s.requires_grad:  # of a surrogate without a derivative: a backward from such spikes fails, as the loop's
+            ctx.mark_non_differentiable(s)
         copies = tuple(t.clone() for t in states)
         ctx.save_for_backward(s.new_empty(0))
         ctx.set_materialize_grads(False)

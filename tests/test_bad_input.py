@@ -126,6 +126,7 @@ CASES = {
         r"surrogate_function .*such as .*ATan\(\), got <class",
     ),
     "alpha": (lambda: surrogate.ATan(alpha=0.0), ValueError, r"alpha .*above 0, got 0.0"),
+    "no state": (lambda: functional.if_multi_step(X, None), TypeError, r"v must be a number or a tensor .* got None"),
     "unknown argument": (
         lambda: snnfast.IFNode(v_treshold=1.0),
         TypeError,
@@ -136,8 +137,18 @@ CASES = {
     "snnTorch's beta = 1": (lambda: neuron.LI(beta=1.0), TypeError, r"LI .*1 / \(1 - beta\), decay_input=False"),
     "Norse's": (lambda: snnfast.LIFNode(tau_mem_inv=100.0), TypeError, r"tau = 1 / \(dt \* tau_mem_inv\) = 10,"),
     "sinabs'": (lambda: snnfast.LIFNode(tau_mem=9.491222), TypeError, r"tau_mem\)\) = 10\. It"),
+    "another neuron's": (
+        lambda: snnfast.ParametricLIFNode(tau=3.0),
+        TypeError,
+        r"'tau': .* init_tau\. It takes init_tau",
+    ),
     "several": (lambda: snnfast.LIFNode(threshold=1, alpha=2), TypeError, r"v_threshold\..*'alpha': .*surrogate\.ATan"),
-    "a subclass's": (lambda: Own(1, taw=2.0), TypeError, r"Own takes no argument 'taw'; did you mean 'tau'"),
+    "a subclass's": (
+        lambda: Own(1, taw=2.0),
+        TypeError,
+        r"Own takes no argument 'taw'; did you mean 'tau'\? It takes size, tau,",
+    ),
+    "a subclass's own": (lambda: Own(sise=1, size=2), TypeError, r"Own takes no argument 'sise'; did you mean 'size'"),
     "a model's": (
         lambda: snnfast.models.resnet18(time=4),
         TypeError,
@@ -216,6 +227,16 @@ def test_the_notice_of_a_plain_loop_names_an_autograd_function_not_its_apply():
 
     with pytest.warns(UserWarning, match=r"surrogate Half\.apply is not one of"):
         snnfast.IFNode(surrogate_function=Half.apply)(X)
+
+
+@pytest.mark.parametrize("store_v_seq", [False, True])
+def test_spikes_without_a_derivative_fail_in_the_backward_as_in_a_loop(store_v_seq):
+    x = X.clone().requires_grad_()
+    s, v, v_seq = functional.if_multi_step(x, surrogate_function=surrogate.heaviside, store_v_seq=store_v_seq)
+    with pytest.raises(RuntimeError, match="does not require grad"):
+        s.sum().backward()
+    (v if v_seq is None else v_seq).sum().backward()
+    assert x.grad is not None
 
 
 def test_an_explicit_backend_never_falls_back():

@@ -22,6 +22,15 @@ class Averaged(nn.Module):
         return self.net(x).unflatten(0, (T, -1)).mean(0)
 
 
+class Repeated(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Flatten(), nn.Linear(64, 12), snnfast.IFNode(timesteps=4), nn.Linear(12, 5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x.repeat(4, 1, 1, 1))
+
+
 class InPlace(nn.Sequential):
     def __init__(self) -> None:
         super().__init__(*teacher())
@@ -83,6 +92,10 @@ BAD = {
     "short input": (
         lambda: Distiller(TimeFirst(), losses=[TemporalSelfKD(6, 4)], example_inputs=torch.randn(4, B, 6)),
         r"inputs must have timesteps_teacher = 6 steps .* its output has 4",
+    ),
+    "a number of steps of its own": (
+        lambda: Distiller(Repeated(), losses=[TemporalSelfKD(8, 4)], example_inputs=X),
+        r"timesteps_teacher is 8, but the student gives 4 steps .* must read a whole number `timesteps`",
     ),
     "batch norm by steps": (
         lambda: Distiller(

@@ -227,6 +227,18 @@ def test_under_compile(step_mode):
     assert torch.allclose(torch.compile(net, fullgraph=True, backend="eager")(x), want, atol=1e-6)
 
 
+def test_any_batch_size_can_be_exported():
+    net = nn.Sequential(layer.Conv2d(2, 4, 3), layer.BatchNorm2d(4), snnfast.IFNode(), layer.MaxPool2d(2)).eval()
+    functional.set_step_mode(net, "m")
+    program = torch.export.export(
+        net, (torch.randn(3, 5, 2, 6, 6),), dynamic_shapes=({1: torch.export.Dim("B", min=2)},)
+    )
+    for B in (2, 3, 4):
+        x = torch.randn(3, B, 2, 6, 6)
+        functional.reset_net(net)
+        assert torch.allclose(program.module()(x), net(x), atol=1e-6)
+
+
 @settings(max_examples=60)
 @given(
     kind=st.sampled_from(("Dropout", "Dropout2d")),

@@ -235,6 +235,17 @@ def test_what_a_transform_left_behind():
             assert torch.equal(functional.lif_multi_step(left[0])[0], twice[:4])
 
 
+def test_a_state_that_vmap_left_names_the_remedy():
+    node = snnfast.LIFNode(step_mode="m")
+    x = torch.randn(3, 4, 8)
+    torch.func.vmap(node)(x)
+    for grad in (False, True):
+        with torch.set_grad_enabled(grad), pytest.raises(RuntimeError, match=r"vmap left.*reset_net"):
+            node(x[0])
+    functional.reset_net(node)
+    assert torch.equal(node(x[0]), snnfast.LIFNode(step_mode="m")(x[0]))
+
+
 @pytest.mark.parametrize(("backend", "device"), kernel_backends())
 @pytest.mark.parametrize("neuron", NEURONS, ids=lambda n: n.name)
 def test_torch_func(backend, device, neuron):

@@ -167,6 +167,11 @@ def _under(modes: Sequence[Any]) -> Iterator[None]:
         yield
 
 
+def _place(node: fx.Node) -> str:
+    """``node`` as the user knows it: a module by its path."""
+    return repr(node.target) if node.op == "call_module" else node.name
+
+
 class _Pass:
     """One run of a program. Timed values are tensors ``[T * B, ...]``."""
 
@@ -200,7 +205,9 @@ class _Pass:
                     _refuse_multi_step_layers(self.model)
                     if not self._fits_but_for_shape(node, error):
                         raise
-                    raise ValueError(f"{node.name} cannot take what comes to it ({error}). {self.reading}") from error
+                    raise ValueError(
+                        f"{_place(node)} cannot take what comes to it ({error}). {self.reading}"
+                    ) from error
         raise AssertionError("a graph ends with its output")
 
     def _fits_but_for_shape(self, node: fx.Node, error: Exception) -> bool:
@@ -228,7 +235,7 @@ class _Pass:
     def _unfolded(self, t: Tensor, node: fx.Node, use: str = "forward returns") -> Tensor:
         if not t.dim() or t.shape[0] != self.T * self.batch:
             raise ValueError(
-                f"{node.name}, which {use}, has shape {tuple(t.shape)} where {self.T} steps of {self.batch} samples "
+                f"{_place(node)}, which {use}, has shape {tuple(t.shape)} where {self.T} steps of {self.batch} samples "
                 f"come: it mixes samples, which unroll cannot take apart. {self.reading}"
             )
         return t.unflatten(0, (self.T, self.batch))
@@ -241,8 +248,8 @@ class _Pass:
             v = self.values[n]
             if timed and self.kinds[n] == TIMED and isinstance(v, Tensor) and not v.dim():
                 raise ValueError(
-                    f"{node.name} takes one number, {n.name}, of all samples of all steps, where the loop has one for "
-                    f"each step: unroll cannot take it apart. {self.reading}"
+                    f"{_place(node)} takes one number, {n.name}, of all samples of all steps, where the loop has one "
+                    f"for each step: unroll cannot take it apart. {self.reading}"
                 )
             return _repeated(v, self.T) if timed and self.kinds[n] == CONSTANT and isinstance(v, Tensor) else v
 
@@ -260,7 +267,7 @@ class _Pass:
         module: Any = self.model.get_submodule(target)
         if node in self.program.stateful:
             used: Any = {n.args[1] for n in node.users} if _unpacked(node) else None
-            x = self._unfolded(args[0], node.all_input_nodes[0], f"{target} takes")
+            x = self._unfolded(args[0], node.all_input_nodes[0], f"{_place(node)} takes")
             return run_over_time(module, target, x, args[1:], kwargs, used)
         if type(module) is nn.MaxPool2d and is_called_plainly(module):
             return MaxPool2d.forward(module, *args, **kwargs)  # type: ignore[arg-type]

@@ -173,6 +173,9 @@ class Distiller(nn.Module):
             T = len(self._time_first(raw, B, self._temporal))
             if self._temporal is not None:
                 checks.steps(T, self._temporal.timesteps_teacher, bool(self._timed))
+                T_student = self._temporal.timesteps_student
+                if len(inputs) not in (T, B, T * B) and raw.shape[0] == T_student * len(inputs):  # folded, in its own T
+                    checks.steps(T_student, T, True)
             self._classes = raw.shape[-1]
             layouts = {("", "inputs"): layers.time_layout("example_inputs", [inputs], T, B)}
             for path, outputs in calls.items():

@@ -95,7 +95,8 @@ def resnet18(
 
     Args:
         timesteps: ``None`` for the ANN, ``[B, in_channels, H, W]`` -> ``[B, num_classes]``; ``T`` for the spiking
-            network, -> ``[T, B, num_classes]``. ``H`` and ``W`` are any from 16.
+            network, -> ``[T, B, num_classes]``. ``H`` and ``W`` are any from 16. Inputs with time, such as event frames
+            ``[T, B, in_channels, H, W]``, take ``coding="temporal"``.
         neuron: class of the neurons, :class:`~snnfast.LIFNode` by default.
         width: channels of the first stage.
         **kwargs: the neurons' arguments, and those of :func:`snnfast.to_spiking`, which makes the network spiking.
