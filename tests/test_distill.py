@@ -7,6 +7,7 @@ import copy
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from distill_networks import (
     CLASSES,
     B,
@@ -24,7 +25,17 @@ from distill_networks import (
 from torch import Tensor, nn
 
 from snnfast import functional
-from snnfast.distill import ConfidenceKD, Distiller, FeatureKD, LogitKD, PerStepKD, SpatialSelfKD, TemporalSelfKD
+from snnfast.distill import (
+    ConfidenceKD,
+    Distiller,
+    FeatureKD,
+    LogitKD,
+    PerStepKD,
+    SpatialSelfKD,
+    TemporalSelfKD,
+    mean_over_time,
+)
+from snnfast.distill.losses import Batch
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -200,6 +211,15 @@ def test_confidence_kd_takes_the_weakest_and_the_strongest_step_of_each_sample()
     changed = logits.grad.abs().sum(-1) > 0
     assert changed.sum() == B
     assert all(changed[w, b] for b, w in enumerate(weak))  # only the weak ones learn
+
+
+def test_confidence_in_half_precision_is_that_of_the_same_logits_in_float32():
+    logits = 3 * torch.randn(8, 50, 10).bfloat16()
+    terms = [
+        ConfidenceKD()(Batch(z, z, z.mean(0), torch.zeros(50).long(), mean_over_time, F.cross_entropy))
+        for z in (logits, logits.float())
+    ]
+    torch.testing.assert_close(*(t["confidence_kd"][1] for t in terms))
 
 
 # ---- more time steps ----

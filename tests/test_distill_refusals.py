@@ -94,6 +94,10 @@ BAD = {
     "batch norm": (lambda: TemporalSelfKD(4, 2, batch_norm="none"), r"batch_norm must be one of 'all'.* got 'none'"),
     "labels": (lambda: Distiller(folded())(X, Y + 5), r"labels must be from 0 to 4, got 5 to 5"),
     "labels below": (lambda: Distiller(folded())(X, Y - 1), r"labels must be from 0 to 4, got -1 to -1"),
+    "labels above, as uint8": (  # where -100 is 156
+        lambda: Distiller(folded())(X, (Y + 156).byte()),
+        r"labels must be from 0 to 4, got 156 to 156",
+    ),
     "no labels": (
         lambda: Distiller(folded(), example_inputs=X)(X[:0], Y[:0]),
         r"labels must be at least one, .*empty batches",

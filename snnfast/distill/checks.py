@@ -72,5 +72,6 @@ def labels(given: Any, classes: int, values: bool) -> None:
         raise ValueError(f"labels must be [B], got {tuple(given.shape)}")
     if not values or all(0 <= int(end) < classes for end in given.aminmax()):
         return
+    given = given.long()  # as uint8, class 156 equals -100
     if not bool(((given >= 0) & (given < classes) | (given == _IGNORED)).all()):
         raise ValueError(f"labels must be from 0 to {classes - 1}, got {given.min().item()} to {given.max().item()}")
