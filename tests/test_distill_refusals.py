@@ -28,6 +28,18 @@ class InPlace(nn.Sequential):
         self[2] = nn.ReLU(inplace=True)
 
 
+class Twice(nn.Module):
+    """As many calls of one layer as there are time steps, but not one for each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two, self.out = nn.Linear(6, 7), nn.Linear(7, 8), nn.Linear(8, 5)
+        self.relu = nn.ReLU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(self.relu(self.two(self.relu(self.one(x))))).expand(2, -1, -1)
+
+
 X, Y = torch.randn(B, 1, 8, 8), torch.zeros(B, dtype=torch.long)
 BAD = {
     "student path": (
@@ -63,6 +75,10 @@ BAD = {
     "in place": (
         lambda: Distiller(folded(), InPlace(), [FeatureKD({"6": "1"})], example_inputs=X),
         r"'1' is changed in place.*name that module",
+    ),
+    "two calls": (
+        lambda: Distiller(Twice(), losses=[SpatialSelfKD({"relu": 5})], example_inputs=torch.randn(3, 6)),
+        r"'relu' was called 2 times .* \(3, 7\) first; name a layer that runs once",
     ),
     "no time": (lambda: Distiller(Averaged())(X, Y), r"student must return logits of every time step.*\(6, 5\)"),
     "no time, linear": (

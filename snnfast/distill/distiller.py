@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from .. import functional
+from ..tensors import saveable
 from . import checks, extend, layers
 from .losses import Batch, DistillationLoss, TemporalSelfKD, Terms, check_weight
 
@@ -121,9 +122,11 @@ class Distiller(nn.Module):
         self._check_layers()
         self._timed = tuple(extend.timed_modules(student))
         if teacher is not None:
-            teacher.requires_grad_(False).eval()
+            for p in teacher.parameters():  # scripted modules have no requires_grad_
+                p.requires_grad_(False)
+            teacher.eval()
         self._layouts: dict[tuple[str, str], str] | None = None
-        self._classes = 0
+        self._classes = self._T = 0  # as the dry run finds them
         self._labels_checked = False
         if example_inputs is not None:
             self._dry_run(example_inputs)
@@ -170,7 +173,7 @@ class Distiller(nn.Module):
         with layers.untouched(*self._models()):
             calls, raw = self._run_student(inputs, None, long=True, paths=self._student_paths)
             B = self._batch_size(raw, inputs)
-            T = len(self._time_first(raw, B, self._temporal))
+            self._T = T = len(self._time_first(raw, B, self._temporal))
             if self._temporal is not None:
                 checks.steps(T, self._temporal.timesteps_teacher, bool(self._timed))
             self._classes = raw.shape[-1]
@@ -263,7 +266,7 @@ class Distiller(nn.Module):
     def _run_teacher(self, inputs: Tensor, B: int, T: int) -> tuple[Tensor, layers.Calls]:
         teacher = self.teacher
         assert teacher is not None
-        if teacher.training:
+        if any(module.training for module in teacher.modules()):  # whoever trains a model that has a part of it
             teacher.eval()
         functional.reset_net(teacher)
         with layers.recorded(teacher, self._teacher_paths) as calls:
@@ -281,10 +284,11 @@ class Distiller(nn.Module):
 
     def _features(self, side: str, calls: layers.Calls, T: int, B: int) -> dict[str, Tensor]:
         assert self._layouts is not None
-        return {
-            path: layers.unfold(f"the output of {side} layer {path!r}", outputs, self._layouts[side, path], T, B)
+        features = [
+            layers.unfold(f"the output of {side} layer {path!r}", outputs, self._layouts[side, path], T, B)
             for path, outputs in calls.items()
-        }
+        ]
+        return dict(zip(calls, saveable(features), strict=True))  # type: ignore[arg-type]
 
     def forward(self, inputs: Tensor, labels: Tensor, *, teacher_logits: Tensor | None = None) -> Distilled:
         """One batch: the student's output, every term and their sum.
@@ -366,7 +370,7 @@ class Distiller(nn.Module):
         assert self._layouts is not None
         layout, T = self._layouts["", "inputs"], 1
         if layout != "static":
-            T = len(inputs) if layout == "time" else self._timesteps(self._temporal)
+            T = len(inputs) if layout == "time" else self._timesteps(self._temporal) if self._timed else self._T
         B = inputs.shape[1] if layout == "time" else len(inputs) // T
         return self._run_teacher(inputs, B, T)[0]
 
@@ -384,6 +388,10 @@ class Distiller(nn.Module):
 
 
 def _distilled(output: Tensor, logits: Tensor, terms: Terms) -> Distilled:
-    weighted = {name: value if weight == 1.0 else weight * value for name, (weight, value) in terms.items()}
+    # A weight of 0 leaves out what is not finite too, such as the mean over a batch without a label.
+    weighted = {
+        name: value if weight == 1.0 else weight * (value if weight else value.nan_to_num())
+        for name, (weight, value) in terms.items()
+    }
     loss = functools.reduce(torch.add, weighted.values())
     return Distilled(output, logits, loss, {name: value for name, (_, value) in terms.items()}, weighted)
