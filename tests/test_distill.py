@@ -24,7 +24,9 @@ from distill_networks import (
 )
 from torch import Tensor, nn
 
+import snnfast
 from snnfast import functional
+from snnfast.checkpoint import checkpoint
 from snnfast.distill import (
     ConfidenceKD,
     Distiller,
@@ -36,6 +38,7 @@ from snnfast.distill import (
     mean_over_time,
 )
 from snnfast.distill.losses import Batch
+from snnfast.fused import BatchNormNode
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -289,6 +292,33 @@ def test_batch_norm_of_the_student_steps_trains_as_without_the_longer_run():
     student.load_state_dict(plain.state_dict())
     together = Distiller(student, losses=[TemporalSelfKD(5, 2)])(x, y)
     assert not torch.equal(one.output, together.output)
+
+
+@pytest.mark.parametrize("batch_norm", ["all", "student", "per_step"])
+@pytest.mark.parametrize("change", ["node", "fused", "checkpointed"])
+def test_the_longer_run_of_fused_and_of_checkpointed_layers(change, batch_norm):
+    class Checkpointed(nn.Sequential):
+        def forward(self, x: Tensor) -> Tensor:
+            return checkpoint(self[1], checkpoint(self[0], x))
+
+    (x, y), plain = batch(), folded()
+    student = copy.deepcopy(plain)
+    if change == "fused":
+        assert len(snnfast.fuse(student).fused) == 1
+    elif change == "node":
+        student[5], student[6] = BatchNormNode(student[5], student[6]), nn.Identity()
+    else:
+        student = Checkpointed(student[:5], student[5:])
+    for net in (plain, student):
+        result = Distiller(net, losses=[TemporalSelfKD(6, T, batch_norm=batch_norm)])(x, y)
+        result.loss.backward()
+    for a, b in zip(plain.parameters(), student.parameters(), strict=True):
+        torch.testing.assert_close(a.grad, b.grad, rtol=1e-3, atol=1e-4)
+    for a, b in zip(plain.buffers(), student.buffers(), strict=True):
+        torch.testing.assert_close(a, b)
+    assert {m.timesteps for m in student.modules() if hasattr(m, "timesteps")} == {T}
+    if change != "fused":
+        assert not any("forward" in vars(m) for m in student.modules())
 
 
 @pytest.mark.parametrize("time_first", [False, True])

@@ -107,6 +107,13 @@ BAD = {
         ),
         r"batch_norm='per_step' does not work with ThresholdDependentBatchNorm2d in student \(at '0'\)",
     ),
+    "node of each step": (
+        lambda: Distiller(
+            nn.Sequential(snnfast.fused.BatchNormNode(nn.BatchNorm2d(1), snnfast.IFNode(timesteps=2), per_step=True)),
+            losses=[TemporalSelfKD(4, 2, batch_norm="student")],
+        ),
+        r"batch_norm='student' does not work with BatchNormNode\(per_step=True\) in student \(at '0'\)",
+    ),
     "batch norm": (lambda: TemporalSelfKD(4, 2, batch_norm="none"), r"batch_norm must be one of 'all'.* got 'none'"),
     "labels": (lambda: Distiller(folded())(X, Y + 5), r"labels must be from 0 to 4, got 5 to 5"),
     "labels below": (lambda: Distiller(folded())(X, Y - 1), r"labels must be from 0 to 4, got -1 to -1"),
