@@ -278,6 +278,17 @@ def test_other_students_are_given_the_longer_input_and_cut_it_in_eval():
     for inputs in (x, x[:2]):
         torch.testing.assert_close(distiller(inputs, y).output, z[:2])
 
+    class BatchFirst(TimeFirst):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x.transpose(0, 1))
+
+    turned = BatchFirst()
+    turned.load_state_dict(student.state_dict())
+    x = x.transpose(0, 1)
+    distiller = Distiller(turned, losses=[TemporalSelfKD(5, 2)], example_inputs=x)
+    for training in (True, False):
+        torch.testing.assert_close(distiller.train(training)(x, y).output, z[:2])
+
 
 def test_batch_norm_of_the_student_steps_trains_as_without_the_longer_run():
     x, y = batch()

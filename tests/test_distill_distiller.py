@@ -10,7 +10,7 @@ from collections import deque
 import pytest
 import torch
 import torch.nn.functional as F
-from distill_networks import CLASSES, B, T, batch, close, folded, kl, teacher
+from distill_networks import CLASSES, B, T, TimeFirst, batch, close, folded, kl, teacher
 from torch import Tensor, nn
 
 from snnfast import functional
@@ -350,6 +350,34 @@ def test_two_of_a_kind_have_two_names_and_probabilities_are_labels():
     torch.testing.assert_close(distiller(x, F.one_hot(y, CLASSES).float()).loss, distiller(x, y).loss)
     y[0] = -100
     assert distiller(x, y).loss.isfinite()
+
+
+def test_losses_of_one_name_are_all_kept():
+    class Softer(LogitKD):
+        pass
+
+    class Task(DistillationLoss):
+        name = "task"
+
+        def forward(self, batch):
+            return {"task": (1.0, batch.logits.sum())}
+
+    class Second(Softer):
+        name = "logit_kd_2"
+
+    losses = [Second(), LogitKD(), Softer(6.0), LogitKD(), Task()]
+    terms = Distiller(folded(), teacher(), losses)(*batch()).terms
+    assert list(terms) == ["task", "logit_kd_2", "logit_kd", "logit_kd_3", "logit_kd_4", "task_2"]
+
+
+def test_counts_of_events_reach_the_teacher_as_their_mean():
+    class Counts(TimeFirst):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x.float())
+
+    x, student, ann = torch.randint(3, (T, B, 6), dtype=torch.uint8), Counts(), nn.Linear(6, CLASSES)
+    distiller = Distiller(student, ann, [LogitKD()], example_inputs=x)
+    torch.testing.assert_close(distiller.teacher_logits(x), ann(x.float().mean(0)))
 
 
 def test_terms_of_a_loss_of_ones_own_are_all_kept_whatever_their_names():

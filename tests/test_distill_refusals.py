@@ -146,6 +146,14 @@ BAD_TYPES = {
     "temperature text": (lambda: LogitKD("4"), r"temperature must be a number, got str"),
     "labels' dtype": (lambda: Distiller(folded())(X, Y.int()), r"labels must be int64, got int32"),
     "label list": (lambda: Distiller(folded())(X, [0] * B), r"labels must be a torch.Tensor"),
+    "label list after labels": (
+        lambda: (lambda d: [d(X, labels) for labels in (Y, [0] * B)])(Distiller(folded())),
+        r"labels must be a torch.Tensor, got list",
+    ),
+    "teacher_input": (
+        lambda: Distiller(folded(), teacher(), teacher_input=2),
+        r"teacher_input must be callable, got 2",
+    ),
 }
 
 

@@ -105,15 +105,18 @@ class Distiller(nn.Module):
     ) -> None:
         super().__init__()
         checks.models(student, teacher, losses)
-        for name, value in (("task_loss", task_loss), ("readout", readout)):
-            if not callable(value):
+        for name, value in (("task_loss", task_loss), ("readout", readout), ("teacher_input", teacher_input)):
+            if not callable(value) and (name, value) != ("teacher_input", None):
                 raise TypeError(f"{name} must be callable, got {value!r}")
         self.student = student
         self._teacher = (teacher,)  # in a tuple: not a submodule, so DDP, optimisers and checkpoints pass it by
         self.losses = nn.ModuleDict()
         for loss in losses:
-            count = sum(type(loss) is type(other) for other in self.losses.values())
-            self.losses[f"{loss.name}_{count + 1}" if count else loss.name] = copy.deepcopy(loss)
+            key, number = loss.name, 1
+            while key in self.losses or key == "task":  # another's name, be it of the same class or not
+                number += 1
+                key = f"{loss.name}_{number}"
+            self.losses[key] = copy.deepcopy(loss)
         self.task_weight = check_weight("task_weight", task_weight)
         self.task_loss, self.readout, self.teacher_input = task_loss, readout, teacher_input
         self._student_paths = tuple(dict.fromkeys(path for loss in losses for path in loss.student_layers))
@@ -280,7 +283,10 @@ class Distiller(nn.Module):
             return self.teacher_input(inputs)
         assert self._layouts is not None
         layout = self._layouts["", "inputs"]
-        return inputs if layout == "static" else layers.unfold("inputs", [inputs], layout, T, B).mean(0)
+        if layout == "static":
+            return inputs
+        dtype = None if inputs.is_floating_point() else torch.get_default_dtype()  # counts of events
+        return layers.unfold("inputs", [inputs], layout, T, B).mean(0, dtype=dtype)
 
     def _features(self, side: str, calls: layers.Calls, T: int, B: int) -> dict[str, Tensor]:
         assert self._layouts is not None
@@ -304,8 +310,7 @@ class Distiller(nn.Module):
         """
         if self._layouts is None:
             self._dry_run(inputs)
-        # On a device reading the labels waits for it, so there it is done once.
-        checks.labels(labels, self._classes, values=not (self._labels_checked and labels.is_cuda))
+        checks.labels(labels, self._classes, again=self._labels_checked)
         self._labels_checked = True
         B, temporal = len(labels), self._temporal
         if not self.training:
@@ -354,6 +359,8 @@ class Distiller(nn.Module):
             inputs = inputs[: temporal.timesteps_student]
         _, raw = self._run_student(inputs, B, long=False, paths=())
         output = self._time_first(raw, B, None)
+        if temporal is not None:  # where inputs or student have the steps of training in a way that is not known here
+            output = output[: temporal.timesteps_student]
         logits = self._read_out(output)
         return _distilled(output, logits, {"task": (self.task_weight, self.task_loss(logits, labels))})
 
