@@ -135,6 +135,18 @@ def test_features_per_step_folded_and_time_first_are_the_same():
         torch.testing.assert_close(a.grad, b.grad, rtol=1e-4, atol=1e-6)
 
 
+def test_a_container_that_ends_in_a_fused_batch_norm_is_a_layer():
+    (x, y), net = batch(), folded()
+    plain = nn.Sequential(net[:2], net[2], net[3], net[4:6], *net[6:])
+    students = [plain, copy.deepcopy(plain)]
+    assert len(snnfast.fuse(students[1]).fused) == 1
+    distillers = [Distiller(s, teacher(), [SpatialSelfKD({"3": CLASSES})], example_inputs=x) for s in students]
+    distillers[1].losses.load_state_dict(distillers[0].losses.state_dict())
+    one, two = (d(x, y).terms for d in distillers)
+    for name, term in one.items():
+        torch.testing.assert_close(term, two[name])
+
+
 def test_vectors_get_a_linear_and_time_first_inputs_reach_the_teacher_as_their_mean():
     student, x, y = TimeFirst(), torch.randn(T, B, 6), torch.randint(CLASSES, (B,))
     ann = nn.Sequential(nn.Linear(6, 9), nn.ReLU(), nn.Linear(9, CLASSES))

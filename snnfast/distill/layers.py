@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..fused.pair import StandIn
+
 Calls = dict[str, list[Tensor]]  # what a layer put out, one tensor for each call of it
 
 
@@ -48,6 +50,8 @@ def recorded(model: nn.Module, paths: Iterable[str]) -> Iterator[Calls]:
 
     def hook(path: str) -> Any:
         def record(module: nn.Module, inputs: Any, output: Any) -> None:
+            if isinstance(output, StandIn):  # of a fused batch norm that ends a container
+                output = output.tensor()
             if not isinstance(output, Tensor):
                 raise TypeError(
                     f"layer {path!r} must put out one tensor to be distilled, got {type(output).__name__}; name one "
