@@ -8,7 +8,7 @@ from distill_networks import B, T, TimeFirst, folded, teacher
 from torch import Tensor, nn
 
 import snnfast
-from snnfast.distill import ConfidenceKD, Distiller, FeatureKD, LogitKD, SpatialSelfKD, TemporalSelfKD
+from snnfast.distill import ConfidenceKD, DistillationLoss, Distiller, FeatureKD, LogitKD, SpatialSelfKD, TemporalSelfKD
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -40,6 +40,13 @@ class Twice(nn.Module):
         return self.out(self.relu(self.two(self.relu(self.one(x))))).expand(2, -1, -1)
 
 
+class Learning(DistillationLoss):
+    name = "learning"
+
+    def build(self, student, teacher, classes):
+        self.weights = nn.Linear(classes, classes)
+
+
 X, Y = torch.randn(B, 1, 8, 8), torch.zeros(B, dtype=torch.long)
 BAD = {
     "student path": (
@@ -56,6 +63,7 @@ BAD = {
     ),
     "no teacher": (lambda: Distiller(folded(), losses=[FeatureKD({"6": "2"})], example_inputs=X), r"teacher must be a"),
     "no example": (lambda: Distiller(folded(), teacher(), [FeatureKD({"6": "2"})]), r"example_inputs must be"),
+    "no example to build from": (lambda: Distiller(folded(), losses=[Learning()]), r"example_inputs must be .* builds"),
     "one example": (
         lambda: Distiller(folded(), teacher(), [FeatureKD({"6": "2"})], example_inputs=X[:1]),
         r"at least 2 samples .* got 1",

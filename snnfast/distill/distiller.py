@@ -68,8 +68,8 @@ class Distiller(nn.Module):
         teacher_input: turns the student's inputs into the teacher's; by default they are the same, or their mean over
             time where they have time steps.
         example_inputs: a batch of at least 2 samples on the models' device, for one dry run that finds out shapes; it
-            leaves no trace in the models or the random generators. May be left out where no loss names a layer: the
-            first batch serves then.
+            leaves no trace in the models or the random generators. May be left out where no loss names a layer or has a
+            ``build`` of its own: the first batch serves then.
 
     Raises:
         TypeError, ValueError: an argument of another kind, an unknown layer (the nearest are listed), layers that
@@ -131,11 +131,14 @@ class Distiller(nn.Module):
         self._layouts: dict[tuple[str, str], str] | None = None
         self._classes = self._T = 0  # as the dry run finds them
         self._labels_checked = False
+        # What is built at the first batch only would be unknown to an optimiser made before.
+        builds = any(type(loss).build is not DistillationLoss.build for loss in losses)
         if example_inputs is not None:
             self._dry_run(example_inputs)
-        elif self._student_paths or self._teacher_paths:
+        elif builds or self._student_paths or self._teacher_paths:
             raise ValueError(
-                "example_inputs must be a batch of inputs where a loss names layers: a dry run finds their shapes"
+                "example_inputs must be a batch of inputs where a loss names layers or builds something to learn with: "
+                "a dry run finds the shapes"
             )
 
     @property
