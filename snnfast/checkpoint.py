@@ -64,6 +64,8 @@ class _Anew:
 
 
 _State = list[tuple[nn.Module, str, Any]]
+_SETTINGS = ("timesteps", "_timesteps", "forward")  # a Distiller's longer run has its own, for one call
+_ABSENT = object()
 
 
 def _state(module: nn.Module) -> _State:
@@ -73,12 +75,18 @@ def _state(module: nn.Module) -> _State:
         names = m._memory_reset_values if isinstance(m, MemoryModule) else getattr(m, "_memories", None)
         if isinstance(names, dict):
             found += [(m, name, getattr(m, name)) for name in (*names, "v_seq") if hasattr(m, name)]
+        found += [(m, name, m.__dict__.get(name, _ABSENT)) for name in _SETTINGS]
     return found
 
 
 def _restore(state: _State) -> None:
     for module, name, value in state:
-        setattr(module, name, value)
+        if name not in _SETTINGS:
+            setattr(module, name, value)
+        elif value is _ABSENT:
+            module.__dict__.pop(name, None)
+        else:
+            module.__dict__[name] = value
 
 
 @contextlib.contextmanager

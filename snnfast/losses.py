@@ -151,6 +151,6 @@ def _reduce(loss: Tensor, target: Tensor, reduction: str) -> Tensor:
         raise ValueError(f"reduction must be 'mean', 'sum' or 'none', got {reduction!r}")
     count: Tensor | int = len(loss)
     if target.dim() == 1:
-        taken = target != _IGNORED
+        taken = target.long() != _IGNORED  # as uint8, class 156 equals -100
         loss, count = loss.where(taken, 0.0), taken.sum()
     return loss if reduction == "none" else loss.sum() if reduction == "sum" else loss.sum() / count

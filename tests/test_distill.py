@@ -7,6 +7,7 @@ import copy
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from distill_networks import (
     CLASSES,
     B,
@@ -23,8 +24,21 @@ from distill_networks import (
 )
 from torch import Tensor, nn
 
+import snnfast
 from snnfast import functional
-from snnfast.distill import ConfidenceKD, Distiller, FeatureKD, LogitKD, PerStepKD, SpatialSelfKD, TemporalSelfKD
+from snnfast.checkpoint import checkpoint
+from snnfast.distill import (
+    ConfidenceKD,
+    Distiller,
+    FeatureKD,
+    LogitKD,
+    PerStepKD,
+    SpatialSelfKD,
+    TemporalSelfKD,
+    mean_over_time,
+)
+from snnfast.distill.losses import Batch
+from snnfast.fused import BatchNormNode
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -121,6 +135,18 @@ def test_features_per_step_folded_and_time_first_are_the_same():
         torch.testing.assert_close(a.grad, b.grad, rtol=1e-4, atol=1e-6)
 
 
+def test_a_container_that_ends_in_a_fused_batch_norm_is_a_layer():
+    (x, y), net = batch(), folded()
+    plain = nn.Sequential(net[:2], net[2], net[3], net[4:6], *net[6:])
+    students = [plain, copy.deepcopy(plain)]
+    assert len(snnfast.fuse(students[1]).fused) == 1
+    distillers = [Distiller(s, teacher(), [SpatialSelfKD({"3": CLASSES})], example_inputs=x) for s in students]
+    distillers[1].losses.load_state_dict(distillers[0].losses.state_dict())
+    one, two = (d(x, y).terms for d in distillers)
+    for name, term in one.items():
+        torch.testing.assert_close(term, two[name])
+
+
 def test_vectors_get_a_linear_and_time_first_inputs_reach_the_teacher_as_their_mean():
     student, x, y = TimeFirst(), torch.randn(T, B, 6), torch.randint(CLASSES, (B,))
     ann = nn.Sequential(nn.Linear(6, 9), nn.ReLU(), nn.Linear(9, CLASSES))
@@ -202,6 +228,15 @@ def test_confidence_kd_takes_the_weakest_and_the_strongest_step_of_each_sample()
     assert all(changed[w, b] for b, w in enumerate(weak))  # only the weak ones learn
 
 
+def test_confidence_in_half_precision_is_that_of_the_same_logits_in_float32():
+    logits = 3 * torch.randn(8, 50, 10).bfloat16()
+    terms = [
+        ConfidenceKD()(Batch(z, z, z.mean(0), torch.zeros(50).long(), mean_over_time, F.cross_entropy))
+        for z in (logits, logits.float())
+    ]
+    torch.testing.assert_close(*(t["confidence_kd"][1] for t in terms))
+
+
 # ---- more time steps ----
 def test_temporal_self_kd_runs_longer_in_training_only_and_puts_timesteps_back():
     student, (x, y) = folded(timesteps=2), batch()
@@ -255,6 +290,17 @@ def test_other_students_are_given_the_longer_input_and_cut_it_in_eval():
     for inputs in (x, x[:2]):
         torch.testing.assert_close(distiller(inputs, y).output, z[:2])
 
+    class BatchFirst(TimeFirst):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x.transpose(0, 1))
+
+    turned = BatchFirst()
+    turned.load_state_dict(student.state_dict())
+    x = x.transpose(0, 1)
+    distiller = Distiller(turned, losses=[TemporalSelfKD(5, 2)], example_inputs=x)
+    for training in (True, False):
+        torch.testing.assert_close(distiller.train(training)(x, y).output, z[:2])
+
 
 def test_batch_norm_of_the_student_steps_trains_as_without_the_longer_run():
     x, y = batch()
@@ -269,6 +315,33 @@ def test_batch_norm_of_the_student_steps_trains_as_without_the_longer_run():
     student.load_state_dict(plain.state_dict())
     together = Distiller(student, losses=[TemporalSelfKD(5, 2)])(x, y)
     assert not torch.equal(one.output, together.output)
+
+
+@pytest.mark.parametrize("batch_norm", ["all", "student", "per_step"])
+@pytest.mark.parametrize("change", ["node", "fused", "checkpointed"])
+def test_the_longer_run_of_fused_and_of_checkpointed_layers(change, batch_norm):
+    class Checkpointed(nn.Sequential):
+        def forward(self, x: Tensor) -> Tensor:
+            return checkpoint(self[1], checkpoint(self[0], x))
+
+    (x, y), plain = batch(), folded()
+    student = copy.deepcopy(plain)
+    if change == "fused":
+        assert len(snnfast.fuse(student).fused) == 1
+    elif change == "node":
+        student[5], student[6] = BatchNormNode(student[5], student[6]), nn.Identity()
+    else:
+        student = Checkpointed(student[:5], student[5:])
+    for net in (plain, student):
+        result = Distiller(net, losses=[TemporalSelfKD(6, T, batch_norm=batch_norm)])(x, y)
+        result.loss.backward()
+    for a, b in zip(plain.parameters(), student.parameters(), strict=True):
+        torch.testing.assert_close(a.grad, b.grad, rtol=1e-3, atol=1e-4)
+    for a, b in zip(plain.buffers(), student.buffers(), strict=True):
+        torch.testing.assert_close(a, b)
+    assert {m.timesteps for m in student.modules() if hasattr(m, "timesteps")} == {T}
+    if change != "fused":
+        assert not any("forward" in vars(m) for m in student.modules())
 
 
 @pytest.mark.parametrize("time_first", [False, True])

@@ -5,11 +5,12 @@ from __future__ import annotations
 import copy
 import importlib
 import pickle
+from collections import deque
 
 import pytest
 import torch
 import torch.nn.functional as F
-from distill_networks import CLASSES, B, T, batch, close, folded, kl, teacher
+from distill_networks import CLASSES, B, T, TimeFirst, batch, close, folded, kl, teacher
 from torch import Tensor, nn
 
 from snnfast import functional
@@ -29,16 +30,21 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 class Counting(nn.Module):
-    """Changes a buffer and an attribute in every call, whatever its mode, and draws random numbers."""
+    """Changes a buffer and attributes in every call, whatever its mode, and draws random numbers."""
 
     def __init__(self) -> None:
         super().__init__()
         self.register_buffer("calls", torch.zeros(()))
         self.last: Tensor | None = None
+        self.shapes: list[torch.Size] = []
+        self.recent: deque[torch.Size] = deque(maxlen=2)
+        self.generator = torch.Generator().manual_seed(3)
 
     def forward(self, x: Tensor) -> Tensor:
         self.calls += 1
-        self.last = (x + torch.rand(())).detach()
+        self.last = (x + torch.rand(()) + torch.rand((), generator=self.generator)).detach()
+        self.shapes.append(x.shape)
+        self.recent.append(x.shape)
         return x
 
 
@@ -62,6 +68,9 @@ def test_the_dry_run_leaves_no_trace():
     assert student[-1].calls == 1
     assert torch.equal(student[-1].last, before[0][-1].last)
     assert ann[-1].last is None
+    for old, new in zip(before, (student, ann), strict=True):
+        assert (new[-1].shapes, new[-1].recent) == (old[-1].shapes, old[-1].recent)
+        assert torch.equal(new[-1].generator.get_state(), old[-1].generator.get_state())
     assert [m.training for m in before[0].modules()] == [m.training for m in student.modules()]
     assert all(
         torch.equal(v, m.v) for v, m in zip(potentials, (m for m in student if isinstance(m, BaseNode)), strict=True)
@@ -114,6 +123,10 @@ def test_cached_teacher_logits_replace_the_teacher():
     ann.train()  # a user's loop may do that to every model it knows
     torch.testing.assert_close(distiller(x, y).terms["logit_kd"], with_teacher.terms["logit_kd"])
     assert not ann.training
+    ann[1].train()  # or to a part of it alone
+    mean = ann[1].running_mean.clone()
+    torch.testing.assert_close(distiller(x, y).terms["logit_kd"], with_teacher.terms["logit_kd"])
+    assert torch.equal(ann[1].running_mean, mean)
     calls = []
     ann.register_forward_hook(lambda *_: calls.append(1))
     from_cache = distiller(x, y, teacher_logits=cached)
@@ -128,6 +141,94 @@ def test_cached_teacher_logits_replace_the_teacher():
         distiller(x, y, teacher_logits=cached[:, :4])
     with pytest.raises(ValueError, match=r"logits must be \[B, C\].*\(3, 5\)"):
         distiller(x, y, teacher_logits=cached[:3])
+
+
+def test_teacher_logits_of_folded_inputs_where_no_module_knows_the_steps():
+    class Student(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(6, CLASSES)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.fc(x).unflatten(0, (T, -1))
+
+    x, y, ann = torch.randn(T * B, 6), torch.randint(CLASSES, (B,)), nn.Linear(6, CLASSES)
+    distiller = Distiller(Student(), ann, [LogitKD()], example_inputs=x)
+    cached = distiller.teacher_logits(x)
+    torch.testing.assert_close(cached, ann(x.unflatten(0, (T, B)).mean(0)))
+    assert torch.equal(distiller(x, y, teacher_logits=cached).loss, distiller(x, y).loss)
+
+
+def test_a_teacher_that_runs_in_inference_mode():
+    class Frozen(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = teacher()
+
+        @torch.inference_mode()
+        def forward(self, x: Tensor) -> Tensor:
+            return self.net(x)
+
+    student, frozen, (x, y) = folded(), Frozen(), batch()
+    pairs = {"3": "net.2", "6": "net.2"}
+    losses = [LogitKD(), LogitKD(per_step=True), FeatureKD(pairs), PerStepKD()]
+    one = Distiller(student, frozen, losses, example_inputs=x)
+    two = Distiller(student, frozen.net, [*losses[:2], FeatureKD({"3": "2", "6": "2"}), losses[3]], example_inputs=x)
+    two.losses.load_state_dict(one.losses.state_dict())
+    results = [one(x, y), two(x, y)]
+    for name, term in results[0].terms.items():
+        assert torch.equal(term, results[1].terms[name])
+    results[0].loss.backward()
+    with torch.inference_mode():
+        cached = one.teacher_logits(x)
+    one(x, y, teacher_logits=cached).loss.backward()
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
+def test_a_scripted_teacher():
+    ann, (x, y) = teacher(), batch()
+    student = folded()
+    scripted = Distiller(student, torch.jit.script(copy.deepcopy(ann)), [LogitKD()], example_inputs=x)
+    torch.testing.assert_close(scripted(x, y).loss, Distiller(student, ann, [LogitKD()], example_inputs=x)(x, y).loss)
+    assert not any(p.requires_grad for p in scripted.teacher.parameters())
+
+
+def test_a_dry_run_under_autocast_takes_no_gradients_from_the_first_batch():
+    # PyTorch before 2.11 keeps the weights that it casts without gradients, as the dry run does, until autocast ends.
+    students, ann, (x, y) = [folded()], teacher(), batch()
+    students.append(copy.deepcopy(students[0]))
+    for student, example in zip(students, (None, x), strict=True):
+        distiller = Distiller(student, ann, [LogitKD()], example_inputs=example)
+        with torch.autocast("cpu", torch.bfloat16):
+            result = distiller(x, y)
+        result.loss.backward()
+    for a, b in zip(*(s.parameters() for s in students), strict=True):
+        assert torch.equal(a.grad, b.grad)
+
+
+def test_a_batch_without_labels_where_the_task_has_no_weight():
+    x, y = batch()
+    distiller = Distiller(folded(), teacher(), [LogitKD(weight=0.5)], task_weight=0.0, example_inputs=x)
+    result = distiller(x, torch.full_like(y, -100))
+    assert torch.equal(result.loss, result.weighted["logit_kd"])
+    result.loss.backward()
+    assert all(p.grad.isfinite().all() for p in distiller.student.parameters())
+
+
+def test_layers_are_known_by_each_of_their_names():
+    class Named(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = folded()
+            self.last = self.net[6]
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.net(x)
+
+    x, y = batch()
+    losses = [SpatialSelfKD({"last": CLASSES, "net.6": CLASSES})]
+    terms = Distiller(Named(), losses=losses, example_inputs=x)(x, y).terms
+    assert list(terms) == ["task", "spatial_self_kd.last", "spatial_self_kd.net.6"]
 
 
 def test_spikingjelly_student_and_a_spiking_teacher():
@@ -249,6 +350,34 @@ def test_two_of_a_kind_have_two_names_and_probabilities_are_labels():
     torch.testing.assert_close(distiller(x, F.one_hot(y, CLASSES).float()).loss, distiller(x, y).loss)
     y[0] = -100
     assert distiller(x, y).loss.isfinite()
+
+
+def test_losses_of_one_name_are_all_kept():
+    class Softer(LogitKD):
+        pass
+
+    class Task(DistillationLoss):
+        name = "task"
+
+        def forward(self, batch):
+            return {"task": (1.0, batch.logits.sum())}
+
+    class Second(Softer):
+        name = "logit_kd_2"
+
+    losses = [Second(), LogitKD(), Softer(6.0), LogitKD(), Task()]
+    terms = Distiller(folded(), teacher(), losses)(*batch()).terms
+    assert list(terms) == ["task", "logit_kd_2", "logit_kd", "logit_kd_3", "logit_kd_4", "task_2"]
+
+
+def test_counts_of_events_reach_the_teacher_as_their_mean():
+    class Counts(TimeFirst):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x.float())
+
+    x, student, ann = torch.randint(3, (T, B, 6), dtype=torch.uint8), Counts(), nn.Linear(6, CLASSES)
+    distiller = Distiller(student, ann, [LogitKD()], example_inputs=x)
+    torch.testing.assert_close(distiller.teacher_logits(x), ann(x.float().mean(0)))
 
 
 def test_terms_of_a_loss_of_ones_own_are_all_kept_whatever_their_names():

@@ -8,7 +8,7 @@ from distill_networks import B, T, TimeFirst, folded, teacher
 from torch import Tensor, nn
 
 import snnfast
-from snnfast.distill import ConfidenceKD, Distiller, FeatureKD, LogitKD, SpatialSelfKD, TemporalSelfKD
+from snnfast.distill import ConfidenceKD, DistillationLoss, Distiller, FeatureKD, LogitKD, SpatialSelfKD, TemporalSelfKD
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -37,6 +37,25 @@ class InPlace(nn.Sequential):
         self[2] = nn.ReLU(inplace=True)
 
 
+class Twice(nn.Module):
+    """As many calls of one layer as there are time steps, but not one for each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two, self.out = nn.Linear(6, 7), nn.Linear(7, 8), nn.Linear(8, 5)
+        self.relu = nn.ReLU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(self.relu(self.two(self.relu(self.one(x))))).expand(2, -1, -1)
+
+
+class Learning(DistillationLoss):
+    name = "learning"
+
+    def build(self, student, teacher, classes):
+        self.weights = nn.Linear(classes, classes)
+
+
 X, Y = torch.randn(B, 1, 8, 8), torch.zeros(B, dtype=torch.long)
 BAD = {
     "student path": (
@@ -53,6 +72,7 @@ BAD = {
     ),
     "no teacher": (lambda: Distiller(folded(), losses=[FeatureKD({"6": "2"})], example_inputs=X), r"teacher must be a"),
     "no example": (lambda: Distiller(folded(), teacher(), [FeatureKD({"6": "2"})]), r"example_inputs must be"),
+    "no example to build from": (lambda: Distiller(folded(), losses=[Learning()]), r"example_inputs must be .* builds"),
     "one example": (
         lambda: Distiller(folded(), teacher(), [FeatureKD({"6": "2"})], example_inputs=X[:1]),
         r"at least 2 samples .* got 1",
@@ -72,6 +92,10 @@ BAD = {
     "in place": (
         lambda: Distiller(folded(), InPlace(), [FeatureKD({"6": "1"})], example_inputs=X),
         r"'1' is changed in place.*name that module",
+    ),
+    "two calls": (
+        lambda: Distiller(Twice(), losses=[SpatialSelfKD({"relu": 5})], example_inputs=torch.randn(3, 6)),
+        r"'relu' was called 2 times .* \(3, 7\) first; name a layer that runs once",
     ),
     "no time": (lambda: Distiller(Averaged())(X, Y), r"student must return logits of every time step.*\(6, 5\)"),
     "no time, linear": (
@@ -104,9 +128,20 @@ BAD = {
         ),
         r"batch_norm='per_step' does not work with ThresholdDependentBatchNorm2d in student \(at '0'\)",
     ),
+    "node of each step": (
+        lambda: Distiller(
+            nn.Sequential(snnfast.fused.BatchNormNode(nn.BatchNorm2d(1), snnfast.IFNode(timesteps=2), per_step=True)),
+            losses=[TemporalSelfKD(4, 2, batch_norm="student")],
+        ),
+        r"batch_norm='student' does not work with BatchNormNode\(per_step=True\) in student \(at '0'\)",
+    ),
     "batch norm": (lambda: TemporalSelfKD(4, 2, batch_norm="none"), r"batch_norm must be one of 'all'.* got 'none'"),
     "labels": (lambda: Distiller(folded())(X, Y + 5), r"labels must be from 0 to 4, got 5 to 5"),
     "labels below": (lambda: Distiller(folded())(X, Y - 1), r"labels must be from 0 to 4, got -1 to -1"),
+    "labels above, as uint8": (  # where -100 is 156
+        lambda: Distiller(folded())(X, (Y + 156).byte()),
+        r"labels must be from 0 to 4, got 156 to 156",
+    ),
     "no labels": (
         lambda: Distiller(folded(), example_inputs=X)(X[:0], Y[:0]),
         r"labels must be at least one, .*empty batches",
@@ -132,6 +167,14 @@ BAD_TYPES = {
     "temperature text": (lambda: LogitKD("4"), r"temperature must be a number, got str"),
     "labels' dtype": (lambda: Distiller(folded())(X, Y.int()), r"labels must be int64, got int32"),
     "label list": (lambda: Distiller(folded())(X, [0] * B), r"labels must be a torch.Tensor"),
+    "label list after labels": (
+        lambda: (lambda d: [d(X, labels) for labels in (Y, [0] * B)])(Distiller(folded())),
+        r"labels must be a torch.Tensor, got list",
+    ),
+    "teacher_input": (
+        lambda: Distiller(folded(), teacher(), teacher_input=2),
+        r"teacher_input must be callable, got 2",
+    ),
 }
 
 

@@ -225,6 +225,12 @@ def test_samples_without_a_label_have_no_part(loss, reduction):
 
 
 @pytest.mark.parametrize("loss", [losses.rate_cross_entropy, losses.tet_loss, losses.rate_mse])
+def test_class_156_as_uint8_is_a_class(loss):
+    out, target = torch.randn(3, 2, 200), torch.tensor([156, 4])
+    assert torch.equal(loss(out, target.to(torch.uint8)), loss(out, target))
+
+
+@pytest.mark.parametrize("loss", [losses.rate_cross_entropy, losses.tet_loss, losses.rate_mse])
 def test_classes_are_whole_numbers(loss):
     with pytest.raises(TypeError, match=r"target of shape \(2,\) must be classes, int64, got float32"):
         loss(torch.randn(3, 2, 4), torch.tensor([0.5, 1.7]))

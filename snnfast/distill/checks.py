@@ -56,8 +56,8 @@ def teacher_logits(logits: Any, B: int, classes: int | None) -> None:
         )
 
 
-def labels(given: Any, classes: int, values: bool) -> None:
-    """Class indices ``[B]`` or probabilities ``[B, C]``; ``values`` to look at the indices too."""
+def labels(given: Any, classes: int, again: bool) -> None:
+    """Class indices ``[B]`` or probabilities ``[B, C]``; ``again`` where some were checked before."""
     if not isinstance(given, Tensor):
         raise TypeError(f"labels must be a torch.Tensor, got {type(given).__name__}")
     if not given.numel():
@@ -70,7 +70,9 @@ def labels(given: Any, classes: int, values: bool) -> None:
         raise TypeError(f"labels must be int64, got {str(given.dtype).removeprefix('torch.')}; use labels.long()")
     if given.dim() != 1:
         raise ValueError(f"labels must be [B], got {tuple(given.shape)}")
-    if not values or all(0 <= int(end) < classes for end in given.aminmax()):
+    # On a device reading the labels waits for it, so there it is done once.
+    if (again and given.is_cuda) or all(0 <= int(end) < classes for end in given.aminmax()):
         return
+    given = given.long()  # as uint8, class 156 equals -100
     if not bool(((given >= 0) & (given < classes) | (given == _IGNORED)).all()):
         raise ValueError(f"labels must be from 0 to {classes - 1}, got {given.min().item()} to {given.max().item()}")

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from .. import functional
+from ..tensors import saveable
 from . import checks, extend, layers
 from .losses import Batch, DistillationLoss, TemporalSelfKD, Terms, check_weight
 
@@ -67,8 +68,8 @@ class Distiller(nn.Module):
         teacher_input: turns the student's inputs into the teacher's; by default they are the same, or their mean over
             time where they have time steps.
         example_inputs: a batch of at least 2 samples on the models' device, for one dry run that finds out shapes; it
-            leaves no trace in the models or the random generators. May be left out where no loss names a layer: the
-            first batch serves then.
+            leaves no trace in the models or the random generators. May be left out where no loss names a layer or has a
+            ``build`` of its own: the first batch serves then.
 
     Raises:
         TypeError, ValueError: an argument of another kind, an unknown layer (the nearest are listed), layers that
@@ -104,15 +105,18 @@ class Distiller(nn.Module):
     ) -> None:
         super().__init__()
         checks.models(student, teacher, losses)
-        for name, value in (("task_loss", task_loss), ("readout", readout)):
-            if not callable(value):
+        for name, value in (("task_loss", task_loss), ("readout", readout), ("teacher_input", teacher_input)):
+            if not callable(value) and (name, value) != ("teacher_input", None):
                 raise TypeError(f"{name} must be callable, got {value!r}")
         self.student = student
         self._teacher = (teacher,)  # in a tuple: not a submodule, so DDP, optimisers and checkpoints pass it by
         self.losses = nn.ModuleDict()
         for loss in losses:
-            count = sum(type(loss) is type(other) for other in self.losses.values())
-            self.losses[f"{loss.name}_{count + 1}" if count else loss.name] = copy.deepcopy(loss)
+            key, number = loss.name, 1
+            while key in self.losses or key == "task":  # another's name, be it of the same class or not
+                number += 1
+                key = f"{loss.name}_{number}"
+            self.losses[key] = copy.deepcopy(loss)
         self.task_weight = check_weight("task_weight", task_weight)
         self.task_loss, self.readout, self.teacher_input = task_loss, readout, teacher_input
         self._student_paths = tuple(dict.fromkeys(path for loss in losses for path in loss.student_layers))
@@ -121,15 +125,20 @@ class Distiller(nn.Module):
         self._check_layers()
         self._timed = tuple(extend.timed_modules(student))
         if teacher is not None:
-            teacher.requires_grad_(False).eval()
+            for p in teacher.parameters():  # scripted modules have no requires_grad_
+                p.requires_grad_(False)
+            teacher.eval()
         self._layouts: dict[tuple[str, str], str] | None = None
-        self._classes = 0
+        self._classes = self._T = 0  # as the dry run finds them
         self._labels_checked = False
+        # What is built at the first batch only would be unknown to an optimiser made before.
+        builds = any(type(loss).build is not DistillationLoss.build for loss in losses)
         if example_inputs is not None:
             self._dry_run(example_inputs)
-        elif self._student_paths or self._teacher_paths:
+        elif builds or self._student_paths or self._teacher_paths:
             raise ValueError(
-                "example_inputs must be a batch of inputs where a loss names layers: a dry run finds their shapes"
+                "example_inputs must be a batch of inputs where a loss names layers or builds something to learn with: "
+                "a dry run finds the shapes"
             )
 
     @property
@@ -170,7 +179,7 @@ class Distiller(nn.Module):
         with layers.untouched(*self._models()):
             calls, raw = self._run_student(inputs, None, long=True, paths=self._student_paths)
             B = self._batch_size(raw, inputs)
-            T = len(self._time_first(raw, B, self._temporal))
+            self._T = T = len(self._time_first(raw, B, self._temporal))
             if self._temporal is not None:
                 checks.steps(T, self._temporal.timesteps_teacher, bool(self._timed))
                 T_student = self._temporal.timesteps_student
@@ -266,7 +275,7 @@ class Distiller(nn.Module):
     def _run_teacher(self, inputs: Tensor, B: int, T: int) -> tuple[Tensor, layers.Calls]:
         teacher = self.teacher
         assert teacher is not None
-        if teacher.training:
+        if any(module.training for module in teacher.modules()):  # whoever trains a model that has a part of it
             teacher.eval()
         functional.reset_net(teacher)
         with layers.recorded(teacher, self._teacher_paths) as calls:
@@ -280,14 +289,18 @@ class Distiller(nn.Module):
             return self.teacher_input(inputs)
         assert self._layouts is not None
         layout = self._layouts["", "inputs"]
-        return inputs if layout == "static" else layers.unfold("inputs", [inputs], layout, T, B).mean(0)
+        if layout == "static":
+            return inputs
+        dtype = None if inputs.is_floating_point() else torch.get_default_dtype()  # counts of events
+        return layers.unfold("inputs", [inputs], layout, T, B).mean(0, dtype=dtype)
 
     def _features(self, side: str, calls: layers.Calls, T: int, B: int) -> dict[str, Tensor]:
         assert self._layouts is not None
-        return {
-            path: layers.unfold(f"the output of {side} layer {path!r}", outputs, self._layouts[side, path], T, B)
+        features = [
+            layers.unfold(f"the output of {side} layer {path!r}", outputs, self._layouts[side, path], T, B)
             for path, outputs in calls.items()
-        }
+        ]
+        return dict(zip(calls, saveable(features), strict=True))  # type: ignore[arg-type]
 
     def forward(self, inputs: Tensor, labels: Tensor, *, teacher_logits: Tensor | None = None) -> Distilled:
         """One batch: the student's output, every term and their sum.
@@ -303,8 +316,7 @@ class Distiller(nn.Module):
         """
         if self._layouts is None:
             self._dry_run(inputs)
-        # On a device reading the labels waits for it, so there it is done once.
-        checks.labels(labels, self._classes, values=not (self._labels_checked and labels.is_cuda))
+        checks.labels(labels, self._classes, again=self._labels_checked)
         self._labels_checked = True
         B, temporal = len(labels), self._temporal
         if not self.training:
@@ -353,6 +365,8 @@ class Distiller(nn.Module):
             inputs = inputs[: temporal.timesteps_student]
         _, raw = self._run_student(inputs, B, long=False, paths=())
         output = self._time_first(raw, B, None)
+        if temporal is not None:  # where inputs or student have the steps of training in a way that is not known here
+            output = output[: temporal.timesteps_student]
         logits = self._read_out(output)
         return _distilled(output, logits, {"task": (self.task_weight, self.task_loss(logits, labels))})
 
@@ -369,7 +383,7 @@ class Distiller(nn.Module):
         assert self._layouts is not None
         layout, T = self._layouts["", "inputs"], 1
         if layout != "static":
-            T = len(inputs) if layout == "time" else self._timesteps(self._temporal)
+            T = len(inputs) if layout == "time" else self._timesteps(self._temporal) if self._timed else self._T
         B = inputs.shape[1] if layout == "time" else len(inputs) // T
         return self._run_teacher(inputs, B, T)[0]
 
@@ -387,6 +401,10 @@ class Distiller(nn.Module):
 
 
 def _distilled(output: Tensor, logits: Tensor, terms: Terms) -> Distilled:
-    weighted = {name: value if weight == 1.0 else weight * value for name, (weight, value) in terms.items()}
+    # A weight of 0 leaves out what is not finite too, such as the mean over a batch without a label.
+    weighted = {
+        name: value if weight == 1.0 else weight * (value if weight else value.nan_to_num())
+        for name, (weight, value) in terms.items()
+    }
     loss = functools.reduce(torch.add, weighted.values())
     return Distilled(output, logits, loss, {name: value for name, (_, value) in terms.items()}, weighted)

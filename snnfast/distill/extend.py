@@ -11,6 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from ..fused import BatchNormNode
+
 BATCH_NORM = ("all", "student", "per_step")
 _NORMS = ((nn.BatchNorm1d, (2, 3)), (nn.BatchNorm2d, (4,)), (nn.BatchNorm3d, (5,)))
 
@@ -78,10 +80,10 @@ def check_batch_norms(model: nn.Module, mode: str) -> None:
     """
     known = tuple(kind for kind, _ in _NORMS)
     for name, module in model.named_modules():
-        if isinstance(module, _BatchNorm) and not isinstance(module, known):
-            raise ValueError(
-                f"batch_norm={mode!r} does not work with {type(module).__name__} in student (at {name!r}); use 'all'"
-            )
+        own = isinstance(module, BatchNormNode) and module.per_step  # statistics of each step, and no others
+        if own or (isinstance(module, _BatchNorm) and not isinstance(module, known)):
+            kind = f"{type(module).__name__}{'(per_step=True)' * own}"
+            raise ValueError(f"batch_norm={mode!r} does not work with {kind} in student (at {name!r}); use 'all'")
 
 
 @contextlib.contextmanager

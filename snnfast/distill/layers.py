@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+from collections import deque
 from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from ..fused.pair import StandIn
 
 Calls = dict[str, list[Tensor]]  # what a layer put out, one tensor for each call of it
 
@@ -16,7 +19,7 @@ Calls = dict[str, list[Tensor]]  # what a layer put out, one tensor for each cal
 def named_layers(model: nn.Module) -> dict[str, nn.Module]:
     """Every layer of ``model`` by its dotted path; those of a compiled model by the paths of the model inside."""
     inside = getattr(model, "_orig_mod", model)
-    return {name: module for name, module in inside.named_modules() if name}
+    return {name: module for name, module in inside.named_modules(remove_duplicate=False) if name}
 
 
 def check_paths(argument: str, model: nn.Module, paths: Iterable[str]) -> None:
@@ -47,13 +50,16 @@ def recorded(model: nn.Module, paths: Iterable[str]) -> Iterator[Calls]:
 
     def hook(path: str) -> Any:
         def record(module: nn.Module, inputs: Any, output: Any) -> None:
+            if isinstance(output, StandIn):  # of a fused batch norm that ends a container
+                output = output.tensor()
             if not isinstance(output, Tensor):
                 raise TypeError(
                     f"layer {path!r} must put out one tensor to be distilled, got {type(output).__name__}; name one "
                     "inside it"
                 )
             calls[path].append(output)
-            versions.append((path, output, output._version))
+            if not output.is_inference():  # which counts no changes
+                versions.append((path, output, output._version))
 
         return record
 
@@ -92,7 +98,7 @@ def time_layout(what: str, calls: list[Tensor], T: int, B: int) -> str:
     """
     shape = tuple(calls[0].shape)
     if len(calls) > 1:
-        if len(calls) == T and shape[:1] == (B,):
+        if len(calls) == T and shape[:1] == (B,) and all(x.shape == shape for x in calls):
             return "steps"
         raise ValueError(
             f"{what} was called {len(calls)} times in one forward pass of T = {T} steps, with {shape} first; name a "
@@ -134,7 +140,9 @@ def untouched(*models: nn.Module) -> Iterator[None]:
     attributes = []
     for module in modules:
         own = dict(module.__dict__)
-        attributes.append((module, own, {name: dict(v) for name, v in own.items() if isinstance(v, dict)}))
+        contents = [(v, v.copy()) for v in own.values() if isinstance(v, (dict, set, list, deque))]
+        generators = [(v, v.get_state()) for v in own.values() if isinstance(v, torch.Generator)]
+        attributes.append((module, own, contents, generators))
     devices = {t.device.index or 0 for m in models for t in (*m.parameters(), *m.buffers()) if t.is_cuda}
     with torch.random.fork_rng(devices=sorted(devices)), torch.no_grad():
         try:
@@ -142,11 +150,14 @@ def untouched(*models: nn.Module) -> Iterator[None]:
                 model.eval()
             yield
         finally:
-            for module, own, contents in attributes:
+            for module, own, contents, generators in attributes:
                 module.__dict__.clear()
                 module.__dict__.update(own)
-                for name, content in contents.items():
-                    own[name].clear()
-                    own[name].update(content)
+                for container, content in contents:
+                    container.clear()
+                    container.extend(content) if isinstance(container, (list, deque)) else container.update(content)
+                for generator, state in generators:
+                    generator.set_state(state)
+            torch.clear_autocast_cache()  # before 2.11 PyTorch keeps weights cast without gradients for what follows
             for buffer, value in buffers:
                 buffer.copy_(value)

@@ -211,8 +211,9 @@ class ConfidenceKD(DistillationLoss):
 
     def forward(self, batch: Batch) -> Terms:
         z = batch.output
-        # In logits: the log of the largest probability.
-        confidence = z.detach().amax(-1) - z.detach().logsumexp(-1)  # [T, B]
+        # The log of the largest probability, in float32 at least: in half precision steps of near confidence are one.
+        known = z.detach().to(torch.promote_types(z.dtype, torch.float32))
+        confidence = known.amax(-1) - known.logsumexp(-1)  # [T, B]
         samples = torch.arange(z.shape[1], device=z.device)
         weak, strong = z[confidence.argmin(0), samples], z[confidence.argmax(0), samples]
         return {self.name: (self.weight, divergence(weak, strong, self.temperature))}
