@@ -203,7 +203,8 @@ class KernelModule(MemoryModule):
         """Keep the potential after a call."""
         self.v = v
         if not torch.compiler.is_compiling():
-            object.__setattr__(self, "_left", id(v))
+            # What a backward pass has run again itself it may go on from: a loop over time, a later chunk.
+            self.__dict__["_left"] = id(v) if torch._C._current_graph_task_id() == -1 else 0
 
     def _state_for(self, x_seq: Tensor) -> float | Tensor:
         """``self.v`` as it fits ``x_seq``: kept, moved to its dtype and device, or started afresh."""

@@ -29,6 +29,7 @@ def chunked(model: nn.Module, x: Tensor, chunk: int, *, chunk_statistics: bool =
     chunk's input, its output and the states at its start are kept; the backward computes a chunk's activations again
     when it gets there, which costs one more forward. Without gradients the chunks only run one after the other.
     In the second run random numbers are those of the first, and running statistics are updated once.
+    Neurons give the bits of the whole; PyTorch's products may round otherwise for a batch of another size.
 
     Args:
         model: a multi-step network, ``[T, B, *]`` -> ``[T, B, *]``; a folded one, whose neurons have ``timesteps=T``,
@@ -59,15 +60,23 @@ def chunked(model: nn.Module, x: Tensor, chunk: int, *, chunk_statistics: bool =
     _check_layers(model, chunk_statistics)
     run = _OfSpikingNetwork(model) if isinstance(model, SpikingNetwork) else _Run(model)
     parts = run.split(x, chunk)
-    outputs, potentials = [], []
+    outputs = []
+    # Single steps, in a container, append theirs by themselves.
+    potentials: dict[Any, list[Tensor]] = {
+        m: [] for m in run.modules if hasattr(m, "v_seq") and getattr(m, "step_mode", "m") == "m"
+    }
     try:
         for steps, part in parts:
+            before = {m: m.v_seq for m in potentials}
             outputs.append(_one_chunk(run, part, steps))
-            potentials.append({m: m.v_seq for m in run.modules if isinstance(getattr(m, "v_seq", None), Tensor)})
+            for module, found in potentials.items():
+                if module.v_seq is not None and module.v_seq is not before[module]:
+                    found.append(module.v_seq)
     finally:
-        run.set_masks([None] * len(run.dropouts))
-    for module in potentials[-1]:
-        module.v_seq = torch.cat([each[module] for each in potentials])
+        run.set_masks([()] * len(run.dropouts))
+    for module, found in potentials.items():
+        if found:
+            module.v_seq = torch.cat(found)
     return run.finish(_concatenated(outputs, [run.leading(steps, part) for steps, part in parts]))
 
 
@@ -142,16 +151,16 @@ class _Run:
         """The network's result from the chunks' outputs."""
         return y
 
-    def masks(self) -> list[Tensor | None]:
+    def masks(self) -> list[tuple[Tensor, ...]]:
         """Those of dropouts, and of stochastic depth, that draw one for all time steps."""
-        return [m.mask for m in self.dropouts]
+        return [m.masks for m in self.dropouts]
 
-    def set_masks(self, masks: list[Tensor | None]) -> None:
-        for module, mask in zip(self.dropouts, masks, strict=True):
-            module.mask = mask
+    def set_masks(self, masks: list[tuple[Tensor, ...]]) -> None:
+        for module, drawn in zip(self.dropouts, masks, strict=True):
+            module.masks = drawn
 
     @contextlib.contextmanager
-    def again(self, before: Any, masks: list[Tensor | None]) -> Iterator[None]:
+    def again(self, before: Any, masks: list[tuple[Tensor, ...]]) -> Iterator[None]:
         """The second run of a chunk, from the states before its first."""
         after = self.masks()
         self.set_masks(masks)
@@ -166,7 +175,7 @@ class _Run:
         for module in self.folded:
             yield module, "timesteps", steps
         for module in self.dropouts:
-            yield module, "keeps_mask", True
+            yield module, "next_mask", 0
 
     def __call__(self, part: Any, steps: int) -> Any:
         """One chunk; the backward calls it again, when the network has its own settings back."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -212,6 +213,21 @@ def test_full_disk_keeps_the_last_checkpoint(
     assert not list(out.glob("*/checkpoints/.tmp*"))
     assert _main(small_mnist, out, "--resume") == 0
     assert_same_run(uninterrupted, out)
+
+
+@pytest.mark.usefixtures("keeps_threads")
+@pytest.mark.parametrize("name", ["tensorboard", "accuracy.png"])
+def test_logs_and_figures_that_cannot_be_written(
+    small_mnist: Path, tmp_path: Path, capsys: pytest.CaptureFixture, name: str
+) -> None:
+    pytest.importorskip("tensorboard", reason="snnfast[train] is not installed")
+    arguments = [a for a in RUN if a != "--no-tensorboard"] + ["--distill", "none", "--data-dir", str(small_mnist)]
+    arguments += ["--epochs", "1", "--checkpoint-steps", "100", "--out", str(tmp_path)]
+    (tmp_path / name).symlink_to(tmp_path / "nowhere" / "file")
+    assert cli.main(arguments) == 4
+    assert re.search(rf"{name}\S* cannot be written: .*go on with --resume", capsys.readouterr().err)
+    (tmp_path / name).unlink()
+    assert cli.main([*arguments, "--resume"]) == 0
 
 
 @pytest.mark.usefixtures("keeps_threads")

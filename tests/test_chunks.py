@@ -14,6 +14,7 @@ from zoo_models import DropPath
 
 import snnfast
 from snnfast import chunked, functional
+from snnfast.checkpoint import checkpoint
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -147,6 +148,51 @@ def test_single_folded_steps_cannot_be_told_from_a_mean():
     compare(net, torch.randn(T * B, 6) * 4, 1, True)
 
 
+def test_potentials_of_single_steps_and_of_neurons_that_do_not_run():
+    class Part(nn.Module):
+        def __init__(self):
+            super().__init__()
+            single = snnfast.LIFNode(store_v_seq=True)
+            self.steps = snnfast.layer.MultiStepContainer(nn.Linear(6, 5), single)
+            self.other = snnfast.LIFNode(step_mode="m", store_v_seq=True)
+
+        def forward(self, x):
+            return self.steps(x)
+
+    net = busy(Part()).double()
+    x = torch.randn(T, B, 6, dtype=torch.float64)
+    net.other(x)
+    before = net.other.v_seq
+    compare(net, x, 4, True)
+    functional.reset_net(net.steps)
+    chunked(net, x, 4)
+    assert net.other.v_seq is before
+
+
+@pytest.mark.parametrize("outer", [lambda net, x: chunked(net, x, 4), checkpoint], ids=["chunked", "checkpoint"])
+def test_within_another(outer):
+    class Halves(nn.Module):
+        def __init__(self):
+            super().__init__()
+            net = sequence_network().eval().double()
+            self.first, self.second, self.inner = net[:2], net[2:], lambda net, x: net(x)
+
+        def forward(self, x):
+            return self.inner(self.second, self.inner(self.first, x))
+
+    net = Halves()
+    x = torch.randn(T, B, 8, dtype=torch.float64)
+    want = x.clone().requires_grad_()
+    net(want).square().sum().backward()
+    assert want.grad.abs().sum() > 0
+    for inner in (lambda net, x: chunked(net, x, 2), checkpoint):
+        functional.reset_net(net)
+        net.inner = inner
+        got = x.clone().requires_grad_()
+        outer(net, got).square().sum().backward()
+        torch.testing.assert_close(got.grad, want.grad)
+
+
 def test_states_go_on_from_where_they_were():
     net = sequence_network().eval()
     x = torch.randn(2 * T, B, 8)
@@ -180,7 +226,7 @@ def test_the_network_has_its_settings_back():
             (name, value)
             for m in net.modules()
             for name, value in vars(m).items()
-            if name in ("timesteps", "_timesteps", "auto_reset", "restored", "coding", "readout", "keeps_mask", "mask")
+            if name in ("timesteps", "_timesteps", "auto_reset", "restored", "coding", "readout", "next_mask", "masks")
         ]
 
     before = of(net)
@@ -242,6 +288,32 @@ def test_stochastic_depth_drops_a_sample_at_all_steps():
     want = net(x)
     torch.manual_seed(0)
     assert torch.equal(chunked(net, x, 2), want)
+
+
+def test_one_dropout_in_several_places_has_a_mask_for_each():
+    class Shared(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc1, self.fc2, self.fc3 = nn.Linear(8, 16), nn.Linear(16, 16), nn.Linear(16, 5)
+            self.wide, self.relu, self.drop = nn.Linear(16, 32), nn.ReLU(), nn.Dropout(0.5)
+
+        def forward(self, x):
+            x = self.drop(self.relu(self.fc1(x)))
+            x = self.drop(self.relu(self.fc2(x)))
+            return self.fc3(x), self.drop(self.relu(self.wide(x)))
+
+    net = snnfast.to_spiking(busy(Shared()), T)
+    x = torch.rand(B, 8)
+    found = []
+    for call in (net, lambda x: chunked(net, x, 3)):
+        torch.manual_seed(0)
+        net.zero_grad()
+        y, wide = call(x)
+        assert 0 < wide.mean() < 1
+        (y.sum() + wide.sum()).backward()
+        found.append((y.detach(), wide.detach(), net.fc2.weight.grad))
+    for got, want in zip(*found, strict=True):
+        torch.testing.assert_close(got, want)
 
 
 def test_dropout_draws_again_what_it_drew():
@@ -424,7 +496,7 @@ def test_what_would_come_out_as_something_else_is_refused():
 
 def test_no_mask_is_left_behind_by_an_error():
     net = snnfast.to_spiking(nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Dropout(0.5), nn.Linear(8, 3)), 4)
-    dropout = next(m for m in net.modules() if hasattr(m, "mask"))
+    dropout = next(m for m in net.modules() if hasattr(m, "masks"))
     calls = []
 
     def fail(*_):
@@ -435,4 +507,4 @@ def test_no_mask_is_left_behind_by_an_error():
     net.register_forward_hook(fail)
     with pytest.raises(RuntimeError, match="second chunk"):
         snnfast.chunked(net, torch.rand(2, 6), 2)
-    assert dropout.mask is None
+    assert dropout.masks == ()

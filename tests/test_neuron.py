@@ -520,6 +520,33 @@ def test_checkpoints_that_start_from_the_right_state_run():
             assert torch.equal(p.grad, q.grad)
 
 
+def _of_torch(net, x):
+    return torch.utils.checkpoint.checkpoint(net, x, use_reentrant=False)
+
+
+@pytest.mark.parametrize("call", [checkpoint, _of_torch])
+def test_a_checkpoint_of_a_loop_over_time(call):
+    class Loop(nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.net = nn.Sequential(nn.Linear(5, 6), snnfast.LIFNode(), nn.Linear(6, 2), neuron.LI())
+
+        def forward(self, x_seq):
+            functional.reset_net(self.net)
+            return torch.stack([self.net(x) for x in x_seq])
+
+    gradients = []
+    x = torch.rand(4, 2, 5) * 4
+    for run in (lambda net, x: net(x), call):
+        net = Loop()
+        run(net, x).sum().backward()
+        gradients.append([p.grad for p in net.parameters()])
+    assert all(g.abs().sum() > 0 for g in gradients[0])
+    for got, want in zip(*gradients, strict=True):
+        assert torch.equal(got, want)
+
+
 def test_a_checkpoint_beside_another_call_of_its_batch_norms():
     gradients = []
     for call in (lambda net, x: net(x), checkpoint):

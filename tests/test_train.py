@@ -21,7 +21,9 @@ pytest.importorskip("yaml", reason="snnfast[train] is not installed")
 from safetensors.torch import load_file
 from train_runs import SMALL, environment, losses, report, train
 
-from snnfast.train import cli, experiment
+from snnfast.train import cli, data, experiment
+from snnfast.train.augment import Augment
+from snnfast.train.evaluation import evaluate
 
 pytestmark = pytest.mark.usefixtures("keeps_threads")
 
@@ -173,14 +175,41 @@ def test_accumulated_gradients_give_the_same_losses(small_mnist: Path, tmp_path:
     assert losses(tmp_path / "run", "distilled-logit") == pytest.approx(single, rel=1e-4)
 
 
-def test_two_processes_give_the_same_losses(small_mnist: Path, tmp_path: Path, single: list[float]) -> None:
+def _two_processes(folder: Path, out: Path, *more: str) -> subprocess.CompletedProcess:
     """torchrun, two gloo processes."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
-    command += ["snnfast.train", *SMALL, *WHOLE, "--data-dir", str(small_mnist), "--out", str(tmp_path / "run")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=200, check=False, env=environment())
+    command += ["snnfast.train", *SMALL, *more, "--data-dir", str(folder), "--out", str(out)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=200, check=False, env=environment())
+
+
+def test_two_processes_give_the_same_losses(small_mnist: Path, tmp_path: Path, single: list[float]) -> None:
+    done = _two_processes(small_mnist, tmp_path / "run", *WHOLE)
     assert done.returncode == 0, done.stderr
     assert report(tmp_path / "run")["machine"]["processes"] == 2
     assert losses(tmp_path / "run", "distilled-logit") == pytest.approx(single, rel=1e-4)
+
+
+def test_two_processes_test_the_network_that_is_saved(small_mnist: Path, tmp_path: Path) -> None:
+    """Each has running statistics of its own parts of the batches."""
+    done = _two_processes(small_mnist, tmp_path, "--distill", "none", "--no-tensorboard")
+    assert done.returncode == 0, done.stderr
+    dataset = data.load("mnist", small_mnist)
+    network = importlib.import_module("train_networks").student(10, 1, 2)
+    network.load_state_dict(load_file(tmp_path / "plain" / "model.safetensors"))
+    found = evaluate(network, dataset.test, Augment((), dataset.mean, dataset.std), 20)
+    assert found["loss"] == pytest.approx(losses(tmp_path)[-1], rel=1e-6)
+
+
+def test_two_processes_stop_together_at_nan(small_mnist: Path, tmp_path: Path) -> None:
+    options = ("--distill", "none", "--no-tensorboard", "--student", "train_networks:not_a_number_elsewhere")
+    done = _two_processes(small_mnist, tmp_path, *options)
+    assert done.stderr.count("the loss is not finite at epoch 1, step 10") == 2, done.stderr
+    assert "Connection closed by peer" not in done.stderr
+
+
+def test_more_processes_than_test_images_are_refused(small_mnist: Path, tmp_path: Path) -> None:
+    done = _two_processes(small_mnist, tmp_path, "--distill", "none", "--test-samples", "1")
+    assert "1 test images are fewer than the 2 processes" in done.stderr
 
 
 @pytest.mark.usefixtures("no_report")

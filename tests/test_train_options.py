@@ -90,6 +90,11 @@ def test_bad_files_are_named_with_their_line(tmp_path: Path, text: str, message:
         ("--logit-weight 2", "--logit-weight must be at most 1 without --task-weight"),
         ("--self-weight nan", "--self-weight must be 0 or more"),
         ("--timesteps-teacher 0", "--timesteps-teacher must be a whole number from 2, got 0"),
+        ("--feature-pairs a=b", "--feature-pairs is for feature: add that to --distill, or leave --feature-pairs out"),
+        ("--spatial-layers a", "--spatial-layers is for spatial"),
+        ("--timesteps-teacher 8", "--timesteps-teacher is for temporal"),
+        ("--image-size 64", "--image-size is for imagefolder, cifar10dvs, dvsgesture: mnist5k has images of one size"),
+        ("--cache-teacher --augment none --distill temporal", "--cache-teacher is for losses with a teacher"),
         ("--feature-pairs a=b a=c", "--feature-pairs must name each layer of the student once, got a, a"),
         ("--epoch 3", "unrecognized arguments.*did you mean '--epochs'"),
         ("--data mist", "invalid choice: 'mist'.*did you mean 'mnist'"),
@@ -117,6 +122,18 @@ def test_options_from_python_are_checked_as_those_of_the_command_line() -> None:
     ):
         with pytest.raises(InputError, match=message):
             Config(**{name: "lip"}).check()
+    for given, message in (
+        ({"timesteps": "3"}, r"--timesteps must be a whole number \(int\), got '3'"),
+        ({"epochs": 2.5}, r"--epochs must be a whole number \(int\), got 2.5"),
+        ({"seed": True}, r"--seed must be a whole number \(int\), got True"),
+        ({"tau": None}, r"--tau must be a number \(float\), got None"),
+        ({"fuse": 1}, "--fuse must be True or False, got 1"),
+        ({"distill": "logit"}, "--distill must be a list of texts, got 'logit'"),
+        ({"model_args": [8]}, r"--model-args must be a list of texts, got \[8\]"),
+    ):
+        with pytest.raises(InputError, match=message):
+            Config(**given).check()
+    Config(lr=1, clip=None, distill=("logit",)).check()
     assert Config(out="here", data_dir="there") == Config(out=Path("here"), data_dir=Path("there"))
 
 

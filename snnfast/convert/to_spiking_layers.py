@@ -172,8 +172,8 @@ class DrawnOnce(nn.Module):
     def __init__(self, timesteps: int) -> None:
         super().__init__()
         self.timesteps = timesteps
-        self.keeps_mask = False  # for snnfast.chunked, whose calls are parts of one
-        self.mask: Tensor | None = None
+        self.next_mask: int | None = None  # for snnfast.chunked, whose calls are parts of one, and draw in the first
+        self.masks: tuple[Tensor, ...] = ()  # one for each place where the network calls this
 
     def draw(self, x: Tensor) -> Tensor:
         """A mask that broadcasts to one time step ``x`` ``[B, *]``."""
@@ -182,11 +182,12 @@ class DrawnOnce(nn.Module):
     def masked(self, x: Tensor) -> Tensor:
         """``[T * B, *]`` times the mask."""
         x = x.unflatten(0, (self.timesteps, -1))
-        mask = self.mask if self.keeps_mask else None
-        if mask is None:
-            mask = self.draw(x[0])
-        if self.keeps_mask:
-            self.mask = mask
+        if self.next_mask is None:
+            return (x * self.draw(x[0])).flatten(0, 1)
+        if self.next_mask == len(self.masks):
+            self.masks = (*self.masks, self.draw(x[0]))
+        mask = self.masks[self.next_mask]
+        self.next_mask += 1
         return (x * mask).flatten(0, 1)
 
 

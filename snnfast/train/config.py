@@ -15,6 +15,7 @@ from .models import arguments
 
 __all__ = ["LOSSES", "TEACHERLESS", "Config", "flag"]
 
+_SIZED = ("imagefolder", "cifar10dvs", "dvsgesture")
 LOSSES = ("logit", "per-step", "feature", "temporal", "spatial", "confidence")
 TEACHERLESS = frozenset(("temporal", "spatial", "confidence"))
 
@@ -24,6 +25,22 @@ def _option(group: str, default: Any, help: str, **extra: Any) -> Any:
     if isinstance(default, list):
         return field(default_factory=lambda: list(default), metadata=metadata)
     return field(default=default, metadata=metadata)
+
+
+_KINDS: dict[str, tuple[Any, str]] = {  # by a field's type
+    "str": (str, "text"),
+    "int": (int, "a whole number (int)"),
+    "float": (int | float, "a number (float)"),
+    "bool": (bool, "True or False"),
+    "Path": (Path, "a path"),
+    "list[str]": (list | tuple, "a list of texts"),
+}
+
+
+def _is_of(kind: str, value: Any) -> bool:
+    if isinstance(value, bool):  # which Python takes for a number
+        return kind == "bool"
+    return isinstance(value, _KINDS[kind][0]) and (kind != "list[str]" or all(isinstance(v, str) for v in value))
 
 
 @dataclass
@@ -164,6 +181,9 @@ class Config:
         """
         for f in fields(self):  # the command line has seen to it, Python has not
             choices, value = f.metadata.get("choices"), getattr(self, f.name)
+            kind, _, optional = str(f.type).partition(" | ")
+            if not (_is_of(kind, value) or (optional and value is None)):
+                raise InputError(f"{flag(f.name)} must be {_KINDS[kind][1]}, got {value!r}")
             if choices and value not in choices:
                 raise InputError(
                     f"{flag(f.name)} must be one of {', '.join(choices)}, got {value!r}{nearest(str(value), choices)}"
@@ -205,6 +225,8 @@ class Config:
                 raise InputError("--cache-teacher needs --augment none: augmented images have other logits each time")
             if any("feature" in losses for losses in runs):
                 raise InputError("--cache-teacher keeps logits only: leave feature out of --distill")
+            if not self.needs_teacher():
+                raise InputError("--cache-teacher is for losses with a teacher: add one to --distill, or leave it out")
         arguments(self.model_args, "--model-args")
         arguments(self.teacher_args, "--teacher-args")
         for pair in self.feature_pairs:
@@ -213,6 +235,17 @@ class Config:
         layers = [pair.split("=")[0] for pair in self.feature_pairs]
         if len(set(layers)) < len(layers):
             raise InputError(f"--feature-pairs must name each layer of the student once, got {', '.join(layers)}")
+        for name, loss in (
+            ("feature_pairs", "feature"),
+            ("spatial_layers", "spatial"),
+            ("timesteps_teacher", "temporal"),
+        ):
+            if getattr(self, name) and not any(loss in losses for losses in runs):
+                raise InputError(f"{flag(name)} is for {loss}: add that to --distill, or leave {flag(name)} out")
+        if self.image_size is not None and self.data not in _SIZED:
+            raise InputError(
+                f"--image-size is for {', '.join(_SIZED)}: {self.data} has images of one size; leave it out"
+            )
         if self.no_plain and not runs:
             raise InputError("--no-plain with --distill none leaves nothing to train")
         return self

@@ -274,6 +274,11 @@ def _run(config: Config, fabric: Any, display: Display) -> dict[str, Any]:
             f"--batch-size {config.batch_size} is more than the {len(dataset.train)} training images: there would be "
             f"no batch; give {len(dataset.train)} or less"
         )
+    if len(dataset.test) < fabric.world_size:
+        raise InputError(
+            f"{len(dataset.test)} test images are fewer than the {fabric.world_size} processes that share them; give "
+            "more, or fewer --devices"
+        )
     display.say(
         f"{dataset.name}: {len(dataset.train):,} training and {len(dataset.test):,} test images, {dataset.classes} "
         f"classes, on {fabric.device}; read in {time.perf_counter() - started:.1f} s"

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import platform
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +18,24 @@ from .augment import Augment
 from .checkpoint import write_atomically
 from .config import Config
 from .data import Dataset
-from .errors import InputError
+from .errors import CheckpointError, InputError
 from .progress import Display
 
 __all__ = ["Logs", "write_report"]
 
 _OPERATIONS_SAMPLES = 32  # test images on which synaptic operations are counted
+
+
+@contextlib.contextmanager
+def _writing(folder: Path) -> Iterator[None]:
+    """Tell that a file that others write there cannot be written."""
+    try:
+        yield
+    except OSError as error:
+        where, why = error.filename or f"a file in {folder}", error.strerror or error
+        raise CheckpointError(
+            f"{where} cannot be written: {why}; checkpoints are kept: make room, then go on with --resume"
+        ) from None
 
 
 class Logs:
@@ -46,16 +59,17 @@ class Logs:
         if self.make is None:
             return
         entry = history[-1]
-        if name not in self.writers:
-            self.writers[name] = self.make(str(self.folder / name), purge_step=entry["epoch"])
-        writer = self.writers[name]
-        for key in ("train_loss", "test_loss", "train_accuracy", "test_accuracy", "learning_rate", "firing_rate"):
-            if entry[key] is not None:
-                writer.add_scalar(key, entry[key], entry["epoch"])
-        for group in ("terms", "firing_rates"):
-            for key, value in entry[group].items():
-                writer.add_scalar(f"{group}/{key}", value, entry["epoch"])
-        writer.flush()
+        with _writing(self.folder):
+            if name not in self.writers:
+                self.writers[name] = self.make(str(self.folder / name), purge_step=entry["epoch"])
+            writer = self.writers[name]
+            for key in ("train_loss", "test_loss", "train_accuracy", "test_accuracy", "learning_rate", "firing_rate"):
+                if entry[key] is not None:
+                    writer.add_scalar(key, entry[key], entry["epoch"])
+            for group in ("terms", "firing_rates"):
+                for key, value in entry[group].items():
+                    writer.add_scalar(f"{group}/{key}", value, entry["epoch"])
+            writer.flush()
 
     def close(self) -> None:
         """Finish the files."""
@@ -156,7 +170,7 @@ def write_report(
         "python": platform.python_version(),
     }
     out, results = config.out, report["results"]
-    with matplotlib.rc_context({"backend": "Agg"}):
+    with matplotlib.rc_context({"backend": "Agg"}), _writing(out):
         for name, network in networks.items():
             results[name]["operations"] = _operations(network, dataset, normal)
         curves = {name: r["history"] for name, r in results.items() if r["history"]}

@@ -163,24 +163,24 @@ class Trainer:
             NonFiniteError: a weight is NaN or infinite; the checkpoints before are kept.
             CheckpointError: it cannot be written.
         """
-        fabric, sums = self.fabric, self.sums
-        states = [random_state()]
-        if fabric.world_size > 1:
-            states = [{}] * fabric.world_size
-            torch.distributed.all_gather_object(states, random_state())
-            sums = fabric.all_reduce(sums.clone(), reduce_op="mean")
-        if not fabric.is_global_zero:
-            return
+        fabric, sums = self.fabric, self._sums()
         bad = [
             k for k, v in self.stage.network.state_dict().items() if v.is_floating_point() and not v.isfinite().all()
         ]
+        found = [(random_state(), bad)]
+        if fabric.world_size > 1:
+            found *= fabric.world_size
+            torch.distributed.all_gather_object(found, found[0])
+        bad = list(dict.fromkeys(k for _, bad in found for k in bad))
         if bad or not sums.isfinite().all():
             raise self._not_finite(f"; {', '.join(bad[:3])} of the network are not finite" if bad else "")
+        if not fabric.is_global_zero:
+            return
         state = {
             "optimizer": self.optimizer.state_dict(),
             "scheduler": {k: v for k, v in self.scheduler.state_dict().items() if k != "lr_lambdas"},
             "scaler": fabric.strategy.precision.state_dict(),
-            "random": states,
+            "random": [random for random, _ in found],
             "position": {"epoch": self.epoch, "batch": self.batch},
             "sums": sums.cpu(),
             "terms": self.terms.cpu(),
@@ -247,6 +247,10 @@ class Trainer:
             f"{terms}){detail}; {kept}. Try a smaller --lr, --clip 1, or --precision 32-true"
         )
 
+    def _sums(self) -> Tensor:
+        """Sums of this epoch, of all processes: so they stop together."""
+        return self.fabric.all_reduce(self.sums.clone(), reduce_op="mean") if self.fabric.world_size > 1 else self.sums
+
     # ---- training ----
     def run(self) -> list[dict[str, Any]]:
         """Train to the end, from wherever this trainer is; returns the history, one entry for each epoch.
@@ -281,7 +285,7 @@ class Trainer:
             self.batch += 1
             self.step += 1
             if self.step % _SHOW_EVERY == 0 or self.batch == self.per_epoch:
-                if not self.sums.isfinite().all():
+                if not self._sums().isfinite().all():
                     raise self._not_finite()
                 bar(self)
             last = self.batch == self.per_epoch
@@ -300,10 +304,10 @@ class Trainer:
         self._end_epoch()
 
     def _end_epoch(self) -> None:
-        sums = self.sums
+        loss, accuracy = (self._sums() / self.per_epoch).tolist()
         if self.fabric.world_size > 1:
-            sums = self.fabric.all_reduce(sums.clone(), reduce_op="mean")
-        loss, accuracy = (sums / self.per_epoch).tolist()
+            for buffer in self.stage.network.buffers():  # running statistics: the figures are those of what is saved
+                torch.distributed.broadcast(buffer, 0)
         test = evaluate(
             self.stage.network, self.dataset.test, self.augment, self.config.batch_size, self.fabric, self.layout
         )
