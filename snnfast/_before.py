@@ -1,18 +1,53 @@
-"""What modules held before a forward of theirs was traced, which counts its calls and keeps the proxies it runs on."""
+"""Traces of users' forwards: stand-ins that pass for tensors, and what the modules held before.
+
+A forward that is traced counts its calls and keeps the proxies it runs on.
+"""
 
 from __future__ import annotations
 
 import collections
-from collections.abc import Iterable
+import os
+import sys
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
-__all__ = ["COLLECTIONS", "MODULES_OWN", "Before", "is_same"]
+__all__ = ["COLLECTIONS", "MODULES_OWN", "Before", "TensorProxy", "Tracer", "is_same"]
 
 COLLECTIONS = (list, dict, set, collections.deque)
+# With the separator: torchvision's folder begins with torch's.
+_NOT_USERS = tuple(os.path.join(os.path.dirname(file), "") for file in (torch.__file__, __file__))
 MODULES_OWN = frozenset(vars(nn.Module())) - {"training", "_buffers"}
+
+
+class TensorProxy(fx.Proxy):
+    """One for which ``isinstance(x, torch.Tensor)`` holds in a user's forward, as for the tensor in its place.
+
+    Torch's code and ours have ways of their own for what fx traces.
+    """
+
+    @property  # type: ignore[misc]
+    def __class__(self) -> Any:
+        asking = sys._getframe(1)
+        if asking.f_code is torch.is_tensor.__code__ and asking.f_back is not None:
+            asking = asking.f_back
+        return type(self) if asking.f_code.co_filename.startswith(_NOT_USERS) else Tensor
+
+
+class Tracer(fx.Tracer):
+    """With such stand-ins, and into modules that a forward makes."""
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        return TensorProxy(node, self)
+
+    def call_module(self, m: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
+        try:
+            self.path_of_module(m)
+        except NameError:  # made in the forward, as nn.ReLU()(x) and a slice of a Sequential are: no place to put it
+            return forward(*args, **kwargs)
+        return super().call_module(m, forward, args, kwargs)
 
 
 class Before:
@@ -56,6 +91,13 @@ class Before:
                 return m, kind, name
         return None
 
+    def kept(self) -> Iterator[tuple[nn.Module, str, fx.Proxy]]:
+        """What the trace left in a module: module, name of the attribute or buffer, and the proxy."""
+        for m in self.attributes:
+            for name, value in (*m.__dict__.items(), *m._buffers.items()):
+                if name not in MODULES_OWN and name != "_buffers":
+                    yield from ((m, name, proxy) for proxy in _proxies(value))
+
     def put_back(self) -> None:
         """Undo what happened to them since."""
         for m, attributes in self.attributes.items():
@@ -75,6 +117,14 @@ class Before:
 def _is_changed(now: Any, before: Any) -> bool:
     a, b = ([*v, *v.values()] if isinstance(v, dict) else list(v) for v in (now, before))
     return len(a) != len(b) or any(x is not y for x, y in zip(a, b, strict=True))
+
+
+def _proxies(value: Any, depth: int = 3) -> Iterator[fx.Proxy]:
+    if isinstance(value, fx.Proxy):
+        yield value
+    elif depth > 0 and isinstance(value, (tuple, *COLLECTIONS)):
+        for v in value.values() if isinstance(value, dict) else value:
+            yield from _proxies(v, depth - 1)
 
 
 def is_same(a: Any, b: Any) -> bool:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from .. import layer
-from .._before import Before
+from .._before import Before, Tracer
 from ..base import StepModule
 from ..neuron import BaseNode
 from ..pooling import MaxPool2d
@@ -23,7 +23,7 @@ from .stepping import is_stateful
 _CONTAINERS = ("SeqToANNContainer", "MultiStepContainer", "StepModeContainer")  # of Sequential's kind, folding time
 
 
-class _Tracer(fx.Tracer):
+class _Tracer(Tracer):
     def is_leaf_module(self, m: nn.Module, qualified_name: str) -> bool:
         if type(m).__name__ in _CONTAINERS or _is_pair(m) or isinstance(m, (StepModule, Elementwise)):
             return True

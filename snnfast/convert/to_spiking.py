@@ -301,7 +301,7 @@ def _convert(
         net = copy_of(model, memo)
         converter = Converter(make, timesteps, other_activations, max_pool == "rates")
         try:
-            converter.convert(net, "", status)
+            converter.convert(net, "", status, {})
         except NeedsTime:
             continue
         if max_pool == "keep":

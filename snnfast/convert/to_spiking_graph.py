@@ -36,6 +36,7 @@ from .to_spiking_trace import (
     PLAIN,
     RELU,
     VALUE,
+    VALUES,
     Untraceable,
     activation_of,
     functional_activations,
@@ -95,20 +96,20 @@ class Converter:
     def convert(self, module: nn.Module, path: str, status: int, given: dict[str, Any] | None = None) -> int:
         """Convert ``module``, called with an input of ``status``; returns the status of its output.
 
-        ``given`` is what the call gives besides, by :func:`~snnfast.convert.to_spiking_trace.given_in`.
+        ``given`` is what the call gives besides, by :func:`~snnfast.convert.to_spiking_trace.given_in`; ``None`` where
+        nobody knows the call.
         """
         if isinstance(module, torch.jit.ScriptModule):
             raise ValueError(f"model must be an ordinary ANN, but {place(path, module)} is a scripted module")
-        given = given or {}
         self._calls[module] += 1
         if module in self._visits:
             before, after, changes, arguments = self._visits[module]
             if changes and self._calls[module] == 2:
                 self.untraced.append(f"{place(path, module)} is called more than once in a forward")
-            if hasattr(module, "_recipe") and arguments != given:
+            if hasattr(module, "_recipe") and arguments != (given or {}):
                 raise ValueError(
                     f"model must call {place(path, module)} with the same arguments each time, got {_told(arguments)} "
-                    f"and {_told(given)}; make it two modules, or let it have no functional activation"
+                    f"and {_told(given or {})}; make it two modules, or let it have no functional activation"
                 )
             if before == status:
                 return after
@@ -137,11 +138,13 @@ class Converter:
                 out = self._untraceable(module, path, status, error)
             else:
                 out = self._traced(module, path, status, graphs)
-        self._visits[module] = status, out, self._changes - started, given
+        self._visits[module] = status, out, self._changes - started, given or {}
         return out
 
-    def _slot(self, parent: nn.Module, name: str, path: str, status: int, call: fx.Node | None = None) -> int:
-        """The child ``name`` of ``parent``, which is called once, by ``call`` where that is known."""
+    def _slot(
+        self, parent: nn.Module, name: str, path: str, status: int, call: fx.Node | None = None, known: bool = True
+    ) -> int:
+        """The child ``name`` of ``parent``, which is called once, by ``call``, with a tensor, or nobody knows how."""
         child = parent._modules[name]
         if child is None or child in self._added:
             return status
@@ -160,7 +163,8 @@ class Converter:
         if swapped is not None:
             self._put(parent, name, swapped)
             return status
-        return self.convert(child, path, status, {} if call is None else given_in(call, child))
+        given = given_in(call, child) if call is not None else {} if known else None
+        return self.convert(child, path, status, given)
 
     def _overwrites(self, child: nn.Module | None) -> bool:
         return child in self.in_place or child in self.overwriting
@@ -234,9 +238,9 @@ class Converter:
         for name, child in list(module._modules.items()):
             if isinstance(child, (nn.ModuleList, nn.ModuleDict)):
                 for key in list(child._modules):
-                    self._slot(child, key, _join(path, f"{name}.{key}"), DYNAMIC)
+                    self._slot(child, key, _join(path, f"{name}.{key}"), DYNAMIC, known=False)
             else:
-                self._slot(module, name, _join(path, name), DYNAMIC)
+                self._slot(module, name, _join(path, name), DYNAMIC, known=False)
         if self._changes == started:
             return status
         if status != DYNAMIC:
@@ -440,7 +444,8 @@ class _Walk:
 
 def _told(given: dict[str, Any]) -> str:
     """Arguments of a call, for an error."""
-    told = [f"{name}={'a tensor' if value is VALUE else repr(value)}" for name, value in given.items()]
+    words: dict[Any, str] = {id(VALUE): "a tensor", id(VALUES): "a list"}
+    told = [f"{name}={words.get(id(value), repr(value))}" for name, value in given.items()]
     return ", ".join(told) or "the input alone"
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from .._before import Before
+from .._before import Before, Tracer
 from ..base import StepModule
 from ..convert.to_spiking_layers import DrawnOnce, MaxPoolOfRates, Repeat, _repeat_input, _start_afresh
 from ..network import holds_single_steps
@@ -50,7 +50,7 @@ class FuseReport:
 
 
 # ---- finding pairs ----
-class _Tracer(fx.Tracer):
+class _Tracer(Tracer):
     """Into containers and users' modules, not into layers."""
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
@@ -79,12 +79,22 @@ class _Found:
         self.reasons.setdefault(norm, reason)
 
 
-def traced(tracer: fx.Tracer, module: nn.Module) -> fx.Graph | None:
-    """The module's calls, or ``None``; what its forward does to modules and random numbers on the way is undone."""
+def traced(tracer: fx.Tracer, module: nn.Module, stateless: bool = False) -> fx.Graph | None:
+    """The module's calls, or ``None``; what its forward does to modules and random numbers on the way is undone.
+
+    What the forward keeps as an attribute has a user more, of that name. ``stateless``: not of a forward that writes a
+    number or tensor of a module, by which it may do something else next time.
+    """
     before = Before(module.modules())
     try:
         with torch.random.fork_rng(devices=[]):
-            return tracer.trace(module)
+            graph = tracer.trace(module)
+        if stateless and before.written():
+            return None
+        with graph.inserting_before(next(iter(reversed(graph.nodes)))):
+            for _, name, proxy in before.kept():
+                graph.create_node("call_function", setattr, (proxy.node,), name=name)
+        return graph
     except Exception:  # whatever a user's forward raises on a stand-in for its input
         return None
     finally:
