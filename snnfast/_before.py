@@ -39,6 +39,21 @@ class TensorProxy(fx.Proxy):
 class Tracer(fx.Tracer):
     """With such stand-ins, and into modules that a forward makes."""
 
+    refused: fx.proxy.TraceError | None = None
+
+    def trace(self, root: Any, concrete_args: dict[str, Any] | None = None) -> fx.Graph:
+        graph = super().trace(root, concrete_args)
+        if self.refused is not None:  # a branch on a value, whose error the forward caught
+            raise self.refused
+        return graph
+
+    def to_bool(self, obj: fx.Proxy) -> bool:
+        try:
+            return super().to_bool(obj)
+        except fx.proxy.TraceError as error:
+            self.refused = error
+            raise
+
     def proxy(self, node: fx.Node) -> fx.Proxy:
         return TensorProxy(node, self)
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 import operator
+import re
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
@@ -45,6 +46,7 @@ from .to_spiking_trace import (
     is_shape,
     is_torch_leaf,
     place,
+    sources,
     trace,
 )
 
@@ -133,11 +135,20 @@ class Converter:
             out = status
         else:
             try:
-                graphs = trace(module, given)
+                graphs, kept = trace(module, given)
             except Untraceable as error:
                 out = self._untraceable(module, path, status, error)
             else:
-                out = self._traced(module, path, status, graphs)
+                was = sources(graphs)
+                out, changed = self._traced(module, path, status, graphs)
+                if changed or (self._changes != started and not self._is_still(was, module, given)):
+                    if kept:
+                        raise ValueError(
+                            f"model must not keep what it computes, as {place(path, module)} does in "
+                            f"{', '.join(kept)}, where neurons take the place of calls in a forward, which is written "
+                            "anew: return it, or give each call of an activation an nn.ReLU module of its own"
+                        )
+                    module.__class__ = generated(type(module), graphs)
         self._visits[module] = status, out, self._changes - started, given or {}
         return out
 
@@ -249,8 +260,22 @@ class Converter:
         return DYNAMIC
 
     # ---- graphs ----
-    def _traced(self, module: nn.Module, path: str, status: int, graphs: list[fx.Graph]) -> int:
-        """A module whose forward is known; it gets a generated one if some call in it changes."""
+    @staticmethod
+    def _is_still(was: list[str], module: nn.Module, given: dict[str, Any] | None) -> bool:
+        """Whether the forward does the same with the neurons: it may ask for the kinds of its layers."""
+        held = set(vars(module))
+        try:
+            now = sources(trace(module, given)[0])
+        except Untraceable:
+            return False
+        finally:
+            for name in set(vars(module)) - held:  # constants of this trace, under other names than before
+                delattr(module, name)
+        numbers = r"\b_tensor_constant\d+"
+        return [re.sub(numbers, "", s) for s in now] == [re.sub(numbers, "", s) for s in was]
+
+    def _traced(self, module: nn.Module, path: str, status: int, graphs: list[fx.Graph]) -> tuple[int, bool]:
+        """A module whose forward is known; returns whether some call in it changes, too."""
         sites: list[tuple[str, bool]] = []
         additions: dict[tuple[str, str], str] = {}
         walks = [_Walk(self, module, path, graph, sites, additions) for graph in graphs]
@@ -267,9 +292,7 @@ class Converter:
             )
         if len(set(outs)) > 1:
             raise NeedsTime
-        if any(walk.changed for walk in walks):
-            module.__class__ = generated(type(module), graphs)
-        return outs[0]
+        return outs[0], any(walk.changed for walk in walks)
 
 
 class _Walk:

@@ -21,7 +21,16 @@ from torch.nn import functional as F
 
 from .._before import Before, TensorProxy, Tracer
 
-__all__ = ["Untraceable", "activation_of", "functional_activations", "given_in", "is_shape", "is_torch_leaf", "trace"]
+__all__ = [
+    "Untraceable",
+    "activation_of",
+    "functional_activations",
+    "given_in",
+    "is_shape",
+    "is_torch_leaf",
+    "sources",
+    "trace",
+]
 
 RELU = "ReLU"
 VALUE, VALUES = object(), object()  # stand for an argument that is computed, and for a list or tuple of such
@@ -154,8 +163,9 @@ def _as_it_was(module: nn.Module) -> Iterator[Before]:
             module.__class__ = cls
 
 
-def trace(module: nn.Module, given: dict[str, Any] | None) -> list[fx.Graph]:
-    """The graph of ``module.forward``, or that of training and that of evaluation where they differ.
+def trace(module: nn.Module, given: dict[str, Any] | None) -> tuple[list[fx.Graph], list[str]]:
+    """The graph of ``module.forward``, or that of training and that of evaluation where they differ; and the attributes
+    in which forward keeps what it computes, which are no part of a graph.
 
     ``given`` is what :func:`given_in` found in the call, ``None`` where that is not known.
 
@@ -163,16 +173,16 @@ def trace(module: nn.Module, given: dict[str, Any] | None) -> list[fx.Graph]:
         Untraceable: torch.fx cannot follow it.
     """
     try:
-        graphs = _both_modes(module, given, of_buffers=True)
+        graphs, kept = _both_modes(module, given, of_buffers=True)
     except Untraceable:
-        graphs = _both_modes(module, given, of_buffers=False)  # it may decide by a buffer's value
-    return graphs[:1] if _same(*graphs) else graphs
+        graphs, kept = _both_modes(module, given, of_buffers=False)  # it may decide by a buffer's value
+    return graphs[: len(set(sources(graphs)))], kept
 
 
-def _both_modes(module: nn.Module, given: dict[str, Any] | None, of_buffers: bool) -> list[fx.Graph]:
+def _both_modes(module: nn.Module, given: dict[str, Any] | None, of_buffers: bool) -> tuple[list[fx.Graph], list[str]]:
     """The graphs of training and of evaluation. What they compute from buffers is part of them, or else becomes a
     constant, which knows nothing of values loaded later or of another device."""
-    graphs = []
+    graphs, kept = [], []
     lists = None if given is None else [name for name, value in given.items() if value is VALUES]
     for training in (True, False):
         with _as_it_was(module) as before:
@@ -189,15 +199,16 @@ def _both_modes(module: nn.Module, given: dict[str, Any] | None, of_buffers: boo
                     raise Untraceable("it draws random numbers that do not depend on its input")
                 if (written := before.written()) is not None:
                     raise Untraceable(f"it writes the {written[1]} {written[2]}")
+                kept += [name for _, name, _ in before.kept()]
             except Untraceable:
                 raise
             except Exception as error:  # a forward run on proxies may raise anything
                 raise Untraceable(f"{type(error).__name__}: {error}".splitlines()[0]) from error
-    return graphs
+    return graphs, list(dict.fromkeys(kept))
 
 
-def _same(a: fx.Graph, b: fx.Graph) -> bool:
-    return a.python_code("self").src == b.python_code("self").src
+def sources(graphs: list[fx.Graph]) -> list[str]:
+    return [graph.python_code("self").src for graph in graphs]
 
 
 def activation_of(thing: nn.Module | fx.Node) -> str | None:
