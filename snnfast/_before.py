@@ -6,15 +6,29 @@ A forward that is traced counts its calls and keeps the proxies it runs on.
 from __future__ import annotations
 
 import collections
+import inspect
+import operator
 import os
+import re
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
-__all__ = ["COLLECTIONS", "MODULES_OWN", "Before", "TensorProxy", "Tracer", "is_same"]
+__all__ = [
+    "COLLECTIONS",
+    "IN_PLACE",
+    "MODULES_OWN",
+    "Before",
+    "Proxy",
+    "TensorProxy",
+    "Tracer",
+    "is_same",
+    "optional",
+    "source",
+]
 
 COLLECTIONS = (list, dict, set, collections.deque)
 # With the separator: torchvision's folder begins with torch's.
@@ -22,7 +36,25 @@ _NOT_USERS = tuple(os.path.join(os.path.dirname(file), "") for file in (torch.__
 MODULES_OWN = frozenset(vars(nn.Module())) - {"training", "_buffers"}
 
 
-class TensorProxy(fx.Proxy):
+IN_PLACE: dict[Any, Any] = {
+    getattr(operator, f"i{name.strip('_')}"): getattr(operator, name)
+    for name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "and_", "or_", "xor")
+}  # and what they do
+
+
+class Proxy(fx.Proxy):
+    """One that tells ``x += y`` from ``x = x + y``: what ``x`` was called besides is the sum as well."""
+
+
+for _function in IN_PLACE:
+
+    def _in_place(self: Proxy, other: Any, function: Any = _function) -> Any:
+        return self.tracer.create_proxy("call_function", function, (self, other), {})
+
+    setattr(Proxy, f"__{_function.__name__}__", _in_place)
+
+
+class TensorProxy(Proxy):
     """One for which ``isinstance(x, torch.Tensor)`` holds in a user's forward, as for the tensor in its place.
 
     Torch's code and ours have ways of their own for what fx traces.
@@ -37,9 +69,21 @@ class TensorProxy(fx.Proxy):
 
 
 class Tracer(fx.Tracer):
-    """With such stand-ins, and into modules that a forward makes."""
+    """With such stand-ins, and into modules that a forward makes.
+
+    ``given`` has the names of the optional arguments that are stand-ins too; the others have their defaults.
+    """
 
     refused: fx.proxy.TraceError | None = None
+    given: Collection[str] | None = None  # all of them
+
+    def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> Any:
+        forward, args = super().create_args_for_root(root_fn, is_module, concrete_args)
+        if self.given is None:
+            return forward, args
+        defaults = {name: default for name, default in optional(root_fn).items() if name not in self.given}
+        names = inspect.unwrap(root_fn).__code__.co_varnames  # of arguments, then of other variables
+        return forward, [defaults.get(name, arg) for name, arg in zip(names, args, strict=False)]
 
     def trace(self, root: Any, concrete_args: dict[str, Any] | None = None) -> fx.Graph:
         graph = super().trace(root, concrete_args)
@@ -63,6 +107,19 @@ class Tracer(fx.Tracer):
         except NameError:  # made in the forward, as nn.ReLU()(x) and a slice of a Sequential are: no place to put it
             return forward(*args, **kwargs)
         return super().call_module(m, forward, args, kwargs)
+
+
+def optional(forward: Any) -> dict[str, Any]:
+    """The arguments that a call need not give, with what they are then."""
+    parameters = inspect.signature(inspect.unwrap(forward)).parameters.values()
+    found: dict[str, Any] = {p.name: p.default for p in parameters if p.default is not p.empty}
+    found |= {p.name: () for p in parameters if p.kind is p.VAR_POSITIONAL}
+    return found | {p.name: {} for p in parameters if p.kind is p.VAR_KEYWORD}
+
+
+def source(graph: fx.Graph) -> str:
+    """What it computes; constants that the forward made have another number at each trace."""
+    return re.sub(r"\b_tensor_constant\d+", "_tensor_constant", graph.python_code("self").src)
 
 
 class Before:

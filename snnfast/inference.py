@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import itertools
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator
@@ -17,7 +16,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights
 from torch.utils._pytree import tree_leaves, tree_map
 
 from . import functional, layer, network
-from ._before import is_same
+from ._before import Proxy, is_same, optional
 from ._notices import say_once
 from .events import EventConv2d, event_driven
 from .fused.batch_norm import PLAIN_NORMS, STEP_NORMS
@@ -126,19 +125,12 @@ class _AllReads(_Tracer):
 
     proxy_buffer_attributes = True  # a forward that reads a running mean itself shall show
 
-    def __init__(self, tensors: bool, given: Iterable[str], folded: Collection[nn.Module]) -> None:
+    def __init__(self, tensors: bool, given: Collection[str], folded: Collection[nn.Module]) -> None:
         super().__init__()
         self.tensors, self.given, self.folded = tensors, given, folded
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
-        return super().proxy(node) if self.tensors or node.op != "placeholder" else fx.Proxy(node, self)
-
-    def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> Any:
-        forward, args = super().create_args_for_root(root_fn, is_module, concrete_args)
-        defaults = _optional(root_fn)
-        names = inspect.unwrap(root_fn).__code__.co_varnames
-        values = zip(names, args, strict=False)  # after the arguments come the other local names
-        return forward, [defaults[n] if n in defaults and n not in self.given else a for n, a in values]
+        return super().proxy(node) if self.tensors or node.op != "placeholder" else Proxy(node, self)
 
     def call_module(self, m: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
         if m in self.folded:
@@ -155,22 +147,14 @@ class _AllReads(_Tracer):
 _MOST_OPTIONAL = 3  # arguments of a forward, each given or not: two traces for each of 8 ways to call it
 
 
-def _optional(forward: Any) -> dict[str, Any]:
-    """The arguments that a call need not give, with what they are then."""
-    parameters = inspect.signature(inspect.unwrap(forward)).parameters.values()
-    found: dict[str, Any] = {p.name: p.default for p in parameters if p.default is not p.empty}
-    found |= {p.name: () for p in parameters if p.kind is p.VAR_POSITIONAL}
-    return found | {p.name: {} for p in parameters if p.kind is p.VAR_KEYWORD}
-
-
 def _graphs(module: nn.Module, folded: Collection[nn.Module] = ()) -> list[_Graph] | None:
     """What the forward does for each way to call it; ``None`` where that cannot be traced."""
-    optional = list(_optional(type(module).forward))
-    if len(optional) > _MOST_OPTIONAL or "forward" in module.__dict__:  # a trace takes that of the class
+    names = list(optional(type(module).forward))
+    if len(names) > _MOST_OPTIONAL or "forward" in module.__dict__:  # a trace takes that of the class
         return None
     graphs = []
-    for tensors, *chosen in itertools.product((True, False), repeat=1 + len(optional)):
-        tracer = _AllReads(tensors, list(itertools.compress(optional, chosen)), folded)
+    for tensors, *chosen in itertools.product((True, False), repeat=1 + len(names)):
+        tracer = _AllReads(tensors, list(itertools.compress(names, chosen)), folded)
         graph = traced(tracer, module, stateless=True)
         if graph is None:
             return None

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import functools
 import operator
-import re
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
@@ -19,6 +18,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from .._before import IN_PLACE, source
 from ..pooling import PYTORCHS, max_pool2d
 from .to_spiking_classes import generated
 from .to_spiking_layers import (
@@ -34,7 +34,6 @@ from .to_spiking_layers import (
     stand_in,
 )
 from .to_spiking_trace import (
-    PLAIN,
     RELU,
     VALUE,
     VALUES,
@@ -46,7 +45,6 @@ from .to_spiking_trace import (
     is_shape,
     is_torch_leaf,
     place,
-    sources,
     trace,
 )
 
@@ -139,7 +137,7 @@ class Converter:
             except Untraceable as error:
                 out = self._untraceable(module, path, status, error)
             else:
-                was = sources(graphs)
+                was = [source(graph) for graph in graphs]
                 out, changed = self._traced(module, path, status, graphs)
                 if changed or (self._changes != started and not self._is_still(was, module, given)):
                     if kept:
@@ -265,14 +263,12 @@ class Converter:
         """Whether the forward does the same with the neurons: it may ask for the kinds of its layers."""
         held = set(vars(module))
         try:
-            now = sources(trace(module, given)[0])
+            return [source(graph) for graph in trace(module, given)[0]] == was
         except Untraceable:
             return False
         finally:
             for name in set(vars(module)) - held:  # constants of this trace, under other names than before
                 delattr(module, name)
-        numbers = r"\b_tensor_constant\d+"
-        return [re.sub(numbers, "", s) for s in now] == [re.sub(numbers, "", s) for s in was]
 
     def _traced(self, module: nn.Module, path: str, status: int, graphs: list[fx.Graph]) -> tuple[int, bool]:
         """A module whose forward is known; returns whether some call in it changes, too."""
@@ -330,7 +326,7 @@ class _Walk:
                 x = next(iter(node.all_input_nodes), None)
                 if x is not None and not is_shape(x) and is_in_place(self._called(node)):
                     self._overwritten(x, node)
-                node.target = PLAIN.get(node.target, node.target)  # a neuron may have kept x for its backward
+                node.target = IN_PLACE.get(node.target, node.target)  # a neuron may have kept x for its backward
                 if inputs == DYNAMIC:
                     self._give_time(node)
                 self.status[node] = self._call(node, inputs)

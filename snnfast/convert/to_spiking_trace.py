@@ -8,7 +8,6 @@ import contextlib
 import functools
 import inspect
 import itertools
-import operator
 import os
 import random
 import textwrap
@@ -19,7 +18,7 @@ import torch
 from torch import fx, nn
 from torch.nn import functional as F
 
-from .._before import Before, TensorProxy, Tracer
+from .._before import IN_PLACE, Before, Proxy, TensorProxy, Tracer
 
 __all__ = [
     "Untraceable",
@@ -28,7 +27,6 @@ __all__ = [
     "given_in",
     "is_shape",
     "is_torch_leaf",
-    "sources",
     "trace",
 ]
 
@@ -67,24 +65,6 @@ class Untraceable(Exception):
     """torch.fx cannot follow a ``forward``, for the reason given."""
 
 
-class _Proxy(fx.Proxy):
-    """One that tells ``x += y`` from ``x = x + y``: what ``x`` was called besides is the sum as well."""
-
-
-PLAIN = {operator.iadd: operator.add, operator.isub: operator.sub, operator.imul: operator.mul}
-PLAIN |= {operator.itruediv: operator.truediv, operator.ipow: operator.pow}
-for _function in PLAIN:
-
-    def _in_place(self: _Proxy, other: Any, function: Any = _function) -> Any:
-        return self.tracer.create_proxy("call_function", function, (self, other), {})
-
-    setattr(_Proxy, f"__{_function.__name__}__", _in_place)
-
-
-class _TensorProxy(_Proxy, TensorProxy):
-    pass
-
-
 class _Tracer(Tracer):
     """One module's own forward; every module that it calls is a leaf.
 
@@ -94,7 +74,7 @@ class _Tracer(Tracer):
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
         is_tensor = node.op != "placeholder" or (self.lists is not None and node.target not in self.lists)
-        return (_TensorProxy if is_tensor else _Proxy)(node, self)
+        return (TensorProxy if is_tensor else Proxy)(node, self)
 
     def __init__(self, of_buffers: bool, lists: list[str] | None) -> None:
         super().__init__()
@@ -176,7 +156,7 @@ def trace(module: nn.Module, given: dict[str, Any] | None) -> tuple[list[fx.Grap
         graphs, kept = _both_modes(module, given, of_buffers=True)
     except Untraceable:
         graphs, kept = _both_modes(module, given, of_buffers=False)  # it may decide by a buffer's value
-    return graphs[: len(set(sources(graphs)))], kept
+    return graphs[: len({graph.python_code("self").src for graph in graphs})], kept
 
 
 def _both_modes(module: nn.Module, given: dict[str, Any] | None, of_buffers: bool) -> tuple[list[fx.Graph], list[str]]:
@@ -205,10 +185,6 @@ def _both_modes(module: nn.Module, given: dict[str, Any] | None, of_buffers: boo
             except Exception as error:  # a forward run on proxies may raise anything
                 raise Untraceable(f"{type(error).__name__}: {error}".splitlines()[0]) from error
     return graphs, list(dict.fromkeys(kept))
-
-
-def sources(graphs: list[fx.Graph]) -> list[str]:
-    return [graph.python_code("self").src for graph in graphs]
 
 
 def activation_of(thing: nn.Module | fx.Node) -> str | None:
@@ -246,7 +222,7 @@ def is_in_place(thing: nn.Module | fx.Node) -> bool:
     if thing.op == "call_method":
         return str(thing.target).endswith("_") and not str(thing.target).endswith("__")
     name = getattr(thing.target, "__name__", "")
-    if thing.target in PLAIN or (name.endswith("_") and not name.endswith("__")):
+    if thing.target in IN_PLACE or (name.endswith("_") and not name.endswith("__")):
         return True
     if "inplace" in thing.kwargs or activation_of(thing) is None:
         return bool(thing.kwargs.get("inplace"))

@@ -14,7 +14,7 @@ from .. import _before
 from .._before import Before, is_same
 from .stepping import is_stateful, states_of
 
-__all__ = ["IN_PLACE", "Tracer", "loop_error", "modes", "traced"]
+__all__ = ["Tracer", "loop_error", "modes", "traced"]
 
 _REWRITE = """{why}. unroll takes a model whose forward is one time step:
 
@@ -34,7 +34,7 @@ _CONTAINERS = (nn.Module, nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
 
 class Proxy(_before.TensorProxy):
-    """What forward does to tensors in place happens in place; fx's own proxies give another tensor for ``x += y``."""
+    """What forward does to tensors in place happens in place, and it does not write their attributes."""
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name not in ("tracer", "node"):
@@ -42,16 +42,6 @@ class Proxy(_before.TensorProxy):
                 f"forward sets {name} of {self.node}, which unroll would do once and the loop does at every step"
             )
         super().__setattr__(name, value)
-
-
-def _in_place(target: Any) -> Any:
-    return lambda self, other: self.tracer.create_proxy("call_function", target, (self, other), {})
-
-
-IN_PLACE = (operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.ifloordiv, operator.imod,
-            operator.ipow, operator.iand, operator.ior, operator.ixor)  # fmt: skip
-for _target in IN_PLACE:
-    setattr(Proxy, f"__{_target.__name__}__", _in_place(_target))
 
 
 class Tracer(_before.Tracer):
