@@ -28,6 +28,7 @@ __all__ = [
     "is_same",
     "optional",
     "source",
+    "tensor_to_users",
 ]
 
 COLLECTIONS = (list, dict, set, collections.deque)
@@ -54,18 +55,21 @@ for _function in IN_PLACE:
     setattr(Proxy, f"__{_function.__name__}__", _in_place)
 
 
-class TensorProxy(Proxy):
-    """One for which ``isinstance(x, torch.Tensor)`` holds in a user's forward, as for the tensor in its place.
+def tensor_to_users(stand_in: Any) -> Any:
+    """The ``__class__`` of what stands for a tensor, so that ``isinstance(x, torch.Tensor)`` holds in a user's forward.
 
-    Torch's code and ours have ways of their own for what fx traces.
+    Torch's code and ours have ways of their own for such objects.
     """
+    asking = sys._getframe(1)
+    if asking.f_code is torch.is_tensor.__code__ and asking.f_back is not None:
+        asking = asking.f_back
+    return type(stand_in) if asking.f_code.co_filename.startswith(_NOT_USERS) else Tensor
 
-    @property  # type: ignore[misc]
-    def __class__(self) -> Any:
-        asking = sys._getframe(1)
-        if asking.f_code is torch.is_tensor.__code__ and asking.f_back is not None:
-            asking = asking.f_back
-        return type(self) if asking.f_code.co_filename.startswith(_NOT_USERS) else Tensor
+
+class TensorProxy(Proxy):
+    """One that passes for the tensor in its place."""
+
+    __class__ = property(tensor_to_users)
 
 
 class Tracer(fx.Tracer):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -101,21 +101,23 @@ def traced(tracer: fx.Tracer, module: nn.Module, stateless: bool = False) -> fx.
         before.put_back()
 
 
-def _graph(module: nn.Module) -> fx.Graph | None:
+def _graph(module: nn.Module, given: Collection[str] | None) -> fx.Graph | None:
     """The module's calls, or ``None`` where they depend on values that a trace does not have."""
     if isinstance(module, _LEAVES) or not any(True for _ in module.children()):
         return None
-    return traced(_Tracer(), module)
+    tracer = _Tracer()
+    tracer.given = given
+    return traced(tracer, module, stateless=True)
 
 
-def _search(module: nn.Module, found: _Found) -> None:
-    """Look through the largest parts of ``module`` that can be traced."""
-    graph = _graph(module)
+def _search(module: nn.Module, found: _Found, given: Collection[str] | None) -> None:
+    """Look through the largest parts of ``module`` that can be traced, called with these optional arguments."""
+    graph = _graph(module, given)
     if graph is not None:
         _read(module, graph, found)
         return
     for child in module.children():
-        _search(child, found)
+        _search(child, found, given)
 
 
 def _read(module: nn.Module, graph: fx.Graph, found: _Found) -> None:
@@ -211,27 +213,32 @@ def _both_modes(model: nn.Module) -> Iterator[None]:
             module.training = not module.training
 
 
+_ELSEWHERE = "its output goes elsewhere in training and in evaluation, or with other arguments"
+_NOT_ALWAYS = "it is not called in both training and evaluation, or not with other arguments"
+
+
 def _find(model: nn.Module) -> _Found:
     passes = []
     for _ in _both_modes(model):
-        found = _Found()
-        _search(model, found)
-        passes.append(found)
-    first, second = passes
-    for norm in {*first.connections, *second.connections}:
+        for given in (None, ()):  # all optional arguments, and none
+            passes.append(_Found())
+            _search(model, passes[-1], given)
+    first, *others = passes
+    for norm in {norm for found in passes for norm in found.connections}:
         connects = {f.connections.get(norm, Connect.NONE) for f in passes}
         if len(connects) > 1:
             first.connections.pop(norm, None)
             if Connect.CHARGE in connects:
                 first.refuse(norm, "its output meets a residual connection in training or in evaluation only")
-    for norm, neuron in second.neurons.items():
-        if first.neurons.get(norm) is not neuron:
-            first.refuse(norm, second.reasons.get(norm, "its output goes elsewhere in training and in evaluation"))
-    for norm in list(first.neurons):
-        if norm not in second.neurons:
-            first.refuse(norm, second.reasons.get(norm, "it is not called in both training and evaluation"))
-    for module, count in second.calls.items():
-        first.calls[module] = max(first.calls[module], count)
+    for second in others:
+        for norm, neuron in second.neurons.items():
+            if first.neurons.get(norm) is not neuron:
+                first.refuse(norm, second.reasons.get(norm, _ELSEWHERE))
+        for norm in list(first.neurons):
+            if norm not in second.neurons:
+                first.refuse(norm, second.reasons.get(norm, _NOT_ALWAYS))
+        for module, count in second.calls.items():
+            first.calls[module] = max(first.calls[module], count)
     return first
 
 
