@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -15,6 +16,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights
 from torch.utils._pytree import tree_leaves, tree_map
 
 from . import functional, layer, network
+from ._before import Proxy, is_same, optional
 from ._notices import say_once
 from .events import EventConv2d, event_driven
 from .fused.batch_norm import PLAIN_NORMS, STEP_NORMS
@@ -87,18 +89,53 @@ def _before(module: nn.Module) -> type | None:
     return _kind(module, _CONVOLUTIONS + _TRANSPOSED, _THEIR_LAYERS)
 
 
+_Graph = tuple[fx.Graph, dict[str, Any]]  # with the constants that the forward computed
+
+
+@dataclass
+class _Part:
+    """A largest part of a network that can be traced, and what its forward does."""
+
+    name: str
+    module: nn.Module
+    graphs: list[_Graph]
+    pairs: list[tuple[Any, Any]] = field(default_factory=list)  # the convolution and the norm that becomes part of it
+
+
 @dataclass
 class _Seen:
     """What the traces show of a network's calls."""
 
+    parts: list[_Part] = field(default_factory=list)
     before: dict[nn.Module, nn.Module] = field(default_factory=dict)  # of each norm
+    part: dict[nn.Module, _Part] = field(default_factory=dict)  # likewise
     reasons: dict[nn.Module, str] = field(default_factory=dict)
     calls: Counter[nn.Module] = field(default_factory=Counter)
     fetched: set[str] = field(default_factory=set)  # names of parameters and buffers that a forward reads by itself
 
 
 class _AllReads(_Tracer):
+    """One forward, called in one way.
+
+    Args:
+        tensors: whether its arguments are tensors; else they are lists, or who knows what.
+        given: names of the optional arguments that the call gives.
+        folded: identities that stand for norms, which a trace shows in their place.
+    """
+
     proxy_buffer_attributes = True  # a forward that reads a running mean itself shall show
+
+    def __init__(self, tensors: bool, given: Collection[str], folded: Collection[nn.Module]) -> None:
+        super().__init__()
+        self.tensors, self.given, self.folded = tensors, given, folded
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        return super().proxy(node) if self.tensors or node.op != "placeholder" else Proxy(node, self)
+
+    def call_module(self, m: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
+        if m in self.folded:
+            return self.create_proxy("call_module", self.path_of_module(m), args, kwargs)
+        return super().call_module(m, forward, args, kwargs)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         # Other libraries' neurons: they have their surrogate as a child and a forward that no trace can follow.
@@ -107,27 +144,69 @@ class _AllReads(_Tracer):
         return (stateful and theirs) or super().is_leaf_module(m, module_qualified_name)
 
 
-def _look(module: nn.Module, prefix: str, seen: _Seen) -> None:
+_MOST_OPTIONAL = 3  # arguments of a forward, each given or not: two traces for each of 8 ways to call it
+
+
+def _graphs(module: nn.Module, folded: Collection[nn.Module] = ()) -> list[_Graph] | None:
+    """What the forward does for each way to call it; ``None`` where that cannot be traced."""
+    names = list(optional(type(module).forward))
+    if len(names) > _MOST_OPTIONAL or "forward" in module.__dict__:  # a trace takes that of the class
+        return None
+    graphs = []
+    for tensors, *chosen in itertools.product((True, False), repeat=1 + len(names)):
+        tracer = _AllReads(tensors, list(itertools.compress(names, chosen)), folded)
+        graph = traced(tracer, module, stateless=True)
+        if graph is None:
+            return None
+        made = {name: t for t, name in tracer.tensor_attrs.items() if name.startswith("_tensor_constant")}
+        graphs.append((graph, made))
+    return graphs
+
+
+def _is_same_forward(a: _Graph, b: _Graph) -> bool:
+    sources = [graph.python_code("self").src for graph, _ in (a, b)]
+    return sources[0] == sources[1] and a[1].keys() == b[1].keys() and all(is_same(t, b[1][k]) for k, t in a[1].items())
+
+
+def _look(module: nn.Module, name: str, seen: _Seen) -> None:
     """Look through the largest parts of ``module`` that can be traced."""
     if isinstance(module, _LEAVES) or not any(True for _ in module.children()):
         return
-    graph = traced(_AllReads(), module)
-    if graph is None:
-        for name, child in module.named_children():
-            _look(child, f"{prefix}{name}.", seen)
+    graphs = _graphs(module)
+    if graphs is None:
+        for child_name, child in module.named_children():
+            _look(child, f"{name}.{child_name}" if name else child_name, seen)
         return
+    part = _Part(name, module, graphs)
+    seen.parts.append(part)
+    found = [_read(part, graph, seen) for graph, _ in graphs]
+    for norm, before in dict.fromkeys(pair for pairs, _ in found for pair in pairs.items()):
+        if all(pairs.get(norm) is before or not (calls[norm] or calls[before]) for pairs, calls in found):
+            seen.before[norm], seen.part[norm] = before, part
+        else:
+            seen.reasons.setdefault(
+                norm, "the convolution before runs without it where the forward is called otherwise"
+            )
+    for module in {m for _, calls in found for m in calls}:
+        seen.calls[module] += max(calls[module] for _, calls in found)
+
+
+def _read(part: _Part, graph: fx.Graph, seen: _Seen) -> tuple[dict[nn.Module, nn.Module], Counter[nn.Module]]:
+    """The convolution before each norm, and how often each module is called."""
+    pairs: dict[nn.Module, nn.Module] = {}
+    calls: Counter[nn.Module] = Counter()
 
     def called(node: Any) -> nn.Module | None:
         found = isinstance(node, fx.Node) and node.op == "call_module"
-        return module.get_submodule(str(node.target)) if found else None
+        return part.module.get_submodule(str(node.target)) if found else None
 
     for node in graph.nodes:
         if node.op == "get_attr":
-            seen.fetched.add(prefix + str(node.target))
+            seen.fetched.add(f"{part.name}.{node.target}" if part.name else str(node.target))
         norm = called(node)
         if norm is None:
             continue
-        seen.calls[norm] += 1
+        calls[norm] += 1
         if not isinstance(norm, _NORM):
             continue
         source = node.args[0] if len(node.args) == 1 and not node.kwargs else None
@@ -139,7 +218,8 @@ def _look(module: nn.Module, prefix: str, seen: _Seen) -> None:
             users = ", ".join(str(u) for u in source.users)  # type: ignore[union-attr]
             seen.reasons[norm] = f"the output of {source} is used {len(source.users)} times: by {users}"  # type: ignore[union-attr]
         else:
-            seen.before[norm] = before
+            pairs[norm] = before
+    return pairs, calls
 
 
 def _why_not_folded(
@@ -186,9 +266,58 @@ def _fold(norm: Any, before: Any) -> None:
     before.bias = nn.Parameter(folded_bias.to(weight.dtype), requires_grad=False)
 
 
-def _without_folded(parent: nn.Module, child: str) -> None:
-    training = parent.get_submodule(child).training
-    parent.add_module(child, nn.Identity().train(training))
+class _Inside:
+    """Tells whether a part runs: of a forward that nobody could trace, it may not be called piece by piece.
+
+    Its folded layers compute another thing each, and the same together.
+    """
+
+    def __init__(self, part: _Part, folded: Iterable[nn.Module]) -> None:
+        self.name, self.running = part.name, 0
+        part.module.register_forward_pre_hook(self.enter)
+        part.module.register_forward_hook(self.leave, always_call=True)
+        for module in folded:
+            module.register_forward_pre_hook(self.check)
+
+    def enter(self, module: nn.Module, args: Any) -> None:
+        self.running += 1
+
+    def leave(self, module: nn.Module, args: Any, output: Any) -> None:
+        self.running -= 1
+
+    def check(self, module: nn.Module, args: Any) -> None:
+        if not self.running:
+            raise RuntimeError(
+                f"a layer inside {self.name} was called past it, but optimize_for_inference has folded batch norms "
+                "into the convolutions there, and could not trace the forward around it to see that: call "
+                f"{self.name} itself, or use the model as it was"
+            )
+
+
+def _fold_part(net: nn.Module, part: _Part, names: dict[nn.Module, list[str]]) -> bool:
+    """Fold the pairs of ``part``, unless its forward then does something else: it may have asked what its layers are,
+    or computed from their weights."""
+    weights = [(before, before.weight, before.bias) for before, _ in part.pairs]
+    identities: list[nn.Module] = []
+    for before, norm in part.pairs:
+        _fold(norm, before)
+        identities.append(nn.Identity().train(norm.training))
+        _put(net, names[norm][0], identities[-1])
+    graphs = _graphs(part.module, identities)
+    if graphs is None or not all(map(_is_same_forward, part.graphs, graphs)):
+        for before, weight, bias in weights:
+            before.weight, before.bias = weight, bias
+        for _, norm in part.pairs:
+            _put(net, names[norm][0], norm)
+        return False
+    if part.module is not net:
+        _Inside(part, [*identities, *(before for before, _ in part.pairs)])
+    return True
+
+
+def _put(net: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, child = name.rpartition(".")
+    net.get_submodule(parent).add_module(child, module)
 
 
 def optimize_for_inference(model: nn.Module) -> tuple[Any, InferenceReport]:
@@ -204,7 +333,8 @@ def optimize_for_inference(model: nn.Module) -> tuple[Any, InferenceReport]:
 
     Args:
         model: any module; what might come out different is left alone, and the report says why. Of a forward that
-            cannot be traced its parts are looked at one by one: it must not call a layer inside one of them past it.
+            cannot be traced its parts are looked at one by one: if it calls a layer inside one of them past it, the
+            copy raises a :class:`RuntimeError`, and it must not read their weights.
 
     Returns:
         The copy, an instance of the same class, and an :class:`InferenceReport`, which prints.
@@ -237,16 +367,22 @@ def optimize_for_inference(model: nn.Module) -> tuple[Any, InferenceReport]:
         if not isinstance(norm, _NORM):
             continue
         before = seen.before.get(norm)
-        if before is None:
+        if norm in seen.reasons or before is None:
             reasons[paths[0]] = seen.reasons.get(norm, unseen(norm))
         elif (reason := _why_not_folded(norm, before, names, seen, shared)) is not None:
             reasons[paths[0]] = reason
         else:
-            _fold(norm, before)
-            report.folded.append((names[before][0], paths[0]))
-    for _, name in report.folded:
-        parent, _, child = name.rpartition(".")
-        _without_folded(net.get_submodule(parent), child)
+            seen.part[norm].pairs.append((before, norm))
+    for part in seen.parts:
+        if not part.pairs:
+            continue
+        if _fold_part(net, part, names):
+            report.folded += [(names[before][0], names[norm][0]) for before, norm in part.pairs]
+        else:
+            where = part.name or "the model"
+            reasons |= {
+                names[norm][0]: f"the forward of {where} would do something else then" for _, norm in part.pairs
+            }
     fused = fuse(net)
     report.fused = fused.fused
     for name, reason in fused.left_alone.items():

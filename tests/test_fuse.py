@@ -169,6 +169,36 @@ class ByMode(nn.Module):
         return self.lif(y) if self.training else self.lif(y) + y.mean()
 
 
+class ByOption(Twice):
+    def forward(self, x, skip=None):
+        y = self.bn(x)
+        return y if skip is None else self.lif(y)
+
+
+class Counts(Twice):
+    def __init__(self):
+        super().__init__()
+        self.calls = 0
+
+    def forward(self, x):
+        self.calls += 1
+        y = self.bn(x)
+        return self.lif(y) if self.calls == 1 else y
+
+
+class Asks(Twice):
+    def forward(self, x):
+        y = self.lif(self.bn(x))
+        return (y if isinstance(y, torch.Tensor) else y[0]) + x
+
+
+def test_a_forward_may_ask_whether_spikes_are_a_tensor():
+    net, x = Asks(), torch.randn(T * 2, 3, 5, 5)
+    expected = copy.deepcopy(net)(x)
+    assert fuse(net).connected == {"bn": "ADD"}
+    assert torch.equal(net(x), expected)
+
+
 class Own(snnfast.LIFNode):
     def neuronal_charge(self, x):
         self.v = self.v + 2 * x
@@ -233,6 +263,8 @@ REFUSED = {
     "activation inside": (lambda: nn.Sequential(NormAndActivation(3)), "0", "NormAndActivation is not one of"),
     "output used twice": (Twice, "bn", "its output is used 2 times"),
     "in one mode only": (ByMode, "bn", "its output is used 2 times"),
+    "with an option only": (ByOption, "bn", "its output goes to output, not to a neuron"),
+    "counts": (Counts, "bn", "cannot be traced"),
     "tied weights": (tied, "0", "shares a parameter"),
     "called twice": (called_twice, "0", "called 2 times"),
     "hook on the norm": (lambda: hooked(0, "register_forward_hook"), "0", "the norm has hooks"),

@@ -269,6 +269,63 @@ class TwoNames(UsesTwice):
         return self.same(self.conv(x))  # a trace calls it by its first name
 
 
+class AsksForATensor(UsesTwice):
+    def forward(self, x):
+        y = self.conv(x)
+        return self.bn(y) + y if isinstance(x, torch.Tensor) else self.bn(y)
+
+
+class AsksForAnOption(UsesTwice):
+    def forward(self, x, skip=None):
+        y = self.conv(x)
+        return self.bn(y) + y if skip is None else self.bn(y) + skip
+
+
+class AsksForANorm(UsesTwice):
+    def forward(self, x):
+        for module in self.children():
+            x = module(x)
+            if isinstance(module, nn.BatchNorm2d):
+                x = 2 * x
+        return x
+
+
+class ReadsParameters(UsesTwice):
+    def forward(self, x):
+        return self.bn(self.conv(x)) * sum(p.sum() for p in self.parameters())
+
+
+class ReadsANumber(UsesTwice):
+    def forward(self, x):
+        return self.bn(self.conv(x)) * self.bn.eps * 1e5
+
+
+class Keeps(UsesTwice):
+    def forward(self, x):
+        self.last = self.conv(x)
+        return self.bn(self.last)
+
+
+class Counts(UsesTwice):
+    def __init__(self):
+        super().__init__()
+        self.calls = 0
+
+    def forward(self, x):
+        self.calls += 1
+        y = self.conv(x)
+        return self.bn(y) if self.calls % 2 else self.bn(y) + y
+
+
+class Slices(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.parts = nn.Sequential(nn.Conv2d(3, 3, 3), nn.BatchNorm2d(3), nn.ReLU())
+
+    def forward(self, x):
+        return self.parts[:2](x) + self.parts[:1](x)
+
+
 def hooked(which):
     net = pair()
     net[which].register_forward_hook(lambda m, args, out: out * 2)
@@ -316,6 +373,14 @@ REFUSED = {
         lambda: pair(nn.ConvTranspose2d(3, 6, 3, groups=3), nn.BatchNorm2d(6)), "1", "in groups",
     ),
     "linear": (lambda: nn.Sequential(nn.Linear(5, 3), nn.BatchNorm1d(3)), "1", "is not the output of a convolution"),
+    "asks for a tensor": (AsksForATensor, "bn", "the output of conv is used 2 times"),
+    "asks for an option": (AsksForAnOption, "bn", "the output of conv is used 2 times"),
+    "asks for a norm": (AsksForANorm, "bn", "the forward of the model would do something else then"),
+    "parameters read": (ReadsParameters, "bn", "the forward of the model would do something else then"),
+    "number read": (ReadsANumber, "bn", "the forward of the model would do something else then"),
+    "output kept": (Keeps, "bn", "the output of conv is used 2 times: by bn, last"),
+    "counts": (Counts, "bn", "cannot be traced"),
+    "slices": (Slices, "parts.1", "called, or named, more than once"),
     "untraced": (Untraced, "bn", "cannot be traced"),
     "no layer before": (lambda: nn.Sequential(nn.ReLU(), nn.BatchNorm2d(3)), "1", "is not the output of"),
 }  # fmt: skip
@@ -332,6 +397,26 @@ def test_left_alone_with_the_reason(name):
     x = torch.randn(2, 3, 5) if name == "linear" else torch.randn(2, 3, 5, 5)
     if name != "unknown norm":
         assert torch.equal(fast(x), net(x))
+
+
+class ReachesInside(Slices):
+    def forward(self, x, past=False):
+        return self.parts[0](x) if past else self.parts(x)
+
+
+def test_a_part_of_an_untraced_forward_is_not_called_past_it():
+    net = lively(ReachesInside())
+    fast, report = optimize_for_inference(net)
+    assert report.folded == [("parts.0", "parts.1")]
+    x = torch.randn(2, 3, 5, 5)
+    for model in (fast, copy.deepcopy(fast), pickle.loads(pickle.dumps(fast))):
+        assert torch.allclose(model(x), net(x), atol=1e-5)
+        with pytest.raises(RuntimeError, match="a layer inside parts was called past it"):
+            model(x, past=True)
+        with pytest.raises(RuntimeError, match="channels"):
+            model(torch.randn(2, 4, 5, 5))
+        with pytest.raises(RuntimeError, match="a layer inside parts was called past it"):
+            model(x, past=True)
 
 
 def test_the_report_names_the_model_itself():

@@ -448,6 +448,23 @@ def test_parameters_that_no_neuron_has_become_a_scale_of_the_input():
         np.testing.assert_array_equal(got, np.array(expected))
 
 
+class Optional(nn.Module):
+    """Another thing with a second argument, and for what is no tensor."""
+
+    def __init__(self):
+        super().__init__()
+        self.right, self.wrong = nn.Conv2d(3, 2, 1), nn.Conv2d(3, 2, 1)
+
+    def forward(self, x, state=None, scale=True):
+        x = nn.functional.pad(x, (0, 0, 0, 0, 0, 1))
+        return self.right(x) if state is None and scale and isinstance(x, torch.Tensor) else self.wrong(x)
+
+
+def test_optional_arguments_have_their_defaults():
+    net, x = Optional(), torch.rand(2, 2, 4, 4)
+    assert torch.equal(from_nir(to_nir(net, torch.zeros_like(x)))(x[None])[0], net(x))
+
+
 def test_the_trace_leaves_nothing_in_the_network():
     class Recording(nn.Module):
         def __init__(self):

@@ -46,6 +46,35 @@ class Padding(nn.Module):
         return torch.nn.functional.pad(x, (1, 1))
 
 
+class PaddingBefore(nn.Module):
+    def forward(self, x):
+        return torch.nn.functional.pad(x, (0, 0, 0, 0, 1, 0))
+
+
+class Counting(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.second, self.calls = nn.Linear(3, 2), nn.Linear(3, 2), 0
+
+    def forward(self, x):
+        self.calls += 1
+        return self.first(x) if self.calls == 1 else self.second(x)
+
+
+class InPlace(nn.Module):
+    def __init__(self, method):
+        super().__init__()
+        self.fc, self.method = nn.Linear(3, 3), method
+
+    def forward(self, x):
+        y = z = self.fc(x)
+        if self.method:
+            y.add_(x)
+        else:
+            y += x
+        return z
+
+
 class Doubling(snnfast.neuron.BaseNode):
     def neuronal_charge(self, x):
         self.v = self.v + 2 * x
@@ -86,6 +115,10 @@ EXPORT = {
     "circular padding": (nn.Conv2d(3, 3, 3, padding=1, padding_mode="circular"), IMAGE, r"pads with 'circular'"),
     "ceil_mode": (nn.AvgPool2d(3, ceil_mode=True), IMAGE, r"ceil_mode"),
     "padding": (Padding(), IMAGE, r"pad pads in another way"),
+    "padding before": (PaddingBefore(), torch.zeros(2, 3, 8, 8), r"pad pads in another way"),
+    "counting": (Counting(), X, r"must do the same at each call, and the forward of the model \(Counting\) does not"),
+    "in place": (InPlace(method=True), X, r"add_ changes a tensor in place that is used again"),
+    "in place by +=": (InPlace(method=False), X, r"iadd changes a tensor in place that is used again"),
     "uneven pool": (nn.AdaptiveAvgPool2d(3), IMAGE, r"does not divide evenly"),
     "no statistics": (nn.BatchNorm2d(3, track_running_stats=False), IMAGE, r"no running statistics"),
     "norm with an activation": (nn.Sequential(nn.Conv2d(3, 3, 3), NormAndActivation(3)), IMAGE, r"'batch_norm' at 1\."),

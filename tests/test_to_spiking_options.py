@@ -510,13 +510,16 @@ class Recording(nn.Module):
     def __init__(self):
         super().__init__()
         self.register_buffer("calls", torch.zeros(()))
-        self.last, self.all, self.offset = None, [], None
+        self.last, self.all, self.offset, self.relu = None, [], None, nn.ReLU()
+
+    def activation(self, x):
+        return self.relu(x)
 
     def forward(self, x):
         if self.offset is None:
             self.offset = torch.ones(())
         self.calls.add_(1)
-        self.last = F.relu(x) + self.offset
+        self.last = self.activation(x) + self.offset
         self.all.append(self.last)
         return self.last
 
@@ -526,8 +529,78 @@ def test_tracing_changes_nothing():
     assert (net.calls, net.last, net.all) == (0, None, [])
     assert not net.training
     pickle.loads(pickle.dumps(net))  # proxies of the trace would not let it
-    assert (net(torch.rand(2, 3)) >= 1).all()
+    y = net(torch.rand(2, 3))
+    assert (y >= 1).all()
     assert net.calls == 1
+    assert torch.equal(net.last.unflatten(0, (T, -1)), y)
+
+
+class RecordingFunction(Recording):
+    def activation(self, x):
+        return F.relu(x)
+
+
+class RecordingTwice(Recording):
+    def activation(self, x):
+        return self.relu(self.relu(x) - 1)
+
+
+@pytest.mark.parametrize("cls", [RecordingFunction, RecordingTwice])
+def test_what_a_forward_written_anew_would_not_keep_is_refused(cls):
+    message = rf"must not keep what it computes, as '0' \({cls.__name__}\) does in last, all, .*: return it, or give"
+    with pytest.raises(ValueError, match=message):
+        snnfast.to_spiking(nn.Sequential(cls()), T)
+
+
+class Asking(nn.Module):
+    """Another thing for each kind of its layers, and for tensors."""
+
+    def __init__(self, functional):
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(3, 3), nn.ReLU(), nn.Linear(3, 3), nn.ReLU())
+        self.functional = functional
+
+    def forward(self, x):
+        if isinstance(x, torch.Tensor):
+            x = 2 * x
+        for layer in self.layers:
+            x = layer(x)
+            if isinstance(layer, nn.ReLU):
+                x = x - 0.1
+        return F.relu(x) if self.functional else x
+
+
+class Rectifier(nn.Module):
+    """A ReLU for a neuron: the network then computes what the ANN does."""
+
+    def __init__(self, timesteps):
+        super().__init__()
+        self.timesteps = timesteps
+
+    def forward(self, x):
+        return x.relu()
+
+
+@pytest.mark.parametrize("functional", [True, False])
+def test_a_forward_that_asks_does_as_before(functional):
+    torch.manual_seed(0)
+    ann, x = Asking(functional), torch.rand(2, 3)
+    assert torch.allclose(snnfast.to_spiking(ann, T, neuron=Rectifier)(x), ann(x).expand(T, 2, 3))
+
+
+class Catching(nn.Module):
+    def forward(self, x):
+        try:
+            return F.relu(x) if x.sum() > 0 else x
+        except RuntimeError:
+            return F.relu(x)
+        except Exception:
+            return x
+
+
+def test_a_branch_whose_error_is_caught_is_one():
+    with pytest.raises(ValueError, match=r"whose forward torch.fx cannot follow \(TraceError: "):
+        snnfast.to_spiking(nn.Sequential(Catching()), T)
 
 
 class WarmingUp(nn.Module):

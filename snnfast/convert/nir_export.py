@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from .. import layer
-from .._before import Before
+from .._before import Before, Tracer, source
 from ..base import StepModule
 from ..neuron import BaseNode
 from ..pooling import MaxPool2d
@@ -19,11 +19,14 @@ from .nir_conventions import Conventions
 from .nir_import import Elementwise
 from .nir_layers import Builder, Value, WrongTime, is_li
 from .stepping import is_stateful
+from .to_spiking_trace import is_in_place
 
 _CONTAINERS = ("SeqToANNContainer", "MultiStepContainer", "StepModeContainer")  # of Sequential's kind, folding time
 
 
-class _Tracer(fx.Tracer):
+class _Tracer(Tracer):
+    given = ()  # the model is called with its input alone
+
     def is_leaf_module(self, m: nn.Module, qualified_name: str) -> bool:
         if type(m).__name__ in _CONTAINERS or _is_pair(m) or isinstance(m, (StepModule, Elementwise)):
             return True
@@ -60,12 +63,17 @@ class _Walker:
                 x = self.call(child, _join(prefix, child_name), x)
             return x
         try:
-            graph = _Tracer().trace(module)
+            graph, again = (_Tracer().trace(module) for _ in range(2))
         except Exception as error:
             raise ValueError(
                 f"model cannot be traced by torch.fx at {prefix or 'its forward'} ({type(module).__name__}): {error}; "
                 "export a forward without branches on values and without a time loop"
             ) from error
+        if source(graph) != source(again):
+            raise ValueError(
+                f"model must do the same at each call, and the forward of {prefix or 'the model'} "
+                f"({type(module).__name__}) does not: it counts or keeps something"
+            )
         env: dict[fx.Node, Any] = {}
         hidden = "network." if isinstance(module, _WithoutTime) else ""  # no part of the user's paths
         for node in graph.nodes:
@@ -108,15 +116,20 @@ class _Walker:
         name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
         values = [v for v in [*args, *kwargs.values()] if isinstance(v, Value)]
 
-        def plain() -> Any:
-            """The operation on the tensors themselves."""
-            a = tuple(v.tensor if isinstance(v, Value) else v for v in args)
-            k = {key: v.tensor if isinstance(v, Value) else v for key, v in kwargs.items()}
+        def plain(of: Callable[[Tensor], Tensor] = lambda t: t) -> Any:
+            """The operation on the tensors themselves, or on others of their shape."""
+            a = tuple(of(v.tensor) if isinstance(v, Value) else v for v in args)
+            k = {key: of(v.tensor) if isinstance(v, Value) else v for key, v in kwargs.items()}
             return getattr(a[0], name)(*a[1:], **k) if node.op == "call_method" else node.target(*a, **k)  # type: ignore[operator]
 
         if not values:
             return plain()
         x = values[0]
+        if is_in_place(node) and any(user > node for user in node.all_input_nodes[0].users):
+            raise ValueError(
+                f"model cannot be written as NIR: {path} changes a tensor in place that is used again; make it another "
+                "tensor, as y = y + z does"
+            )
         if name in ("add", "add_", "iadd", "__add__", "__radd__", "__iadd__") and len(values) == 2:
             if kwargs.get("alpha", 1) != 1:
                 raise ValueError(f"model cannot be written as NIR: {path} adds with a factor")
@@ -130,7 +143,7 @@ class _Walker:
         if name in ("contiguous", "dropout", "dropout2d", "identity", "clone", "to", "float", "double"):
             return replace(x, tensor=out)
         if name == "pad":
-            return self.build.pad_channels(path, x, out)
+            return self.build.pad_channels(path, x, plain(torch.ones_like))  # a sample of zeros shows no padding
         if name in ("flatten", "reshape", "view", "unflatten", "squeeze", "unsqueeze", "expand", "repeat"):
             return self.build.reshape(path, x, out, repeats=name in ("expand", "repeat"))  # direct coding
         raise ValueError(

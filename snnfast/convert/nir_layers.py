@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor, nn
 
 from ..base import MemoryModule
@@ -136,11 +135,19 @@ class Builder:
         return self.add(path, node, x, out)
 
     def pad_channels(self, path: str, x: Value, out: Tensor) -> Value:
-        """Channels of zeros after the image's own, as shortcuts have them: a convolution of 1 x 1 that copies."""
+        """Channels of zeros after the image's own, as shortcuts have them: a convolution of 1 x 1 that copies.
+
+        ``out`` is what becomes of ones.
+        """
+        if len(x.shape) != 3:
+            raise WrongTime(
+                f"model cannot be written as NIR: {path} pads in another way than with channels of zeros, a sample of "
+                f"shape {x.shape}"
+            )
         channels = x.shape[0]
         same_elsewhere = x.tensor.dim() == out.dim() and x.shape[1:] == tuple(out.shape[x.lead + 1 :])
         copied, added = out.narrow(x.lead, 0, channels), out.narrow(x.lead, channels, out.shape[x.lead] - channels)
-        if len(x.shape) != 3 or not same_elsewhere or not torch.equal(copied, x.tensor) or added.any():
+        if not same_elsewhere or added.numel() == 0 or not (copied == 1).all() or added.any():
             raise ValueError(f"model cannot be written as NIR: {path} pads in another way than with channels of zeros")
         weight = np.eye(out.shape[x.lead], channels, dtype=_array(x.tensor[:0]).dtype)[:, :, None, None]
         bias = np.zeros(len(weight), weight.dtype)

@@ -133,7 +133,8 @@ def to_spiking(
     change ``T``.
 
     Args:
-        model: the ANN, with a single input ``[B, *]``. A submodule that torch.fx cannot follow must use ReLU modules.
+        model: the ANN, with a single input ``[B, *]``, of which it does not mix the samples. A submodule that torch.fx
+            cannot follow must use ReLU modules.
         timesteps: ``T``.
         neuron: class of the neurons, called as ``neuron(timesteps=T, **neuron_kwargs)``; by default
             :class:`~snnfast.LIFNode`, or :class:`~snnfast.IFNode` with ``calibration``.
@@ -158,8 +159,8 @@ def to_spiking(
         share_weights: use the model's own parameters and buffers instead of copies.
 
     Raises:
-        ValueError: no ReLU, another activation or a recurrent layer (the message names the place), a ``T`` or option of
-            another kind.
+        ValueError: no ReLU, another activation or a recurrent layer (the message names the place), results kept in a
+            forward that must be written anew, a ``T`` or option of another kind.
         TypeError: ``model`` is not a module, or ``neuron`` does not take ``timesteps``.
 
     Example:
@@ -301,7 +302,7 @@ def _convert(
         net = copy_of(model, memo)
         converter = Converter(make, timesteps, other_activations, max_pool == "rates")
         try:
-            converter.convert(net, "", status)
+            converter.convert(net, "", status, {})
         except NeedsTime:
             continue
         if max_pool == "keep":

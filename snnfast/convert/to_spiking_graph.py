@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from .._before import IN_PLACE, source
 from ..pooling import PYTORCHS, max_pool2d
 from .to_spiking_classes import generated
 from .to_spiking_layers import (
@@ -33,9 +34,9 @@ from .to_spiking_layers import (
     stand_in,
 )
 from .to_spiking_trace import (
-    PLAIN,
     RELU,
     VALUE,
+    VALUES,
     Untraceable,
     activation_of,
     functional_activations,
@@ -95,20 +96,20 @@ class Converter:
     def convert(self, module: nn.Module, path: str, status: int, given: dict[str, Any] | None = None) -> int:
         """Convert ``module``, called with an input of ``status``; returns the status of its output.
 
-        ``given`` is what the call gives besides, by :func:`~snnfast.convert.to_spiking_trace.given_in`.
+        ``given`` is what the call gives besides, by :func:`~snnfast.convert.to_spiking_trace.given_in`; ``None`` where
+        nobody knows the call.
         """
         if isinstance(module, torch.jit.ScriptModule):
             raise ValueError(f"model must be an ordinary ANN, but {place(path, module)} is a scripted module")
-        given = given or {}
         self._calls[module] += 1
         if module in self._visits:
             before, after, changes, arguments = self._visits[module]
             if changes and self._calls[module] == 2:
                 self.untraced.append(f"{place(path, module)} is called more than once in a forward")
-            if hasattr(module, "_recipe") and arguments != given:
+            if hasattr(module, "_recipe") and arguments != (given or {}):
                 raise ValueError(
                     f"model must call {place(path, module)} with the same arguments each time, got {_told(arguments)} "
-                    f"and {_told(given)}; make it two modules, or let it have no functional activation"
+                    f"and {_told(given or {})}; make it two modules, or let it have no functional activation"
                 )
             if before == status:
                 return after
@@ -132,16 +133,27 @@ class Converter:
             out = status
         else:
             try:
-                graphs = trace(module, given)
+                graphs, kept = trace(module, given)
             except Untraceable as error:
                 out = self._untraceable(module, path, status, error)
             else:
-                out = self._traced(module, path, status, graphs)
-        self._visits[module] = status, out, self._changes - started, given
+                was = [source(graph) for graph in graphs]
+                out, changed = self._traced(module, path, status, graphs)
+                if changed or (self._changes != started and not self._is_still(was, module, given)):
+                    if kept:
+                        raise ValueError(
+                            f"model must not keep what it computes, as {place(path, module)} does in "
+                            f"{', '.join(kept)}, where neurons take the place of calls in a forward, which is written "
+                            "anew: return it, or give each call of an activation an nn.ReLU module of its own"
+                        )
+                    module.__class__ = generated(type(module), graphs)
+        self._visits[module] = status, out, self._changes - started, given or {}
         return out
 
-    def _slot(self, parent: nn.Module, name: str, path: str, status: int, call: fx.Node | None = None) -> int:
-        """The child ``name`` of ``parent``, which is called once, by ``call`` where that is known."""
+    def _slot(
+        self, parent: nn.Module, name: str, path: str, status: int, call: fx.Node | None = None, known: bool = True
+    ) -> int:
+        """The child ``name`` of ``parent``, which is called once, by ``call``, with a tensor, or nobody knows how."""
         child = parent._modules[name]
         if child is None or child in self._added:
             return status
@@ -160,7 +172,8 @@ class Converter:
         if swapped is not None:
             self._put(parent, name, swapped)
             return status
-        return self.convert(child, path, status, {} if call is None else given_in(call, child))
+        given = given_in(call, child) if call is not None else {} if known else None
+        return self.convert(child, path, status, given)
 
     def _overwrites(self, child: nn.Module | None) -> bool:
         return child in self.in_place or child in self.overwriting
@@ -234,9 +247,9 @@ class Converter:
         for name, child in list(module._modules.items()):
             if isinstance(child, (nn.ModuleList, nn.ModuleDict)):
                 for key in list(child._modules):
-                    self._slot(child, key, _join(path, f"{name}.{key}"), DYNAMIC)
+                    self._slot(child, key, _join(path, f"{name}.{key}"), DYNAMIC, known=False)
             else:
-                self._slot(module, name, _join(path, name), DYNAMIC)
+                self._slot(module, name, _join(path, name), DYNAMIC, known=False)
         if self._changes == started:
             return status
         if status != DYNAMIC:
@@ -245,8 +258,20 @@ class Converter:
         return DYNAMIC
 
     # ---- graphs ----
-    def _traced(self, module: nn.Module, path: str, status: int, graphs: list[fx.Graph]) -> int:
-        """A module whose forward is known; it gets a generated one if some call in it changes."""
+    @staticmethod
+    def _is_still(was: list[str], module: nn.Module, given: dict[str, Any] | None) -> bool:
+        """Whether the forward does the same with the neurons: it may ask for the kinds of its layers."""
+        held = set(vars(module))
+        try:
+            return [source(graph) for graph in trace(module, given)[0]] == was
+        except Untraceable:
+            return False
+        finally:
+            for name in set(vars(module)) - held:  # constants of this trace, under other names than before
+                delattr(module, name)
+
+    def _traced(self, module: nn.Module, path: str, status: int, graphs: list[fx.Graph]) -> tuple[int, bool]:
+        """A module whose forward is known; returns whether some call in it changes, too."""
         sites: list[tuple[str, bool]] = []
         additions: dict[tuple[str, str], str] = {}
         walks = [_Walk(self, module, path, graph, sites, additions) for graph in graphs]
@@ -263,9 +288,7 @@ class Converter:
             )
         if len(set(outs)) > 1:
             raise NeedsTime
-        if any(walk.changed for walk in walks):
-            module.__class__ = generated(type(module), graphs)
-        return outs[0]
+        return outs[0], any(walk.changed for walk in walks)
 
 
 class _Walk:
@@ -303,7 +326,7 @@ class _Walk:
                 x = next(iter(node.all_input_nodes), None)
                 if x is not None and not is_shape(x) and is_in_place(self._called(node)):
                     self._overwritten(x, node)
-                node.target = PLAIN.get(node.target, node.target)  # a neuron may have kept x for its backward
+                node.target = IN_PLACE.get(node.target, node.target)  # a neuron may have kept x for its backward
                 if inputs == DYNAMIC:
                     self._give_time(node)
                 self.status[node] = self._call(node, inputs)
@@ -440,7 +463,8 @@ class _Walk:
 
 def _told(given: dict[str, Any]) -> str:
     """Arguments of a call, for an error."""
-    told = [f"{name}={'a tensor' if value is VALUE else repr(value)}" for name, value in given.items()]
+    words: dict[Any, str] = {id(VALUE): "a tensor", id(VALUES): "a list"}
+    told = [f"{name}={words.get(id(value), repr(value))}" for name, value in given.items()]
     return ", ".join(told) or "the input alone"
 
 

@@ -8,7 +8,6 @@ import contextlib
 import functools
 import inspect
 import itertools
-import operator
 import os
 import random
 import textwrap
@@ -19,12 +18,20 @@ import torch
 from torch import fx, nn
 from torch.nn import functional as F
 
-from .._before import Before
+from .._before import IN_PLACE, Before, Proxy, TensorProxy, Tracer
 
-__all__ = ["Untraceable", "activation_of", "functional_activations", "given_in", "is_shape", "is_torch_leaf", "trace"]
+__all__ = [
+    "Untraceable",
+    "activation_of",
+    "functional_activations",
+    "given_in",
+    "is_shape",
+    "is_torch_leaf",
+    "trace",
+]
 
 RELU = "ReLU"
-VALUE = object()  # stands for an argument that is computed
+VALUE, VALUES = object(), object()  # stand for an argument that is computed, and for a list or tuple of such
 # Not what an error's reader looks for. With the separator: torchvision's folder begins with torch's.
 _TORCH, _HERE = (os.path.join(os.path.dirname(file), "") for file in (torch.__file__, __file__))
 _RELU_FUNCTIONS = (F.relu, F.relu_, torch.relu, torch.relu_)
@@ -58,44 +65,30 @@ class Untraceable(Exception):
     """torch.fx cannot follow a ``forward``, for the reason given."""
 
 
-class _Proxy(fx.Proxy):
-    """One that tells ``x += y`` from ``x = x + y``: what ``x`` was called besides is the sum as well."""
+class _Tracer(Tracer):
+    """One module's own forward; every module that it calls is a leaf.
 
-
-PLAIN = {operator.iadd: operator.add, operator.isub: operator.sub, operator.imul: operator.mul}
-PLAIN |= {operator.itruediv: operator.truediv, operator.ipow: operator.pow}
-for _function in PLAIN:
-
-    def _in_place(self: _Proxy, other: Any, function: Any = _function) -> Any:
-        return self.tracer.create_proxy("call_function", function, (self, other), {})
-
-    setattr(_Proxy, f"__{_function.__name__}__", _in_place)
-
-
-class _Tracer(fx.Tracer):
-    """One module's own forward; every module that it calls is a leaf."""
+    Args:
+        lists: arguments that are lists of tensors; ``None`` where nobody knows which are.
+    """
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
-        return _Proxy(node, self)
+        is_tensor = node.op != "placeholder" or (self.lists is not None and node.target not in self.lists)
+        return (TensorProxy if is_tensor else Proxy)(node, self)
 
-    def __init__(self, of_buffers: bool) -> None:
+    def __init__(self, of_buffers: bool, lists: list[str] | None) -> None:
         super().__init__()
+        self.lists = lists
         self.record_stack_traces = True
         self.proxy_buffer_attributes = of_buffers
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return True
 
-    def call_module(self, m: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
-        try:
-            self.path_of_module(m)
-        except NameError:  # made in the forward, as nn.ReLU()(x) and a slice of a Sequential are: no place to put it
-            return forward(*args, **kwargs)
-        return super().call_module(m, forward, args, kwargs)
-
 
 def given_in(call: fx.Node, module: nn.Module) -> dict[str, Any]:
-    """What a call of ``module`` gives for arguments with a default: a constant, or ``VALUE`` for what it computed."""
+    """What a call of ``module`` gives for arguments with a default: a constant, or ``VALUE`` for what it computed; and
+    which of the other arguments are lists, ``VALUES``."""
     recipe = getattr(module, "_recipe", None)  # of a generated forward, whose arguments are those of an earlier call
     try:
         signature = inspect.signature((type(module) if recipe is None else recipe.original).forward)
@@ -108,6 +101,8 @@ def given_in(call: fx.Node, module: nn.Module) -> dict[str, Any]:
             nodes: list[fx.Node] = []
             fx.map_arg(value, nodes.append)
             found[name] = VALUE if nodes else value
+        elif isinstance(value, (list, tuple)):
+            found[name] = VALUES
     return found
 
 
@@ -121,7 +116,7 @@ def _wrapped(module: nn.Module, given: dict[str, Any]) -> Any:
     if any(p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in parameters):
         raise Untraceable("its forward takes *args or **kwargs")
     taken = [p for p in parameters if p.default is p.empty or p.name in given]
-    constants = {name: value for name, value in given.items() if value is not VALUE}
+    constants = {name: value for name, value in given.items() if value not in (VALUE, VALUES)}
     passed = [
         ("" if p.kind is p.POSITIONAL_ONLY else f"{p.name}=")
         + (f"constants[{p.name!r}]" if p.name in constants else p.name)
@@ -148,49 +143,48 @@ def _as_it_was(module: nn.Module) -> Iterator[Before]:
             module.__class__ = cls
 
 
-def trace(module: nn.Module, given: dict[str, Any]) -> list[fx.Graph]:
-    """The graph of ``module.forward``, or that of training and that of evaluation where they differ.
+def trace(module: nn.Module, given: dict[str, Any] | None) -> tuple[list[fx.Graph], list[str]]:
+    """The graph of ``module.forward``, or that of training and that of evaluation where they differ; and the attributes
+    in which forward keeps what it computes, which are no part of a graph.
 
-    ``given`` is what :func:`given_in` found in the call.
+    ``given`` is what :func:`given_in` found in the call, ``None`` where that is not known.
 
     Raises:
         Untraceable: torch.fx cannot follow it.
     """
     try:
-        graphs = _both_modes(module, given, of_buffers=True)
+        graphs, kept = _both_modes(module, given, of_buffers=True)
     except Untraceable:
-        graphs = _both_modes(module, given, of_buffers=False)  # it may decide by a buffer's value
-    return graphs[:1] if _same(*graphs) else graphs
+        graphs, kept = _both_modes(module, given, of_buffers=False)  # it may decide by a buffer's value
+    return graphs[: len({graph.python_code("self").src for graph in graphs})], kept
 
 
-def _both_modes(module: nn.Module, given: dict[str, Any], of_buffers: bool) -> list[fx.Graph]:
+def _both_modes(module: nn.Module, given: dict[str, Any] | None, of_buffers: bool) -> tuple[list[fx.Graph], list[str]]:
     """The graphs of training and of evaluation. What they compute from buffers is part of them, or else becomes a
     constant, which knows nothing of values loaded later or of another device."""
-    graphs = []
+    graphs, kept = [], []
+    lists = None if given is None else [name for name, value in given.items() if value is VALUES]
     for training in (True, False):
         with _as_it_was(module) as before:
             cls = type(module)
             try:
-                forward = _wrapped(module, given)
+                forward = _wrapped(module, given or {})
                 module.training = training
                 # A batch norm's check looks at a number of dimensions, which a proxy does not have.
                 body = {"forward": forward, "_check_input_dim": lambda self, x: None}
                 module.__class__ = type(cls.__name__, (cls,), body)
                 randomness = random.getstate(), torch.get_rng_state()
-                graphs.append(_Tracer(of_buffers).trace(module))
+                graphs.append(_Tracer(of_buffers, lists).trace(module))
                 if random.getstate() != randomness[0] or not torch.equal(torch.get_rng_state(), randomness[1]):
                     raise Untraceable("it draws random numbers that do not depend on its input")
                 if (written := before.written()) is not None:
                     raise Untraceable(f"it writes the {written[1]} {written[2]}")
+                kept += [name for _, name, _ in before.kept()]
             except Untraceable:
                 raise
             except Exception as error:  # a forward run on proxies may raise anything
                 raise Untraceable(f"{type(error).__name__}: {error}".splitlines()[0]) from error
-    return graphs
-
-
-def _same(a: fx.Graph, b: fx.Graph) -> bool:
-    return a.python_code("self").src == b.python_code("self").src
+    return graphs, list(dict.fromkeys(kept))
 
 
 def activation_of(thing: nn.Module | fx.Node) -> str | None:
@@ -228,7 +222,7 @@ def is_in_place(thing: nn.Module | fx.Node) -> bool:
     if thing.op == "call_method":
         return str(thing.target).endswith("_") and not str(thing.target).endswith("__")
     name = getattr(thing.target, "__name__", "")
-    if thing.target in PLAIN or (name.endswith("_") and not name.endswith("__")):
+    if thing.target in IN_PLACE or (name.endswith("_") and not name.endswith("__")):
         return True
     if "inplace" in thing.kwargs or activation_of(thing) is None:
         return bool(thing.kwargs.get("inplace"))

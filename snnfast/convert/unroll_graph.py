@@ -11,10 +11,10 @@ from typing import Any
 from torch import Tensor, fx, nn
 from torch.nn.modules.dropout import _DropoutNd
 
-from .._before import MODULES_OWN
+from .._before import IN_PLACE, MODULES_OWN
 from ..tensors import has_hooks
 from .stepping import is_stateful, takes_state
-from .unroll_trace import IN_PLACE, Tracer, loop_error, modes, traced
+from .unroll_trace import Tracer, loop_error, modes, traced
 
 __all__ = ["CONSTANT", "FINAL", "PARAMETER", "TIMED", "Program", "program_of"]
 

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from .._before import COLLECTIONS, MODULES_OWN, Before, is_same
+from .. import _before
+from .._before import Before, is_same
 from .stepping import is_stateful, states_of
 
-__all__ = ["IN_PLACE", "Tracer", "loop_error", "modes", "traced"]
+__all__ = ["Tracer", "loop_error", "modes", "traced"]
 
 _REWRITE = """{why}. unroll takes a model whose forward is one time step:
 
@@ -32,8 +33,8 @@ def loop_error(why: str) -> ValueError:
 _CONTAINERS = (nn.Module, nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
 
-class Proxy(fx.Proxy):
-    """What forward does to tensors in place happens in place; fx's own proxies give another tensor for ``x += y``."""
+class Proxy(_before.TensorProxy):
+    """What forward does to tensors in place happens in place, and it does not write their attributes."""
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name not in ("tracer", "node"):
@@ -43,17 +44,7 @@ class Proxy(fx.Proxy):
         super().__setattr__(name, value)
 
 
-def _in_place(target: Any) -> Any:
-    return lambda self, other: self.tracer.create_proxy("call_function", target, (self, other), {})
-
-
-IN_PLACE = (operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.ifloordiv, operator.imod,
-            operator.ipow, operator.iand, operator.ior, operator.ixor)  # fmt: skip
-for _target in IN_PLACE:
-    setattr(Proxy, f"__{_target.__name__}__", _in_place(_target))
-
-
-class Tracer(fx.Tracer):
+class Tracer(_before.Tracer):
     """Torch's layers and every neuron are one node each; everything else is looked into, and so is a layer's subclass
     with a neuron inside. A node keeps the modes, such as ``torch.no_grad()``, that forward sets for it.
 
@@ -150,12 +141,11 @@ def _trace(model: nn.Module, concrete: dict[str, Any], before: Before) -> tuple[
             f"{type(model).__name__}.forward depends on the values or the length of its input ({error}), as a "
             "forward with its own loop over time does"
         ) from error
-    for m in before.attributes:
-        if any(_holds_proxy(v) for k, v in m.__dict__.items() if k not in MODULES_OWN):
-            raise ValueError(
-                f"{type(m).__name__} keeps a result of its forward as an attribute: unroll cannot tell state from a "
-                "record. Return it instead, or make the module one of the neurons that unroll knows"
-            )
+    for m, *_ in before.kept():
+        raise ValueError(
+            f"{type(m).__name__} keeps a result of its forward as an attribute: unroll cannot tell state from a "
+            "record. Return it instead, or make the module one of the neurons that unroll knows"
+        )
     written = before.written()
     if written is not None:
         m, kind, name = written
@@ -196,10 +186,3 @@ def _refuse_norms_with_neurons(model: nn.Module, error: Exception | None) -> Non
                 f"{name or 'the model'} ({type(m).__name__}) is a batch norm with a neuron inside, which unroll cannot "
                 "take apart: make the neuron a module of its own after it"
             ) from error
-
-
-def _holds_proxy(value: Any, depth: int = 3) -> bool:
-    if isinstance(value, fx.Proxy):
-        return True
-    inside = value.values() if isinstance(value, dict) else value
-    return depth > 0 and isinstance(value, (tuple, *COLLECTIONS)) and any(_holds_proxy(v, depth - 1) for v in inside)

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import operator
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import fx, nn
 
-from .._before import Before
+from .._before import Before, Tracer
 from ..base import StepModule
 from ..convert.to_spiking_layers import DrawnOnce, MaxPoolOfRates, Repeat, _repeat_input, _start_afresh
 from ..network import holds_single_steps
@@ -50,7 +50,7 @@ class FuseReport:
 
 
 # ---- finding pairs ----
-class _Tracer(fx.Tracer):
+class _Tracer(Tracer):
     """Into containers and users' modules, not into layers."""
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
@@ -79,33 +79,45 @@ class _Found:
         self.reasons.setdefault(norm, reason)
 
 
-def traced(tracer: fx.Tracer, module: nn.Module) -> fx.Graph | None:
-    """The module's calls, or ``None``; what its forward does to modules and random numbers on the way is undone."""
+def traced(tracer: fx.Tracer, module: nn.Module, stateless: bool = False) -> fx.Graph | None:
+    """The module's calls, or ``None``; what its forward does to modules and random numbers on the way is undone.
+
+    What the forward keeps as an attribute has a user more, of that name. ``stateless``: not of a forward that writes a
+    number or tensor of a module, by which it may do something else next time.
+    """
     before = Before(module.modules())
     try:
         with torch.random.fork_rng(devices=[]):
-            return tracer.trace(module)
+            graph = tracer.trace(module)
+        if stateless and before.written():
+            return None
+        with graph.inserting_before(next(iter(reversed(graph.nodes)))):
+            for _, name, proxy in before.kept():
+                graph.create_node("call_function", setattr, (proxy.node,), name=name)
+        return graph
     except Exception:  # whatever a user's forward raises on a stand-in for its input
         return None
     finally:
         before.put_back()
 
 
-def _graph(module: nn.Module) -> fx.Graph | None:
+def _graph(module: nn.Module, given: Collection[str] | None) -> fx.Graph | None:
     """The module's calls, or ``None`` where they depend on values that a trace does not have."""
     if isinstance(module, _LEAVES) or not any(True for _ in module.children()):
         return None
-    return traced(_Tracer(), module)
+    tracer = _Tracer()
+    tracer.given = given
+    return traced(tracer, module, stateless=True)
 
 
-def _search(module: nn.Module, found: _Found) -> None:
-    """Look through the largest parts of ``module`` that can be traced."""
-    graph = _graph(module)
+def _search(module: nn.Module, found: _Found, given: Collection[str] | None) -> None:
+    """Look through the largest parts of ``module`` that can be traced, called with these optional arguments."""
+    graph = _graph(module, given)
     if graph is not None:
         _read(module, graph, found)
         return
     for child in module.children():
-        _search(child, found)
+        _search(child, found, given)
 
 
 def _read(module: nn.Module, graph: fx.Graph, found: _Found) -> None:
@@ -201,27 +213,32 @@ def _both_modes(model: nn.Module) -> Iterator[None]:
             module.training = not module.training
 
 
+_ELSEWHERE = "its output goes elsewhere in training and in evaluation, or with other arguments"
+_NOT_ALWAYS = "it is not called in both training and evaluation, or not with other arguments"
+
+
 def _find(model: nn.Module) -> _Found:
     passes = []
     for _ in _both_modes(model):
-        found = _Found()
-        _search(model, found)
-        passes.append(found)
-    first, second = passes
-    for norm in {*first.connections, *second.connections}:
+        for given in (None, ()):  # all optional arguments, and none
+            passes.append(_Found())
+            _search(model, passes[-1], given)
+    first, *others = passes
+    for norm in {norm for found in passes for norm in found.connections}:
         connects = {f.connections.get(norm, Connect.NONE) for f in passes}
         if len(connects) > 1:
             first.connections.pop(norm, None)
             if Connect.CHARGE in connects:
                 first.refuse(norm, "its output meets a residual connection in training or in evaluation only")
-    for norm, neuron in second.neurons.items():
-        if first.neurons.get(norm) is not neuron:
-            first.refuse(norm, second.reasons.get(norm, "its output goes elsewhere in training and in evaluation"))
-    for norm in list(first.neurons):
-        if norm not in second.neurons:
-            first.refuse(norm, second.reasons.get(norm, "it is not called in both training and evaluation"))
-    for module, count in second.calls.items():
-        first.calls[module] = max(first.calls[module], count)
+    for second in others:
+        for norm, neuron in second.neurons.items():
+            if first.neurons.get(norm) is not neuron:
+                first.refuse(norm, second.reasons.get(norm, _ELSEWHERE))
+        for norm in list(first.neurons):
+            if norm not in second.neurons:
+                first.refuse(norm, second.reasons.get(norm, _NOT_ALWAYS))
+        for module, count in second.calls.items():
+            first.calls[module] = max(first.calls[module], count)
     return first
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .._before import tensor_to_users
 from ..convert.to_spiking_layers import _start_afresh
 from ..tensors import ALL_MODULES_HOOKS
 from . import batch_norm
@@ -31,6 +32,7 @@ _CHANGED = (
 class StandIn:
     """For a tensor that need not be made if it goes where the trace saw it go."""
 
+    __class__ = property(tensor_to_users)
     made: Tensor | None = None
     not_a_tensor = "the stand-in of a pair that snnfast.fuse made and that was torn apart since: call fuse(model) again"
 
