@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from snnfast.fused.pair import Deferred
+from snnfast.fused.pair import Deferred, StandIn
 
 from .measure import synchronize
 
@@ -86,7 +86,7 @@ class Breakdown:
                 x = _mark(x, grad_is_done)
             start = self._now()
             output = forward(x, *rest)
-            if not isinstance(output, Tensor):
+            if not _is_tensor(output):
                 return output
             spans[0].append((start, self._now()))
             return _mark(output, lambda: call.__setitem__("backward", self._now()))
@@ -129,4 +129,8 @@ class Breakdown:
 
 
 def _mark(x: Any, at_backward: Callable[[], None]) -> Any:
-    return _Mark.apply(x, at_backward) if isinstance(x, Tensor) else x
+    return _Mark.apply(x, at_backward) if _is_tensor(x) else x
+
+
+def _is_tensor(x: Any) -> bool:
+    return isinstance(x, Tensor) and not isinstance(x, StandIn)  # which says that it is one

@@ -17,7 +17,7 @@ from ..tensors import ALL_MODULES_HOOKS
 from . import batch_norm
 from .ops import Connect
 
-__all__ = ["Defer", "Deferred", "NormAndNeuron", "is_fused"]
+__all__ = ["Defer", "Deferred", "NormAndNeuron", "StandIn", "is_fused"]
 
 _TWICE = (
     "the forward of a fused model, or a hook, uses the output of a batch norm or of its neuron twice, which was not so "
