@@ -11,7 +11,7 @@ import operator
 import os
 import re
 import sys
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -145,25 +145,28 @@ class Before:
             if isinstance(t, Tensor)
         ]
 
-    def written(self) -> tuple[nn.Module, str, str] | None:
+    def written(self, but: Callable[[nn.Module], bool] = lambda m: False) -> tuple[nn.Module, str, str] | None:
         """The first number, flag or tensor of a module that is another one now: module, kind and name.
 
-        Nobody knows what other attributes mean.
+        Nobody knows what other attributes mean. ``but`` tells modules that may write.
         """
         attributes = [
-            (m, name, v, m.__dict__.get(name)) for m, held in self.attributes.items() for name, v in held.items()
+            (m, name, v, m.__dict__.get(name))
+            for m, held in self.attributes.items()
+            if not but(m)
+            for name, v in held.items()
         ]
         inside = [
             (m, name, v, held.get(k))
             for m, name, held, items in self.contents
-            if isinstance(items, dict)
+            if isinstance(items, dict) and not but(m)
             for k, v in items.items()
         ]
         for m, name, was, now in (*attributes, *inside):
             if isinstance(was, (bool, int, float, str)) and name != "training" and not is_same(now, was):
                 return m, "attribute", name
         for m, kind, held, name, _, value in self.tensors:
-            if not is_same(held.get(name), value):
+            if not but(m) and not is_same(held.get(name), value):
                 return m, kind, name
         return None
 

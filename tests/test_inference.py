@@ -399,6 +399,27 @@ def test_left_alone_with_the_reason(name):
         assert torch.equal(fast(x), net(x))
 
 
+def test_a_forward_that_makes_a_neurons_state_is_traced():
+    snntorch = pytest.importorskip("snntorch", reason="snntorch is not installed")
+
+    class Step(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.bn, self.lif = nn.Conv2d(3, 5, 3), nn.BatchNorm2d(5), snntorch.Leaky(beta=0.9)
+
+        def forward(self, x, mem=None):
+            if mem is None:
+                mem = self.lif.init_leaky()
+            return self.lif(self.bn(self.conv(x)), mem)
+
+    net = lively(Step())
+    fast, report = optimize_for_inference(net)
+    assert report.folded == [("conv", "bn")], report
+    x, mem = torch.rand(2, 3, 5, 5), torch.rand(2, 5, 3, 3)
+    for args in ((x,), (x, mem)):
+        assert torch.allclose(fast(*args)[1], net(*args)[1], atol=1e-5)
+
+
 class ReachesInside(Slices):
     def forward(self, x, past=False):
         return self.parts[0](x) if past else self.parts(x)

@@ -13,6 +13,7 @@ from torch import fx, nn
 
 from .._before import Before, Tracer
 from ..base import StepModule
+from ..convert.stepping import is_stateful
 from ..convert.to_spiking_layers import DrawnOnce, MaxPoolOfRates, Repeat, _repeat_input, _start_afresh
 from ..network import holds_single_steps
 from ..neuron import BaseNode
@@ -83,13 +84,13 @@ def traced(tracer: fx.Tracer, module: nn.Module, stateless: bool = False) -> fx.
     """The module's calls, or ``None``; what its forward does to modules and random numbers on the way is undone.
 
     What the forward keeps as an attribute has a user more, of that name. ``stateless``: not of a forward that writes a
-    number or tensor of a module, by which it may do something else next time.
+    number or tensor of a module other than a neuron, by which it may do something else next time.
     """
     before = Before(module.modules())
     try:
         with torch.random.fork_rng(devices=[]):
             graph = tracer.trace(module)
-        if stateless and before.written():
+        if stateless and before.written(but=is_stateful):
             return None
         with graph.inserting_before(next(iter(reversed(graph.nodes)))):
             for _, name, proxy in before.kept():
