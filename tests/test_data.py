@@ -214,6 +214,13 @@ def test_imagefolder(tmp_path: Path) -> None:
     bad.write_bytes(bad.read_bytes()[:60])
     with pytest.raises(InputError, match=r"1.png \(60 bytes\) is not a readable image"):
         found.train.gather(torch.tensor([4]))
+    with bad.with_suffix(".bmp").open("wb") as file:
+        image.new("RGB", (4, 4)).save(file, "BMP")
+        file.seek(18)
+        file.write((10**6).to_bytes(4, "little") * 2)  # a damaged header: as large as this
+    bad.unlink()
+    with pytest.raises(InputError, match=r"1.bmp \(102 bytes\) is not a readable image"):
+        data.load("imagefolder", tmp_path, image_size=16).train.gather(torch.tensor([4]))
     (tmp_path / "val" / "b").rename(tmp_path / "val" / "c")
     with pytest.raises(InputError, match="differ in b, c"):
         data.load("imagefolder", tmp_path, image_size=16)

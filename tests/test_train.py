@@ -175,11 +175,27 @@ def test_accumulated_gradients_give_the_same_losses(small_mnist: Path, tmp_path:
     assert losses(tmp_path / "run", "distilled-logit") == pytest.approx(single, rel=1e-4)
 
 
-def _two_processes(folder: Path, out: Path, *more: str) -> subprocess.CompletedProcess:
+def _two_processes(folder: Path, out: Path, *more: str, script: Path | None = None) -> subprocess.CompletedProcess:
     """torchrun, two gloo processes."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
-    command += ["snnfast.train", *SMALL, *more, "--data-dir", str(folder), "--out", str(out)]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command += ["-m", "snnfast.train"] if script is None else [str(script)]
+    command += [*SMALL, *more, "--data-dir", str(folder), "--out", str(out)]
     return subprocess.run(command, capture_output=True, text=True, timeout=200, check=False, env=environment())
+
+
+PREFETCHED = """
+import torch
+from snnfast.train import cli, data
+gather = data.TensorStore.gather
+def prefetch(self, indices):
+    self.coming = indices
+def expected(self, indices):
+    coming, self.coming = getattr(self, "coming", None), None
+    assert coming is None or torch.equal(coming, indices), "it read what another process uses"
+    return gather(self, indices)
+data.TensorStore.prefetch, data.TensorStore.gather = prefetch, expected
+raise SystemExit(cli.main())
+"""
 
 
 def test_two_processes_give_the_same_losses(small_mnist: Path, tmp_path: Path, single: list[float]) -> None:
@@ -190,8 +206,10 @@ def test_two_processes_give_the_same_losses(small_mnist: Path, tmp_path: Path, s
 
 
 def test_two_processes_test_the_network_that_is_saved(small_mnist: Path, tmp_path: Path) -> None:
-    """Each has running statistics of its own parts of the batches."""
-    done = _two_processes(small_mnist, tmp_path, "--distill", "none", "--no-tensorboard")
+    """Each has running statistics of its own parts of the batches, and reads no others."""
+    script = tmp_path / "prefetched.py"
+    script.write_text(PREFETCHED)
+    done = _two_processes(small_mnist, tmp_path, "--distill", "none", "--no-tensorboard", script=script)
     assert done.returncode == 0, done.stderr
     dataset = data.load("mnist", small_mnist)
     network = importlib.import_module("train_networks").student(10, 1, 2)

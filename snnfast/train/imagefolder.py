@@ -48,7 +48,7 @@ class FolderStore:
                 left, top = (wide - side) // 2, (high - side) // 2
                 image = image.resize((wide, high), self._image.Resampling.BILINEAR)
                 return np.asarray(image.crop((left, top, left + side, top + side)))
-        except (OSError, ValueError, SyntaxError) as error:  # Pillow's own errors are these
+        except (OSError, ValueError, SyntaxError, self._image.DecompressionBombError) as error:  # Pillow's errors
             raise InputError(f"{path} ({path.stat().st_size:,} bytes) is not a readable image: {error}") from None
 
     def prefetch(self, indices: Tensor) -> None:

@@ -342,13 +342,13 @@ class Trainer:
         """One optimiser step on the images ``batch`` of all processes."""
         config, fabric, store = self.config, self.fabric, self.dataset.train
         size = config.batch_size // self.parts
+        mine = slice(fabric.global_rank * config.accumulate * size, (fabric.global_rank + 1) * config.accumulate * size)
         seed = split_seed(config.seed, _AUGMENTATION, self.epoch, self.batch)
         terms = torch.zeros(0)
         watch = self._watch()
         for i in range(config.accumulate):
             before = time.perf_counter()
-            first = (fabric.global_rank * config.accumulate + i) * size
-            part = slice(first, first + size)
+            part = slice(mine.start + i * size, mine.start + (i + 1) * size)
             self.generator.manual_seed(seed)  # every part draws for the whole batch and keeps its own
             inputs = laid_out(self.augment(store.gather(batch[part]), self.generator, part, len(batch)), self.layout)
             labels = store.labels[batch[part]]
@@ -365,7 +365,7 @@ class Trainer:
             terms = parts.float() / config.accumulate + (terms if i else 0)
         self.terms = terms
         if self.batch + 1 < self.per_epoch:
-            store.prefetch(self._prefetch)
+            store.prefetch(self._prefetch[mine])
         if config.clip is not None:
             fabric.clip_gradients(self.module, self.optimizer, max_norm=config.clip, error_if_nonfinite=False)
         self.optimizer.step()
