@@ -21,6 +21,8 @@ def _check(out_seq: Tensor, target: Tensor) -> Tensor:
     if not isinstance(out_seq, Tensor) or out_seq.dim() != 3:
         got = tuple(out_seq.shape) if isinstance(out_seq, Tensor) else type(out_seq).__name__
         raise ValueError(f"out_seq must be [T, B, C], got {got}")
+    if not out_seq.shape[0]:
+        raise ValueError(f"out_seq must have at least one time step, got {tuple(out_seq.shape)}")
     if not isinstance(target, Tensor) or not (target.is_floating_point() or target.dtype in (torch.int64, torch.uint8)):
         kind = str(target.dtype).removeprefix("torch.") if isinstance(target, Tensor) else type(target).__name__
         raise TypeError(f"target must be a tensor of int64 classes or floating-point probabilities, got {kind}")

@@ -164,7 +164,7 @@ class BaseNode(KernelModule):
         ``states`` are those of :meth:`register_memory`, ``v`` first. A neuron of your own may override this instead.
         """
         self._set_memories(states)
-        self.neuronal_charge(inputs[0])
+        self._charge(inputs[0])
         s = self.neuronal_fire()
         self.neuronal_reset(s)
         return (s,), tuple(v for _, v in self.named_memories())
@@ -176,10 +176,19 @@ class BaseNode(KernelModule):
             outputs, states = self.single_step_functional_forward((x,), tuple(v for _, v in self.named_memories()))
             self._set_memories(states)
             return outputs[0]
-        self.neuronal_charge(x)
+        self._charge(x)
         s = self.neuronal_fire()
         self.neuronal_reset(s)
         return s
+
+    def _charge(self, x: Tensor) -> None:
+        before = self.v
+        returned = self.neuronal_charge(x)  # type: ignore[func-returns-value]
+        if returned is not None and returned is not self.v and self.v is before:
+            raise TypeError(
+                f"{type(self).__name__}.neuronal_charge returned a {type(returned).__name__} and left self.v as it was: "
+                "let it set self.v, as in self.v = self.v + x"
+            )
 
     def _set_memories(self, states: tuple[Any, ...]) -> None:
         for name, value in zip(self._memory_reset_values, states, strict=True):

@@ -198,6 +198,8 @@ def test_half_precision_losses_are_taken_in_float32():
 
 @pytest.mark.parametrize("loss", [losses.rate_cross_entropy, losses.tet_loss, losses.rate_mse])
 def test_wrong_shapes_of_losses(loss):
+    with pytest.raises(ValueError, match=r"out_seq must have at least one time step, got \(0, 4, 3\)"):
+        loss(torch.zeros(0, 4, 3), torch.zeros(4, dtype=torch.int64))
     with pytest.raises(ValueError, match=r"out_seq must be \[T, B, C\], got \(4, 3\)"):
         loss(torch.zeros(4, 3), torch.zeros(4, dtype=torch.int64))
     with pytest.raises(ValueError, match=r"target must be classes \[B\] = \(4,\) or probabilities"):

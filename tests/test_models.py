@@ -224,3 +224,9 @@ def test_options_reach_to_spiking():
 def test_sizes_that_are_none(model, size, value):
     with pytest.raises(ValueError, match=f"{size} must be a whole number from 1, got {value!r}"):
         model(**{size: value})
+
+
+def test_a_pyramid_that_gets_narrower():
+    assert models.pyramidnet18(width=8, alpha=0).fc.in_features == 8
+    with pytest.raises(ValueError, match="alpha must be a whole number from 0, got -10"):
+        models.pyramidnet18(alpha=-10)

@@ -171,6 +171,23 @@ def test_neurons_of_a_users_own():
         Adaptive(step_mode="m", backend="native")(x)
 
 
+def test_a_charge_that_is_returned_in_place_of_being_set():
+    class Returns(neuron.BaseNode):
+        def neuronal_charge(self, x):
+            return self.v + x
+
+    class Both(neuron.BaseNode):
+        def neuronal_charge(self, x):
+            self.v = self.v + x
+            return self.v
+
+    x = torch.randn(4, 50)
+    for step_mode in "sm":
+        with pytest.raises(TypeError, match=r"Returns.neuronal_charge returned a Tensor and left self.v as it was: let"):
+            Returns(step_mode=step_mode)(x)
+    assert torch.equal(Both(step_mode="m")(x), snnfast.IFNode(step_mode="m")(x))
+
+
 def test_a_subclass_that_overrides_a_step_leaves_the_kernels():
     class Bounded(snnfast.LIFNode):
         def neuronal_charge(self, x):

@@ -81,5 +81,9 @@ def pyramidnet18(
         torch.Size([2, 3, 10])
     """
     check_sizes(num_classes=num_classes, in_channels=in_channels, width=width)
-    net = PyramidNet((2, 2, 2, 2), width, 7 * width if alpha is None else alpha, num_classes, in_channels)
+    if alpha is None:
+        alpha = 7 * width
+    elif not isinstance(alpha, int) or alpha < 0:
+        raise ValueError(f"alpha must be a whole number from 0, got {alpha!r}")
+    net = PyramidNet((2, 2, 2, 2), width, alpha, num_classes, in_channels)
     return finish(net, timesteps, neuron, kwargs)
