@@ -170,8 +170,17 @@ class MaxUnpool1d(StepLayer, nn.MaxUnpool1d, takes=[_1D]): ...
 class MaxUnpool2d(StepLayer, nn.MaxUnpool2d, takes=[_2D]): ...
 class MaxUnpool3d(StepLayer, nn.MaxUnpool3d, takes=[_3D]): ...
 class Upsample(StepLayer, nn.Upsample, takes=["[T, B, C, *]"]): ...
-class Flatten(StepLayer, nn.Flatten, takes=["[T, B, *]"]): ...
 # fmt: on
+
+
+class Flatten(StepLayer, nn.Flatten, takes=["[T, B, *]"]):
+    """:class:`torch.nn.Flatten` with a step mode, ``[T, B, *]`` in ``'m'``; see :class:`StepLayer`."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        if self._step_mode == "s" or self.start_dim < 1 or not isinstance(input, Tensor):
+            return super().forward(input)
+        # Not by way of [T * B, *], which torch.export can flatten for some sizes only.
+        return input.flatten(self.start_dim + 1, self.end_dim + (self.end_dim >= 0))
 
 
 class Linear(StepLayer, nn.Linear, takes=["[T, B, *, F]"]):

@@ -228,7 +228,8 @@ def test_under_compile(step_mode):
 
 
 def test_any_batch_size_can_be_exported():
-    net = nn.Sequential(layer.Conv2d(2, 4, 3), layer.BatchNorm2d(4), snnfast.IFNode(), layer.MaxPool2d(2)).eval()
+    net = nn.Sequential(layer.Conv2d(2, 4, 3), layer.BatchNorm2d(4), snnfast.IFNode(), layer.MaxPool2d(2))
+    net = nn.Sequential(net, layer.Flatten(), layer.Linear(16, 3)).eval()
     functional.set_step_mode(net, "m")
     program = torch.export.export(
         net, (torch.randn(3, 5, 2, 6, 6),), dynamic_shapes=({1: torch.export.Dim("B", min=2)},)
