@@ -186,8 +186,8 @@ class BaseNode(KernelModule):
         returned = self.neuronal_charge(x)  # type: ignore[func-returns-value]
         if returned is not None and returned is not self.v and self.v is before:
             raise TypeError(
-                f"{type(self).__name__}.neuronal_charge returned a {type(returned).__name__} and left self.v as it was: let "
-                "it set self.v, as in self.v = self.v + x"
+                f"{type(self).__name__}.neuronal_charge returned a {type(returned).__name__} and left self.v as it was: "
+                "it must set self.v, as in self.v = self.v + x"
             )
 
     def _set_memories(self, states: tuple[Any, ...]) -> None:
