@@ -186,7 +186,7 @@ class BaseNode(KernelModule):
         returned = self.neuronal_charge(x)  # type: ignore[func-returns-value]
         if returned is not None and returned is not self.v and self.v is before:
             raise TypeError(
-                f"{type(self).__name__}.neuronal_charge returned a {type(returned).__name__} and left self.v as it was: "
+                f"{type(self).__name__}.neuronal_charge returned a {type(returned).__name__}, self.v is as it was: "
                 "it must set self.v, as in self.v = self.v + x"
             )
 

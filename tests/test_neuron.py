@@ -183,7 +183,7 @@ def test_a_charge_that_is_returned_in_place_of_being_set():
 
     x = torch.randn(4, 50)
     for step_mode in "sm":
-        with pytest.raises(TypeError, match=r"Returns.neuronal_charge returned a Tensor and left self.v as it was"):
+        with pytest.raises(TypeError, match=r"Returns.neuronal_charge returned a Tensor, self.v is as it was"):
             Returns(step_mode=step_mode)(x)
     assert torch.equal(Both(step_mode="m")(x), snnfast.IFNode(step_mode="m")(x))
 
